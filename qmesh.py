@@ -715,7 +715,7 @@ class Job:
         if self.prompt is not None and not self.prompt.strip():
             raise InvalidRequest("the prompt is empty")
         if self.messages and not self.messages[-1].content.strip():
-            raise InvalidRequest("the last message is empty")
+            raise InvalidRequest("the prompt is empty: the last message has no text")
         if len(self.messages) > MAX_MESSAGES:
             raise InvalidRequest(f"at most {MAX_MESSAGES} messages, not {len(self.messages)}")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
@@ -4883,10 +4883,11 @@ class Client:
         """How long discovery should go on, as far as is known now; 0 when it is done."""
         if not self.records():
             return DISCOVERY_TIMEOUT_S
-        since_first = self._loop.time() - self._first_found_at
+        now = self._loop.time()
         if everything:  # beacons at 0 and 0.25 s have been answered, and the search has ended
-            return max(BEACON_TIMES_S[1] + DISCOVERY_GATHER_S - since_first, 0.0 if self._searched else 0.01)
-        return max(0.0, DISCOVERY_GATHER_S - since_first)
+            beaconing = self._opened_at + BEACON_TIMES_S[1] + DISCOVERY_GATHER_S - now
+            return max(0.0, beaconing, 0.0 if self._searched else self._opened_at + LOOKUP_DEADLINE_S - now)
+        return 0.0 if self._searched else max(0.0, self._first_found_at + DISCOVERY_GATHER_S - now)
 
     # --- Workers ---
 

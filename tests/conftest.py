@@ -1,0 +1,39 @@
+"""Fixtures that several test files share: the real model, and meshes of real processes on the loopback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import harness
+import pytest
+
+import qmesh
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The default model, fetched with `pull` as a user would when it is not there yet."""
+    path = harness.ROOT / "models" / qmesh.DEFAULT_MODEL.file_name
+    if not path.exists():
+        subprocess.run(
+            [sys.executable, harness.ROOT / "qmesh.py", "pull", "--to", path.parent], check=True, timeout=600
+        )
+    return path
+
+
+@pytest.fixture
+def mesh(tmp_path: Path, model_path: Path) -> Iterator[harness.Mesh]:
+    """A mesh of this test's own; its workers are stopped at the end."""
+    with harness.Mesh(tmp_path, model_path) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[harness.Mesh]:
+    """A mesh with two workers, for the tests of one file that only ask."""
+    with harness.Mesh(tmp_path_factory.mktemp("mesh"), model_path) as mesh:
+        mesh.start_workers(2)
+        yield mesh

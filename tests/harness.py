@@ -1,0 +1,133 @@
+"""Real processes of the program on the loopback, each mesh with a topic and a state directory of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "qmesh.py"
+READY_TIMEOUT_S = 60
+COMMAND_TIMEOUT_S = 90
+
+# Small, so that many workers share a small machine.
+WORKER_FLAGS = ("--port", "0", "--threads", "1", "--ctx", "1024")
+
+
+class Process:
+    """A worker process; `ready` is its first event."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as stderr:
+            self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=env, cwd=ROOT)
+        self.ready: dict[str, Any] = {}
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        assert self.popen.stdout is not None
+        return self.popen.stdout
+
+    def wait_ready(self) -> dict[str, Any]:
+        watchdog = threading.Timer(READY_TIMEOUT_S, self.popen.kill)
+        watchdog.start()
+        try:
+            line = self.stdout.readline()
+        finally:
+            watchdog.cancel()
+        assert line, f"the worker did not start:\n{self.stderr}"
+        self.ready = json.loads(line)
+        return self.ready
+
+    @property
+    def worker_id(self) -> str:
+        return str(self.ready["worker_id"])
+
+    @property
+    def stderr(self) -> str:
+        return self._log.read_text("utf-8")
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.popen.terminate()
+        return self.popen.wait(30)
+
+    def end(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait(30)
+        self.stdout.close()
+
+
+class Mesh:
+    """Workers and clients with one topic, on 127.0.0.1, told no address of each other."""
+
+    def __init__(self, directory: Path, model: Path, program: Path = PROGRAM) -> None:
+        self.directory = directory
+        self.topic = f"test-{secrets.token_hex(8)}"
+        self.state_dir = directory / "state"
+        self.model = model
+        self.program = program
+        self.processes: list[Process] = []
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for process in self.processes:
+            process.end()
+
+    @property
+    def env(self) -> dict[str, str]:
+        own = {"QMESH_HOST": "127.0.0.1", "QMESH_TOPIC": self.topic, "QMESH_STATE_DIR": str(self.state_dir)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("QMESH_")}
+        return inherited | own | {"PYTHONUNBUFFERED": "1"}
+
+    def start_worker(self, *flags: str, ready: bool = True, env: dict[str, str] | None = None) -> Process:
+        command = [sys.executable, str(self.program), "worker", "--json", "--model", str(self.model)]
+        log = self.directory / f"worker-{len(self.processes)}.log"
+        process = Process([*command, *WORKER_FLAGS, *flags], self.env | (env or {}), log)
+        self.processes.append(process)
+        if ready:
+            process.wait_ready()
+        return process
+
+    def start_workers(self, count: int, *flags: str) -> list[Process]:
+        """Several at once: their models load side by side."""
+        started = [self.start_worker(*flags, ready=False) for _ in range(count)]
+        for process in started:
+            process.wait_ready()
+        return started
+
+    def run(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        """A command of the program, to its end."""
+        return subprocess.run(
+            [sys.executable, str(self.program), *arguments],
+            input=stdin if stdin is not None else "",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            env=self.env,
+            cwd=ROOT,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+
+    def popen(self, *arguments: str) -> subprocess.Popen[str]:
+        """A command of the program, under way."""
+        command = [sys.executable, str(self.program), *arguments]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=self.env, cwd=ROOT
+        )
+
+    def json(self, *arguments: str) -> Any:
+        """What a command prints with --json; it must succeed."""
+        finished = self.run(*arguments, "--json")
+        assert finished.returncode == 0, finished.stderr
+        return json.loads(finished.stdout)

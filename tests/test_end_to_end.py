@@ -1,0 +1,95 @@
+"""The main job on real processes and the real model, from nothing told to an answer."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import harness
+
+import qmesh
+
+PROMPT = "Why is the sky blue?"
+GREEDY = ("--temperature", "0", "--max-tokens", "40")
+
+
+def workers_in_status(mesh: harness.Mesh) -> set[str]:
+    finished = mesh.run("status", "--json")
+    assert finished.returncode in (0, 3), finished.stderr
+    if finished.returncode == 3:
+        return set()
+    return {worker["worker_id"] for worker in json.loads(finished.stdout)["workers"]}
+
+
+def test_three_workers_share_twenty_concurrent_prompts(mesh: harness.Mesh) -> None:
+    workers = mesh.start_workers(3)
+    status = mesh.json("status")
+    assert {worker["worker_id"] for worker in status["workers"]} == {worker.worker_id for worker in workers}
+
+    def ask(number: int) -> Any:
+        return mesh.json("prompt", f"Count from {number} to {number + 3}.", "--max-tokens", "24")
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, range(20)))
+    assert all(answer["text"] and answer["finish_reason"] in ("stop", "length") for answer in answers)
+    shares = Counter(answer["worker_id"] for answer in answers)
+    assert set(shares) == {worker.worker_id for worker in workers}, shares
+    assert max(shares.values()) <= 14, shares
+
+
+def test_a_killed_worker_is_gone_within_35_seconds_and_a_stopped_one_at_once(mesh: harness.Mesh) -> None:
+    killed, stopped, survivor = mesh.start_workers(3)
+    assert workers_in_status(mesh) == {killed.worker_id, stopped.worker_id, survivor.worker_id}
+
+    assert stopped.stop() == 0
+    assert stopped.worker_id not in workers_in_status(mesh)
+
+    killed.end()
+    deadline = time.monotonic() + qmesh.RECORD_TTL_S
+    while killed.worker_id in workers_in_status(mesh):
+        assert time.monotonic() < deadline
+    assert workers_in_status(mesh) == {survivor.worker_id}
+
+
+def test_greedy_output_through_the_mesh_equals_that_of_llama_cpp_python(two_workers: harness.Mesh) -> None:
+    import llama_cpp
+
+    llama = llama_cpp.Llama(str(two_workers.model), n_ctx=1024, n_threads=2, verbose=False)
+    own: Any = llama.create_chat_completion(
+        [{"role": "user", "content": PROMPT}], temperature=0, max_tokens=40, repeat_penalty=1.0
+    )
+    answer = two_workers.json("prompt", PROMPT, *GREEDY)
+    assert answer["text"] == own["choices"][0]["message"]["content"]
+    assert answer["usage"]["completion_tokens"] == own["usage"]["completion_tokens"]
+    llama.close()
+
+
+def test_an_answer_goes_to_stdout_and_nothing_else_does(two_workers: harness.Mesh) -> None:
+    whole = two_workers.json("prompt", PROMPT, *GREEDY)["text"]
+    streamed = two_workers.run("prompt", PROMPT, *GREEDY)
+    assert (streamed.returncode, streamed.stdout, streamed.stderr) == (0, whole + "\n", "")
+    assert two_workers.run("prompt", "-", *GREEDY, "--no-stream", stdin=PROMPT).stdout == whole + "\n"
+
+
+def test_a_worker_that_dies_in_the_middle_gives_a_clear_error(mesh: harness.Mesh) -> None:
+    worker = mesh.start_worker()
+    asking = mesh.popen("prompt", "Write a long story about a fox.", "--max-tokens", "900")
+    assert asking.stdout is not None
+    begun = asking.stdout.read(10)
+    worker.popen.kill()
+    rest, stderr = asking.communicate(timeout=30)
+    assert asking.returncode == 1
+    assert len(begun + rest) > 10
+    assert f"worker {worker.worker_id[:6]} was lost in the middle of its answer" in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+
+
+def test_a_worker_keeps_its_id_over_a_restart_and_a_second_one_has_its_own(mesh: harness.Mesh) -> None:
+    first = mesh.start_worker()
+    second = mesh.start_worker()
+    assert first.worker_id != second.worker_id
+    first.stop()
+    assert mesh.start_worker().worker_id == first.worker_id
