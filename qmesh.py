@@ -153,6 +153,7 @@ MAX_TABLE_NODES: Final = 1024  # about 0.5 MB; a network of millions fills fewer
 MAX_RECORDS: Final = 4096  # about 2 MB; far more workers than one topic will see
 MAX_RECORDS_PER_HOST: Final = 64  # one machine runs a handful of workers; a flood is not one
 MAX_TRANSACTIONS: Final = 512  # several lookups' worth; more is a fault of ours
+MAX_LOST: Final = 8  # addresses of nodes that fell silent, asked now and then whether they are back
 MAX_UNVERIFIED: Final = 32  # newly heard senders being asked to answer, at once
 RATE_BURST: Final = 400.0  # datagrams an address may send at once: a lookup and its retries, with room
 RATE_PER_S: Final = 100.0  # and then per second
@@ -541,10 +542,11 @@ class HealthReport:
     @classmethod
     def from_json(cls, body: Any) -> HealthReport:
         try:
-            figures = {name: float(body[name]) for name in ("score", "cpu", "memory", "queue")}
-            return cls(state=HealthState(body["state"]), **figures)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise WireError(f"a health report that makes no sense ({error!r})") from None
+            body = _object("health", body)
+            figures = {name: _number(name, body.get(name)) for name in ("score", "cpu", "memory", "queue")}
+            return cls(state=HealthState(_text("state", body.get("state"))), **figures)
+        except (InvalidRequest, ValueError) as error:
+            raise WireError(f"a health report that makes no sense: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -718,6 +720,10 @@ class Job:
             raise InvalidRequest("the prompt is empty: the last message has no text")
         if len(self.messages) > MAX_MESSAGES:
             raise InvalidRequest(f"at most {MAX_MESSAGES} messages, not {len(self.messages)}")
+        if self.session is not None and not 0 < len(self.session) <= MAX_ID_CHARS:
+            raise InvalidRequest(f"session must have 1 to {MAX_ID_CHARS} characters")
+        if any(token < 0 for token in self.resume):
+            raise InvalidRequest("resume.tokens must not be negative")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequest(f"timeout_s must be more than 0 and at most {MAX_TIMEOUT_S:g}")
 
@@ -1245,9 +1251,16 @@ class KnownNode:
     failures: int = 0
     rtt: float | None = None
 
-    def measured(self, rtt: float) -> None:
-        """Smooth a new round-trip time in, with the weight of RFC 6298."""
-        self.rtt = rtt if self.rtt is None else self.rtt + (rtt - self.rtt) / 8
+    def measured(self, rtt: float, *, exact: bool = True) -> None:
+        """Smooth a new round-trip time in, with the weight of RFC 6298.
+
+        After a retry it is only known to be no longer than this (Karn): a longer one is believed at once,
+        or the peer would be asked twice for ever.
+        """
+        if self.rtt is None or (not exact and rtt > self.rtt):
+            self.rtt = rtt
+        elif exact:
+            self.rtt += (rtt - self.rtt) / 8
 
 
 @dataclass(slots=True)
@@ -1342,18 +1355,32 @@ class RoutingTable:
         node.failures += 1
         if node.failures < MAX_FAILURES:
             return False
-        del self._nodes[node_id], bucket.nodes[node_id]
-        if bucket.waiting:
-            _, successor = bucket.waiting.popitem()
-            self._insert(successor)
+        self.remove(node_id)
         return True
+
+    def remove(self, node_id: NodeId) -> None:
+        """Drop a node; the one that answered last of those waiting takes its place."""
+        bucket = self._bucket(node_id)
+        bucket.waiting.pop(node_id, None)
+        if self._nodes.pop(node_id, None) is not None:
+            del bucket.nodes[node_id]
+            if bucket.waiting:
+                _, successor = bucket.waiting.popitem()
+                self._insert(successor)
 
     def wants(self, node_id: NodeId) -> bool:
         """Whether a node, should it answer, would enter the table: worth asking one that we heard from."""
         if node_id == self._own or node_id in self._nodes or len(self._nodes) >= self._capacity:
             return False
         bucket = self._bucket(node_id)
-        return len(bucket.nodes) < self._k or bucket.covers(self._own)
+        low, high, there = bucket.low, bucket.high, list(bucket.nodes)
+        while len(there) >= self._k:  # would splitting make room?
+            if not low <= self._own.number < high or high - low == 1:
+                return False
+            middle = (low + high) // 2
+            low, high = (low, middle) if node_id.number < middle else (middle, high)
+            there = [other for other in there if low <= other.number < high]
+        return True
 
     def closest(self, target: NodeId, count: int) -> list[Contact]:
         """The `count` known nodes closest to `target`, closest first."""
@@ -1378,7 +1405,8 @@ class RoutingTable:
 # whom to ask next. It never waits for a round: each answer may release the next question.
 # Rule 1: at most `concurrency` questions are in flight; one that is slow gives up its place, not its hope.
 # Rule 2: only nodes among the k closest that have not failed are asked.
-# Rule 3: it has ended when each of these has answered or is slow, or when its deadline has passed.
+# Rule 3: it has ended when each of these has answered or is slow, and not all are slow; or when its
+# deadline has passed.
 # ======================================================================================================
 
 
@@ -1445,9 +1473,10 @@ class Lookup:
             self._order.remove((self.target.distance(node_id), node_id))
 
     def ended(self, now: float) -> bool:
-        if now >= self.deadline:
+        states = [self._state[node_id] for _, node_id in self._order[: self._k]]
+        if now >= self.deadline or not states:
             return True
-        return all(self._state[node_id] in (Asked.ANSWERED, Asked.SLOW) for _, node_id in self._order[: self._k])
+        return Asked.ANSWERED in states and all(state in (Asked.ANSWERED, Asked.SLOW) for state in states)
 
     def closest(self) -> list[Contact]:
         """The k closest nodes that answered, closest first."""
@@ -1500,9 +1529,11 @@ class RecordStore:
         return len(self._expiry)
 
     def put(self, topic: NodeId, record: WorkerRecord, now: float) -> bool:
-        """Keep a record for RECORD_TTL_S. False when a quota forbids it."""
+        """Keep a record for RECORD_TTL_S, unless a later one is known. False when a quota forbids it."""
         key = (topic, record.worker_id)
         known = self._topics.get(topic, {}).get(record.worker_id)
+        if known is not None and known.stamp > record.stamp:
+            return True  # a repetition that was overtaken on its way
         host = record.address[0]
         if known is None and len(self._expiry) >= self._capacity:
             return False
@@ -1555,12 +1586,12 @@ class RecordStore:
         """Up to `count` records with ids above `after`, in order of id."""
         ids = self._sorted.get(topic, [])
         start = bisect.bisect_right(ids, after)
-        return [self._topics[topic][worker_id] for worker_id in ids[start : start + count]]
+        return [self._topics[topic][worker_id] for worker_id in ids[start : start + max(0, count)]]
 
     def sample(self, topic: NodeId, count: int, rng: random.Random) -> list[WorkerRecord]:
         """Up to `count` records drawn at random, so that clients do not all hear of the same few."""
         ids = self._sorted.get(topic, [])
-        return [self._topics[topic][worker_id] for worker_id in rng.sample(ids, min(count, len(ids)))]
+        return [self._topics[topic][worker_id] for worker_id in rng.sample(ids, max(0, min(count, len(ids))))]
 
 
 # ======================================================================================================
@@ -1702,8 +1733,9 @@ class Responder:
     def _withdraw(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         if not self._tokens.valid(request.body["token"], address, now):
             return "error", {"code": "token"}
-        if request.sender is not None:
-            self.store.remove(request.body["topic"], request.sender)
+        record = self.store.get(request.body["topic"], request.sender) if request.sender is not None else None
+        if record is not None and record.address[0] == address[0]:
+            self.store.remove(request.body["topic"], record.worker_id)
         return "ok", {}
 
 
@@ -1756,6 +1788,13 @@ class Search:
             return "find_node", {"target": self.lookup.target}
         return "find_workers", {"topic": self.lookup.target} | ({"after": NodeId(0)} if self.everything else {})
 
+    def next_page(self, asked: Transaction, reply: Datagram) -> Json | None:
+        """The question for a holder's next page. A list that does not advance is a lie, and not followed."""
+        after = reply.body.get("next")
+        if after is None or not reply.body["records"] or after <= asked.request.body.get("after", NodeId(0)):
+            return None
+        return {"topic": self.lookup.target, "after": after}
+
     def learned(self, records: Iterable[WorkerRecord]) -> tuple[WorkerRecord, ...]:
         """Unite an answer's records with those known; returns the new ones and the newer ones."""
         fresh = []
@@ -1785,8 +1824,158 @@ class Transaction:
     retries_left: int
 
     @property
-    def first_page(self) -> bool:
-        return bool(self.request.body.get("after", NodeId(0)) == NodeId(0))
+    def kind(self) -> str:
+        return self.request.kind
+
+    @property
+    def is_page(self) -> bool:
+        """Whether it asks for a holder's second page or a later one."""
+        return bool(self.request.body.get("after", NodeId(0)) != NodeId(0))
+
+
+class Requests:
+    """Our requests under way: sends them, repeats them with growing patience, and matches their replies.
+
+    An unanswered request is repeated REQUEST_RETRIES times, each wait twice the one before.
+    """
+
+    def __init__(self, *, codec: DatagramCodec, own: NodeId | None, rng: random.Random) -> None:
+        self.sent: Counter[str] = Counter()
+        self.out: list[tuple[bytes, Address]] = []
+        self._codec = codec
+        self._own = own
+        self._rng = rng
+        self._pending: dict[bytes, Transaction] = {}
+
+    def __iter__(self) -> Iterator[Transaction]:
+        return iter(list(self._pending.values()))
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def begin(
+        self,
+        kind: str,
+        body: Json,
+        address: Address,
+        now: float,
+        *,
+        node_id: NodeId | None = None,
+        search: Search | None = None,
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> bool:
+        """Send a request; False when too many are under way."""
+        if len(self._pending) >= MAX_TRANSACTIONS:
+            return False
+        request = Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
+        size = MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else SMALL_REQUEST_BYTES
+        data = self._codec.encode(request, pad_to=size)
+        retries = 0 if kind == "beacon" else REQUEST_RETRIES
+        transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
+        self._pending[request.transaction] = transaction
+        self.send(kind, data, address)
+        return True
+
+    def send(self, kind: str, data: bytes, address: Address) -> None:
+        self.sent[kind] += 1
+        self.out.append((data, address))
+
+    def next_due(self) -> float:
+        return min((transaction.due for transaction in self._pending.values()), default=math.inf)
+
+    def due(self, now: float) -> list[Transaction]:
+        """Those whose time is up: each is to be given to `repeat`, or to `drop` when it has no retries left."""
+        return [transaction for transaction in self._pending.values() if transaction.due <= now]
+
+    def repeat(self, transaction: Transaction, now: float) -> None:
+        transaction.retries_left -= 1
+        transaction.timeout = min(2 * transaction.timeout, MAX_REQUEST_TIMEOUT_S)
+        transaction.due = now + transaction.timeout
+        self.send(transaction.kind, transaction.data, transaction.address)
+
+    def drop(self, transaction: Transaction) -> None:
+        self._pending.pop(transaction.request.transaction, None)
+
+    def drop_kind(self, kind: str) -> None:
+        """Forget requests of a kind, so that they are not repeated."""
+        for transaction in self:
+            if transaction.kind == kind:
+                self.drop(transaction)
+
+    def drop_own(self, heard: Datagram) -> Address | None:
+        """If a request that we heard is one of ours, forget it; returns where it was sent: to ourselves."""
+        transaction = self._pending.get(heard.transaction)
+        if transaction is None or transaction.kind == "beacon":
+            return None
+        self.drop(transaction)
+        return transaction.address
+
+    def match(self, reply: Datagram, address: Address) -> Transaction | None:
+        """The request that this replies to. It is done with, unless it is a beacon, which many answer."""
+        transaction = self._pending.get(reply.transaction)
+        if transaction is None or reply.sender is None or reply.kind not in _REPLIES[transaction.kind]:
+            return None
+        if transaction.kind != "beacon":
+            if transaction.address != address:
+                return None
+            self.drop(transaction)
+        return transaction
+
+
+class Announcement:
+    """Our worker's record, who holds it, and when to tell them again."""
+
+    def __init__(self, topic: NodeId) -> None:
+        self.record: WorkerRecord | None = None
+        self.holders: dict[NodeId, tuple[Contact, bytes]] = {}  # with the token each gave us
+        self.tell_at = math.inf
+        self.search_at = -math.inf
+        self._topic = topic
+
+    def change(self, record: WorkerRecord, now: float, *, at_once: bool) -> None:
+        """Say this from now on; it is told at the next round, or now when `at_once` or new."""
+        if self.record is None or at_once:
+            self.tell_at = now
+        self.record = replace(record, address=(UNSPECIFIED, record.address[1]))
+
+    def end(self) -> list[tuple[Contact, bytes]]:
+        """Forget the record; returns those who have to be told so."""
+        told = list(self.holders.values())
+        self.record, self.tell_at, self.search_at = None, math.inf, -math.inf
+        self.holders.clear()
+        return told
+
+    def next_round(self, now: float, jitter: float) -> bool:
+        """Set the time of the next round; returns whether holders have to be looked up in this one."""
+        self.tell_at = now + ANNOUNCE_PERIOD_S * jitter
+        if self.search_at > now:
+            return False
+        self.search_at = now + HOLDER_SEARCH_PERIOD_S
+        return True
+
+    def found_holders(self, contacts: Iterable[Contact], tokens: Mapping[NodeId, bytes]) -> list[tuple[Contact, bytes]]:
+        """Take over the nodes a lookup found; returns those who do not hold the record yet."""
+        held = self.holders
+        self.holders = {c.node_id: (c, tokens[c.node_id]) for c in contacts if c.node_id in tokens}
+        if not self.holders:
+            self.search_at = -math.inf
+        return [holder for node_id, holder in self.holders.items() if node_id not in held]
+
+    def met(self, node_id: NodeId, now: float) -> None:
+        """A node was met: if it belongs among the k closest to the topic, it is told soon."""
+        farthest = max((self._topic.distance(holder) for holder in self.holders), default=0)
+        if len(self.holders) < K or self._topic.distance(node_id) < farthest:
+            self.search_soon(now)
+
+    def lost(self, node_id: NodeId) -> None:
+        """A holder did not answer: the next round looks for holders anew."""
+        if self.holders.pop(node_id, None) is not None:
+            self.search_at = -math.inf
+
+    def search_soon(self, now: float) -> None:
+        if self.record is not None:
+            self.search_at = -math.inf
+            self.tell_at = min(self.tell_at, now + ANNOUNCE_DEBOUNCE_S)
 
 
 class DhtEngine:
@@ -1799,23 +1988,20 @@ class DhtEngine:
 
     def __init__(self, *, keys: MeshKeys, own: NodeId | None, rng: random.Random, now: float) -> None:
         self.dropped: Counter[str] = Counter()
-        self.sent: Counter[str] = Counter()
-        self._keys = keys
+        self.table = RoutingTable(own if own is not None else NodeId.random(rng))
+        self._topic = keys.topic
         self._own = own
         self._rng = rng
         self._codec = DatagramCodec(keys.udp_key)
         self._limiter = RateLimiter()
-        self.table = RoutingTable(own if own is not None else NodeId.random(rng))
         self._responder = Responder(keys=keys, table=self.table, rng=rng)
-        self._pending: dict[bytes, Transaction] = {}
+        self._requests = Requests(codec=self._codec, own=own, rng=rng)
+        self._announcement = Announcement(keys.topic)
         self._searches: dict[int, Search] = {}
         self._search_count = 0
-        self._out: list[tuple[bytes, Address]] = []
         self._events: deque[Event] = deque()
         self._meeting: dict[Address, None] = {}
-        self._holders: dict[NodeId, tuple[Contact, bytes]] = {}
-        self._announce_at = math.inf
-        self._holder_search_at = -math.inf
+        self._lost: deque[Address] = deque(maxlen=MAX_LOST)
         self._refresh_at = now + REFRESH_PERIOD_S
         self._last_tick = now
         self._start_beacons(now)
@@ -1834,31 +2020,34 @@ class DhtEngine:
             return
         if datagram.kind not in REQUESTS:
             self._on_reply(datagram, address, now)
-        elif self._own is not None and datagram.sender != self._own:
+        elif self._own is None:
+            self.dropped["client"] += 1
+        elif datagram.sender == self._own:
+            self._meeting.pop(self._requests.drop_own(datagram) or BEACON, None)
+        else:
             self._on_request(datagram, address, len(data), now)
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, Address]]:
         """What has to be sent now; `BEACON` as an address means wherever peers may listen."""
-        out, self._out = self._out, []
+        out, self._requests.out = self._requests.out, []
         return out
 
     def get_timer(self) -> float:
         """When `handle_timer` wants to be called next."""
-        times = [self._beacon_at, self._announce_at, self._refresh_at]
-        times += [transaction.due for transaction in self._pending.values()]
-        times += [search.lookup.deadline for search in self._searches.values()]
-        return min(times)
+        deadlines = [search.lookup.deadline for search in self._searches.values()]
+        times = [self._beacon_at, self._announcement.tell_at, self._refresh_at, self._requests.next_due()]
+        return min(times + deadlines)
 
     def handle_timer(self, now: float) -> None:
         """Do what has come due."""
         if now - self._last_tick > SLEEP_GAP_S:
             self._woke(now)
         self._last_tick = now
-        for transaction in [t for t in self._pending.values() if t.due <= now]:
+        for transaction in self._requests.due(now):
             self._on_timeout(transaction, now)
         if self._beacon_at <= now:
             self._send_beacon(now)
-        if self._announce_at <= now:
+        if self._announcement.tell_at <= now:
             self._send_announcements(now)
         if self._refresh_at <= now:
             self._refresh(now)
@@ -1880,7 +2069,7 @@ class DhtEngine:
 
         Returns the number that the `Found` and `Finished` events of this search carry.
         """
-        return self._start_search(self._keys.topic, now, workers=True, everything=everything)
+        return self._start_search(self._topic, now, workers=True, everything=everything)
 
     def find_node(self, target: NodeId, now: float) -> int:
         """Search for the k nodes closest to `target`; its end is a `Finished` event with this number."""
@@ -1888,28 +2077,28 @@ class DhtEngine:
 
     def announce(self, record: WorkerRecord, now: float, *, at_once: bool = False) -> None:
         """Say what is told of our worker from now on; it is told every 10 s, or now when `at_once`."""
-        first = self._responder.own_record is None
-        self._responder.own_record = replace(record, address=(UNSPECIFIED, record.address[1]))
-        self._responder.store.put(self._keys.topic, self._responder.own_record, now)
-        if first or at_once:
-            self._announce_at = now
+        self._announcement.change(record, now, at_once=at_once)
+        self._hold_own_record(now)
 
     def withdraw(self, now: float) -> None:
         """Take our record back from everyone who holds it."""
-        if self._responder.own_record is None or self._own is None:
+        if self._announcement.record is None or self._own is None:
             return
+        self._requests.drop_kind("announce")
+        self._responder.store.remove(self._topic, self._own)
+        for contact, token in self._announcement.end():
+            self._request("withdraw", {"topic": self._topic, "token": token}, contact.address, now, contact.node_id)
         self._responder.own_record = None
-        self._responder.store.remove(self._keys.topic, self._own)
-        self._announce_at = math.inf
-        for contact, token in self._holders.values():
-            body = {"topic": self._keys.topic, "token": token}
-            self._request("withdraw", body, contact.address, now, contact.node_id)
-        self._holders.clear()
 
     @property
     def settled(self) -> bool:
         """Whether no request waits for its reply, beacons apart."""
-        return all(transaction.request.kind == "beacon" for transaction in self._pending.values())
+        return all(transaction.kind == "beacon" for transaction in self._requests)
+
+    @property
+    def sent(self) -> Mapping[str, int]:
+        """Datagrams sent so far, by type."""
+        return self._requests.sent
 
     # --- Requests of others ---
 
@@ -1917,18 +2106,18 @@ class DhtEngine:
         # The reply's fixed part is measured with empty lists, so that what is left is exact.
         widest = {"nodes": (), "records": (), "total": 0xFFFFFFFF, "token": bytes(TOKEN_BYTES), "next": NodeId(0)}
         fixed = len(self._codec.encode(Datagram("workers", request.transaction, self._own, widest)))
-        kind, body = self._responder.answer(request, address, size - fixed, now)
+        kind, body = self._responder.answer(request, address, max(0, size - fixed), now)
         reply = self._codec.encode(Datagram(kind, request.transaction, self._own, body))
         if len(reply) > size:
             self.dropped["unpadded"] += 1
             return
-        self._send(kind, reply, address)
+        self._requests.send(kind, reply, address)
         if request.sender is not None and self.table.wants(request.sender):
             self._verify(Contact(request.sender, address), now)
 
     def _verify(self, contact: Contact, now: float) -> None:
         """Ask a node that we only heard from to answer, unless that was just done."""
-        asked = [t for t in self._pending.values() if t.request.kind == "ping"]
+        asked = [transaction for transaction in self._requests if transaction.kind == "ping"]
         if len(asked) < MAX_UNVERIFIED and all(t.address != contact.address for t in asked):
             self._request("ping", {}, contact.address, now, contact.node_id)
 
@@ -1943,22 +2132,12 @@ class DhtEngine:
         node_id: NodeId | None = None,
         search: Search | None = None,
     ) -> None:
-        if len(self._pending) >= MAX_TRANSACTIONS:
-            self.dropped["transactions"] += 1
-            return
-        request = Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
-        size = MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else SMALL_REQUEST_BYTES
-        data = self._codec.encode(request, pad_to=size)
         timeout = LOOKUP_DEADLINE_S if kind == "beacon" else self._timeout(node_id)
-        retries = 0 if kind == "beacon" else REQUEST_RETRIES
-        self._pending[request.transaction] = Transaction(
-            request, data, address, node_id, search, now, timeout, now + timeout, retries
-        )
-        self._send(kind, data, address)
-
-    def _send(self, kind: str, data: bytes, address: Address) -> None:
-        self.sent[kind] += 1
-        self._out.append((data, address))
+        begun = self._requests.begin(kind, body, address, now, node_id=node_id, search=search, timeout=timeout)
+        if not begun:
+            self.dropped["transactions"] += 1
+            if search is not None and node_id is not None:
+                self._gave_up(search, node_id, page=body.get("after", NodeId(0)) != NodeId(0))
 
     def _timeout(self, node_id: NodeId | None) -> float:
         node = self.table.get(node_id) if node_id is not None else None
@@ -1968,74 +2147,76 @@ class DhtEngine:
 
     def _on_timeout(self, transaction: Transaction, now: float) -> None:
         search, node_id = transaction.search, transaction.node_id
-        if transaction.retries_left:
-            transaction.retries_left -= 1
-            transaction.due = now + transaction.timeout
-            self._send(transaction.request.kind, transaction.data, transaction.address)
+        if search is not None and search.number not in self._searches:
+            self._requests.drop(transaction)  # nobody waits for it any more
+        elif transaction.retries_left:
+            self._requests.repeat(transaction, now)
             if search is not None and node_id is not None:
                 search.lookup.slow(node_id)
                 self._advance(search, now)
-            return
-        del self._pending[transaction.request.transaction]
-        if node_id is not None:
-            self.table.failed(node_id)
-            self._holders.pop(node_id, None)
-        if search is not None and node_id is not None:
-            self._gave_up(search, transaction, node_id, now)
-
-    def _gave_up(self, search: Search, transaction: Transaction, node_id: NodeId, now: float) -> None:
-        if transaction.first_page:
-            search.lookup.failed(node_id)
         else:
+            self._requests.drop(transaction)
+            if node_id is not None:
+                self._unanswered(node_id)
+            if search is not None and node_id is not None:
+                self._gave_up(search, node_id, page=transaction.is_page)
+                self._advance(search, now)
+
+    def _unanswered(self, node_id: NodeId) -> None:
+        node = self.table.get(node_id)
+        if self.table.failed(node_id) and node is not None:
+            self._lost.append(node.contact.address)
+        self._announcement.lost(node_id)
+
+    @staticmethod
+    def _gave_up(search: Search, node_id: NodeId, *, page: bool) -> None:
+        if page:
             search.pages_open -= 1
-        self._advance(search, now)
+        else:
+            search.lookup.failed(node_id)
 
     def _on_reply(self, reply: Datagram, address: Address, now: float) -> None:
-        transaction = self._pending.get(reply.transaction)
-        if transaction is None or reply.sender is None or reply.kind not in _REPLIES[transaction.request.kind]:
+        transaction = self._requests.match(reply, address)
+        if transaction is None or reply.sender is None:
             self.dropped["stray"] += 1
             return
-        beacon = transaction.request.kind == "beacon"
-        if not beacon and transaction.address != address:
-            self.dropped["stray"] += 1
-            return
-        if not beacon:  # a beacon may be answered by many
-            del self._pending[reply.transaction]
         if reply.sender == self._own:
-            self._meeting.pop(address, None)
             return
         self._answered(Contact(reply.sender, address), transaction, now)
         if transaction.node_id is not None and transaction.node_id != reply.sender:
-            self._changed_identity(transaction, now)
+            self._changed_identity(transaction, transaction.node_id, now)
         else:
             _REPLY_HANDLERS[reply.kind](self, reply, address, transaction, now)
 
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
         self._meeting.pop(contact.address, None)
+        known = self.table.get(contact.node_id)
+        if known is not None and not _may_tell(contact.address, known.contact.address):
+            contact = known.contact  # met on the loopback too: the address that others can use is kept
         was_empty = not len(self.table)
         joined = self.table.answered(contact, now)
         node = self.table.get(contact.node_id)
-        if node is not None and transaction.retries_left == REQUEST_RETRIES:
-            node.measured(now - transaction.sent_at)  # a retried request's reply is ambiguous (Karn)
-        if not joined:
-            return
+        if node is not None:
+            node.measured(now - transaction.sent_at, exact=transaction.retries_left == REQUEST_RETRIES)
+        if joined:
+            self._joined(contact, now, first=was_empty)
+
+    def _joined(self, contact: Contact, now: float, *, first: bool) -> None:
         self._events.append(Joined(contact))
         if self._own is None:
             return
-        if was_empty:
+        if first:
             self._start_search(self._own, now, purpose=SearchPurpose.TABLE)
-        if self._responder.own_record is not None and self._would_hold(contact.node_id):
-            self._holder_search_at = -math.inf
-            self._announce_at = min(self._announce_at, now + ANNOUNCE_DEBOUNCE_S)
+        self._announcement.met(contact.node_id, now)
 
-    def _changed_identity(self, transaction: Transaction, now: float) -> None:
+    def _changed_identity(self, transaction: Transaction, expected: NodeId, now: float) -> None:
         """Another node answers where one was expected: that one is gone."""
-        assert transaction.node_id is not None
         self.dropped["identity"] += 1
-        self.table.failed(transaction.node_id)
-        self._holders.pop(transaction.node_id, None)
+        self.table.remove(expected)
+        self._announcement.lost(expected)
         if transaction.search is not None:
-            self._gave_up(transaction.search, transaction, transaction.node_id, now)
+            self._gave_up(transaction.search, expected, page=transaction.is_page)
+            self._advance(transaction.search, now)
 
     def _on_pong(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
         if "record" in reply.body:
@@ -2053,29 +2234,31 @@ class DhtEngine:
         self._advance(search, now)
 
     def _on_workers(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
-        search = transaction.search
-        if search is None:
-            return
+        search, sender = transaction.search, reply.sender
+        if search is None or sender is None or search.number not in self._searches:
+            return  # it has ended; this answer came too late
         told = [record for record in reply.body["records"] if _may_tell(record.address, address)]
         fresh = search.learned(_located(record, address) for record in told)
         if fresh:
             self._events.append(Found(search.number, fresh))
-        if not transaction.first_page:
+        if transaction.is_page:
             search.pages_open -= 1
-        if "next" in reply.body and len(search.records) < reply.body["total"]:
+        question = search.next_page(transaction, reply)
+        if question is not None:
             search.pages_open += 1
-            question = {"topic": search.lookup.target, "after": reply.body["next"]}
-            self._ask(search, Contact(reply.sender or NodeId(0), address), "find_workers", question, now)
+            self._ask(search, Contact(sender, address), "find_workers", question, now)
         self._on_nodes(reply, address, transaction, now)
 
     def _on_ok(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
-        if "token" in reply.body and reply.sender is not None:
-            self._holders[reply.sender] = (Contact(reply.sender, address), reply.body["token"])
+        if reply.sender in self._announcement.holders and "token" in reply.body:
+            self._announcement.holders[reply.sender] = (Contact(reply.sender, address), reply.body["token"])
 
     def _on_error(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
         self.dropped[f"refused_{reply.body['code']}"] += 1
-        if reply.sender is not None:
-            self._holders.pop(reply.sender, None)
+        if reply.sender is not None and transaction.kind == "announce":
+            self._announcement.lost(reply.sender)
+            if reply.body["code"] == "token":  # it has started anew, or we come late
+                self._announcement.search_soon(now)
 
     # --- Searches ---
 
@@ -2098,7 +2281,7 @@ class DhtEngine:
 
     def _advance(self, search: Search, now: float) -> None:
         if search.number not in self._searches:
-            return  # it has ended; this answer came too late
+            return
         for contact in search.lookup.next_to_ask():
             self._ask(search, contact, *search.question(), now)
         self._finish_searches(now)
@@ -2110,40 +2293,34 @@ class DhtEngine:
     def _finish_searches(self, now: float) -> None:
         for search in [search for search in self._searches.values() if search.ended(now)]:
             del self._searches[search.number]
-            contacts, records = tuple(search.lookup.closest()), tuple(search.records.values())
+            contacts = tuple(search.lookup.closest())
             if search.purpose is SearchPurpose.HOLDERS:
-                self._found_holders(search, contacts, now)
+                for contact, token in self._announcement.found_holders(contacts, search.tokens):
+                    self._announce_to(contact, token, now)
             elif search.purpose is SearchPurpose.OWNER:
+                records = tuple(search.records.values())
                 event = Finished(search.number, contacts, records, search.lookup.hops, search.requests)
                 self._events.append(event)
 
     # --- Our announcement ---
 
-    def _would_hold(self, node_id: NodeId) -> bool:
-        """Whether a node is among the k closest to the topic, as far as we know."""
-        topic = self._keys.topic
-        farthest = max((topic.distance(holder) for holder in self._holders), default=0)
-        return len(self._holders) < K or topic.distance(node_id) < farthest
+    def _hold_own_record(self, now: float) -> None:
+        self._responder.own_record = record = self._announcement.record
+        if record is not None:
+            self._responder.store.put(self._topic, record, now)
 
     def _send_announcements(self, now: float) -> None:
-        period = ANNOUNCE_PERIOD_S * self._rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
-        self._announce_at = now + period
-        if self._holder_search_at <= now:
-            self._holder_search_at = now + HOLDER_SEARCH_PERIOD_S
-            self._start_search(self._keys.topic, now, purpose=SearchPurpose.HOLDERS)
-        for contact, token in self._holders.values():
+        self._hold_own_record(now)
+        self._requests.drop_kind("announce")  # what is not answered yet is out of date
+        jitter = self._rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
+        if self._announcement.next_round(now, jitter):
+            self._start_search(self._topic, now, purpose=SearchPurpose.HOLDERS)
+        for contact, token in self._announcement.holders.values():
             self._announce_to(contact, token, now)
 
-    def _found_holders(self, search: Search, contacts: Sequence[Contact], now: float) -> None:
-        held = set(self._holders)
-        self._holders = {c.node_id: (c, search.tokens[c.node_id]) for c in contacts if c.node_id in search.tokens}
-        for node_id, (contact, token) in self._holders.items():
-            if node_id not in held:
-                self._announce_to(contact, token, now)
-
     def _announce_to(self, contact: Contact, token: bytes, now: float) -> None:
-        body = {"topic": self._keys.topic, "token": token, "record": self._responder.own_record}
-        if self._responder.own_record is not None:
+        if self._announcement.record is not None:
+            body = {"topic": self._topic, "token": token, "record": self._announcement.record}
             self._request("announce", body, contact.address, now, contact.node_id)
 
     # --- Beacons and upkeep ---
@@ -2153,18 +2330,26 @@ class DhtEngine:
         self._beacon_at = self._beacons.popleft()
 
     def _send_beacon(self, now: float) -> None:
-        self._request("beacon", {"topic": self._keys.topic}, BEACON, now)
-        for address in list(self._meeting):
-            if all(transaction.address != address for transaction in self._pending.values()):
-                self._request("ping", {}, address, now)
+        self._request("beacon", {"topic": self._topic}, BEACON, now)
+        self._ping_unless_asked([*self._meeting, *(self._lost if not len(self.table) else ())], now)
+        while self._beacons and self._beacons[0] <= now:
+            self._beacons.popleft()
         self._beacon_at = self._beacons.popleft() if self._beacons else now + BEACON_PERIOD_S
 
+    def _ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
+        asked = {transaction.address for transaction in self._requests}
+        for address in dict.fromkeys(addresses):
+            if address not in asked:
+                self._request("ping", {}, address, now)
+
     def _refresh(self, now: float) -> None:
+        """Ask those who were silent whether they live, those who were lost whether they are back."""
         self._refresh_at = now + REFRESH_PERIOD_S
         if self._own is None:
             return
         for contact in self.table.silent_since(now - REFRESH_PERIOD_S)[:K]:
             self._request("ping", {}, contact.address, now, contact.node_id)
+        self._ping_unless_asked(self._lost, now)
         self._start_search(self._own, now, purpose=SearchPurpose.TABLE)
 
     def _woke(self, now: float) -> None:
@@ -2172,8 +2357,7 @@ class DhtEngine:
         self._start_beacons(now)
         for contact in list(self.table)[:MAX_UNVERIFIED]:
             self._request("ping", {}, contact.address, now, contact.node_id)
-        if self._responder.own_record is not None:
-            self._holder_search_at, self._announce_at = -math.inf, now
+        self._announcement.search_soon(now)
 
 
 _REPLY_HANDLERS: Final = {
@@ -4401,6 +4585,7 @@ class Worker:
         self._next_ticket = 0
         self._started = time.monotonic()
         self._remember_at = 0.0
+        self._stamp = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._resources = contextlib.AsyncExitStack()
@@ -4506,10 +4691,11 @@ class Worker:
 
     def _record(self, health: HealthReport) -> WorkerRecord:
         model = self.engine.plan.model
+        self._stamp = max(self._stamp, int(time.time()))  # a clock that is set back must not make us old
         return WorkerRecord(
             worker_id=self.worker_id,
             address=(UNSPECIFIED, self.address[1]),
-            stamp=int(time.time()) % (1 << 32),
+            stamp=self._stamp,
             score=round(health.score),
             state=health.state,
             free_slots=min(255, max(0, self.engine.plan.slots - len(self._jobs))),

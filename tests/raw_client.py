@@ -1,0 +1,108 @@
+"""A client of the TCP port that can break every rule: bytes out, frames in, with a deadline on every wait."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+from loop import PATIENCE_S
+
+import qmesh
+
+
+def frame(payload: bytes) -> bytes:
+    """Any bytes, with a true length before them."""
+    return struct.pack(">I", len(payload)) + payload
+
+
+class RawClient:
+    """One connection. Nothing is sent but what is asked for; nothing that comes is dropped."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._frames = qmesh.FrameReader(limit=qmesh.MAX_FRAME_BYTES)
+
+    async def send(self, body: qmesh.Json) -> None:
+        await self.send_bytes(qmesh.encode_frame(body))
+
+    async def send_bytes(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def send_byte_by_byte(self, data: bytes) -> None:
+        for at in range(len(data)):
+            await self.send_bytes(data[at : at + 1])
+            await asyncio.sleep(0)  # the other side reads along
+
+    async def greet(self) -> qmesh.Json:
+        """Say hello; returns what the other side says to it."""
+        await self.send(qmesh.greeting("hello", qmesh.NodeId.from_bytes(secrets.token_bytes(32))))
+        return await self.receive()
+
+    async def receive(self) -> qmesh.Json:
+        """The next frame; it must come."""
+        body = await self._next()
+        assert body is not None, "the other side closed without a word"
+        return body
+
+    async def closed(self) -> None:
+        """Wait for the end, before which nothing more may come."""
+        body = await self._next()
+        assert body is None, f"this came instead of the end: {body}"
+
+    def send_no_more(self) -> None:
+        """Close this side only, as a sender that was cut off does."""
+        self._writer.write_eof()
+
+    def abort(self) -> None:
+        """Vanish, as a process that is killed does."""
+        self._writer.transport.abort()
+
+    async def _next(self) -> qmesh.Json | None:
+        async with asyncio.timeout(PATIENCE_S):
+            while (body := self._frames.read()) is None:
+                with contextlib.suppress(ConnectionResetError):  # an end is an end
+                    if data := await self._reader.read(qmesh.READ_BYTES):
+                        self._frames.feed(data)
+                        continue
+                assert not self._frames.pending, "the other side closed in the middle of a frame"
+                return None
+            return body
+
+    async def ask(self, request_id: str, **fields: Any) -> None:
+        """Send a prompt; with no other text it is one that a small model goes on with for ever."""
+        text = {} if "prompt" in fields or "messages" in fields else {"prompt": "1 2 3 4 5 6 7 8 9 10 11"}
+        await self.send({"type": "prompt", "request_id": request_id, **text, **fields})
+
+    async def receive_kind(self, kind: str, request_id: str | None = None) -> qmesh.Json:
+        """The next frame of this type, and of this request if one is named; others are passed over."""
+        while True:
+            body = await self.receive()
+            if body["type"] == kind and request_id in (None, body.get("request_id")):
+                return body
+
+    async def status(self) -> qmesh.Json:
+        await self.send({"type": "status"})
+        return await self.receive_kind("status_response")
+
+
+@contextlib.asynccontextmanager
+async def connected(address: qmesh.Address, *, greeted: bool = True) -> AsyncIterator[RawClient]:
+    """A connection that is closed at the end, and has greeted unless it is not to."""
+    async with asyncio.timeout(PATIENCE_S):
+        reader, writer = await asyncio.open_connection(*address)
+    client = RawClient(reader, writer)
+    try:
+        if greeted:
+            welcome = await client.greet()
+            assert welcome["type"] == "welcome", welcome
+        yield client
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()

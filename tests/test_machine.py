@@ -1,0 +1,462 @@
+"""Section 12: one identity per host and instance, files that survive damage, and figures of this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import harness
+import psutil
+import pytest
+
+import qmesh
+from qmesh import NodeId, StateDirectory, SystemMonitor, UsageError
+
+LAB = ("10.0.0.1", 47475)
+HOME = ("192.168.1.7", 4000)
+LINK = ("fe80::1%eth0", 47475)
+
+# Claims an instance in a process of its own, says which, and holds it until it is ended.
+HOLDER = """
+import sys, qmesh
+from pathlib import Path
+state = qmesh.StateDirectory.claim(Path(sys.argv[1]))
+print(state.path.name, state.worker_id(), flush=True)
+sys.stdin.read()
+"""
+
+
+def run_python(code: str, *arguments: object) -> str:
+    """What the code prints in a process of its own; it must succeed."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT, timeout=60, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout + finished.stderr
+
+
+# --- Where state is kept ---
+
+
+@pytest.mark.parametrize(
+    ("system", "environ", "expected"),
+    [
+        ("linux", {"HOME": "/home/a"}, "/home/a/.local/state/qmesh"),
+        ("linux", {"HOME": "/home/a", "XDG_STATE_HOME": ""}, "/home/a/.local/state/qmesh"),
+        ("linux", {"HOME": "/home/a", "XDG_STATE_HOME": "/state"}, "/state/qmesh"),
+        ("linux", {"XDG_STATE_HOME": "/state"}, "/state/qmesh"),
+        ("freebsd14", {"HOME": "/home/a"}, "/home/a/.local/state/qmesh"),
+        ("darwin", {"HOME": "/Users/a"}, "/Users/a/Library/Application Support/qmesh"),
+        ("darwin", {"HOME": "/Users/a", "XDG_STATE_HOME": "/x"}, "/Users/a/Library/Application Support/qmesh"),
+        ("win32", {"USERPROFILE": "/Users/a", "LOCALAPPDATA": "/Local"}, "/Local/qmesh"),
+        ("win32", {"USERPROFILE": "/Users/a"}, "/Users/a/AppData/Local/qmesh"),
+        ("win32", {"HOME": "/git", "LOCALAPPDATA": "/Local"}, "/Local/qmesh"),
+    ],
+)
+def test_each_platform_has_its_own_place_for_state(
+    monkeypatch: pytest.MonkeyPatch, system: str, environ: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    assert qmesh.default_state_dir(environ) == Path(expected)
+
+
+@pytest.mark.parametrize(
+    ("host", "folder"),
+    [
+        ("lab-3", "lab-3"),
+        ("lab-3.example.org", "lab-3.example.org"),
+        ("büro 1", "b_ro_1"),
+        ("../etc", "_etc"),
+        ("a/b\\c", "a_b_c"),
+        ("..", "localhost"),
+        ("", "localhost"),
+        (".hidden", "hidden"),
+        ("nul\0", "nul_"),
+    ],
+)
+def test_state_belongs_to_a_host_whose_name_cannot_lead_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str, folder: str
+) -> None:
+    monkeypatch.setattr("platform.node", lambda: host)
+    assert qmesh.host_state_dir(str(tmp_path), {}) == tmp_path / folder
+
+
+def test_the_platform_decides_where_no_state_directory_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "lab-3")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert qmesh.host_state_dir(None, {"XDG_STATE_HOME": "/state"}) == Path("/state/qmesh/lab-3")
+
+
+# --- Instances and their ids ---
+
+
+@pytest.fixture
+def claim(tmp_path: Path) -> Iterator[Callable[[], StateDirectory]]:
+    """Claims an instance of this test's host directory; all are released at the end."""
+    claimed: list[StateDirectory] = []
+
+    def claim() -> StateDirectory:
+        claimed.append(StateDirectory.claim(tmp_path / "host"))
+        return claimed[-1]
+
+    yield claim
+    for state in claimed:
+        state.release()
+
+
+def test_two_instances_have_two_directories_and_two_ids(claim: Callable[[], StateDirectory]) -> None:
+    first, second = claim(), claim()
+    assert first.path != second.path
+    assert first.worker_id() != second.worker_id()
+
+
+def test_an_instance_keeps_its_id(claim: Callable[[], StateDirectory]) -> None:
+    first = claim()
+    worker_id = first.worker_id()
+    assert first.worker_id() == worker_id
+    first.release()
+    again = claim()
+    assert (again.path, again.worker_id()) == (first.path, worker_id)
+
+
+def test_the_id_stands_in_a_file_that_people_can_read(claim: Callable[[], StateDirectory]) -> None:
+    state = claim()
+    worker_id = state.worker_id()
+    assert (state.path / "worker-id.txt").read_text("ascii") == f"{worker_id}\n"
+
+
+def test_a_released_instance_is_taken_before_a_new_one(claim: Callable[[], StateDirectory]) -> None:
+    first, second = claim(), claim()
+    first.release()
+    assert claim().path == first.path
+    assert claim().path not in (first.path, second.path)
+
+
+def test_another_process_gets_another_instance_and_its_death_frees_it(claim: Callable[[], StateDirectory]) -> None:
+    own = claim()
+    command = [sys.executable, "-c", HOLDER, str(own.path.parent)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=harness.ROOT
+    ) as holder:
+        try:
+            assert holder.stdout is not None
+            name, other_id = holder.stdout.readline().split()
+            third = claim()
+        finally:
+            holder.kill()
+    assert len({own.path.name, name, third.path.name}) == 3
+    assert len({str(own.worker_id()), other_id, str(third.worker_id())}) == 3
+    successor = claim()
+    assert (successor.path.name, str(successor.worker_id())) == (name, other_id)
+
+
+def test_there_is_an_end_to_the_instances_of_one_machine(
+    monkeypatch: pytest.MonkeyPatch, claim: Callable[[], StateDirectory]
+) -> None:
+    monkeypatch.setattr(qmesh, "MAX_INSTANCES", 2)
+    claim(), claim()
+    with pytest.raises(UsageError, match="2 workers run on this machine already"):
+        claim()
+
+
+def test_a_folder_copied_to_another_host_makes_another_identity(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def identity(root: Path, host: str) -> NodeId:
+        monkeypatch.setattr("platform.node", lambda: host)
+        state = StateDirectory.claim(qmesh.host_state_dir(str(root), {}))
+        try:
+            return state.worker_id()
+        finally:
+            state.release()
+
+    original = identity(tmp_path / "a", "lab-1")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert identity(tmp_path / "b", "lab-2") != original
+    assert identity(tmp_path / "a", "lab-1") == original
+
+
+DAMAGED_IDS = [b"", b"\n", b"00ff", b"z" * 64, b"A" * 64, b"0" * 63, b"0" * 65, b"\xff" * 64, bytes(64)]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_IDS)
+def test_a_damaged_id_is_kept_aside_renewed_and_spoken_of(
+    claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    state = claim()
+    path = state.path / "worker-id.txt"
+    path.write_bytes(damage)
+    with caplog.at_level(logging.WARNING, "qmesh"):
+        renewed = state.worker_id()
+    assert (state.path / "worker-id.txt.unusable").read_bytes() == damage
+    assert str(path) in caplog.text
+    assert state.worker_id() == renewed
+
+
+def test_an_id_that_is_no_file_is_kept_aside_and_renewed(claim: Callable[[], StateDirectory]) -> None:
+    state = claim()
+    (state.path / "worker-id.txt").mkdir()
+    renewed = state.worker_id()
+    assert (state.path / "worker-id.txt.unusable").is_dir()
+    assert state.worker_id() == renewed
+
+
+def test_blanks_around_an_id_do_no_harm(claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture) -> None:
+    state = claim()
+    (state.path / "worker-id.txt").write_bytes(b" " + b"0a" * 32 + b"\r\n")
+    assert str(state.worker_id()) == "0a" * 32
+    assert not caplog.records
+
+
+# --- Places that cannot be written ---
+
+
+def test_a_state_directory_below_a_file_is_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UsageError, match="--state-dir") as caught:
+        StateDirectory.claim(tmp_path / "file" / "host")
+    assert str(tmp_path / "file" / "host") in str(caught.value)
+
+
+def test_a_file_in_an_instances_place_is_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
+    (tmp_path / "0").write_text("in the way")
+    with pytest.raises(UsageError, match="--state-dir"):
+        StateDirectory.claim(tmp_path)
+
+
+def test_an_id_that_cannot_be_written_is_refused_with_the_flag_that_mends_it(
+    claim: Callable[[], StateDirectory],
+) -> None:
+    state = claim()
+    shutil.rmtree(state.path)
+    with pytest.raises(UsageError, match="--state-dir"):
+        state.worker_id()
+
+
+def test_clients_remember_nothing_where_nothing_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    state = StateDirectory.of_client(tmp_path / "file")
+    state.remember([LAB])
+    assert state.peers() == []
+    assert qmesh.remembered_peers(tmp_path / "file") == []
+
+
+# --- Atomic writes ---
+
+
+def test_an_atomic_write_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    qmesh.write_atomically(path, b"old")
+    qmesh.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    qmesh.write_atomically(path, b"old")
+    with path.open("rb") as reader:
+        qmesh.write_atomically(path, b"new")
+        assert reader.read() == b"old"
+
+
+WRITE_TOO_MUCH = """
+import pathlib, resource, sys, qmesh
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    qmesh.write_atomically(pathlib.Path(sys.argv[1]), b"new" * 100)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.write_bytes(b"old")
+    assert run_python(WRITE_TOO_MUCH, path) == "File too large\n"
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replacement_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(OSError, match="folder"):
+        qmesh.write_atomically(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- Remembered peers ---
+
+
+def addresses(count: int, start: int = 0) -> list[qmesh.Address]:
+    return [(f"10.0.{number // 250}.{number % 250}", 1 + number) for number in range(start, start + count)]
+
+
+def test_peers_are_remembered_in_their_order(claim: Callable[[], StateDirectory]) -> None:
+    state = claim()
+    state.remember([LAB, LINK, HOME])
+    assert state.peers() == [LAB, LINK, HOME]
+    state.remember([HOME])
+    assert state.peers() == [HOME]
+
+
+def test_an_instance_that_met_nobody_remembers_nobody(
+    claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert claim().peers() == []
+    assert not caplog.records
+
+
+def test_only_so_many_peers_are_remembered(claim: Callable[[], StateDirectory]) -> None:
+    state = claim()
+    state.remember(addresses(1000))
+    assert state.peers() == addresses(qmesh.MAX_REMEMBERED_PEERS)
+
+
+def test_only_so_many_peers_are_read(claim: Callable[[], StateDirectory]) -> None:
+    state = claim()
+    lines = [f'"{host}:{port}"' for host, port in addresses(1000)]
+    (state.path / "peers.json").write_text(f"[{', '.join(lines)}]")
+    assert state.peers() == addresses(qmesh.MAX_REMEMBERED_PEERS)
+
+
+DAMAGED_PEERS = [
+    b"",
+    b"{",
+    b"null",
+    b"7",
+    b"[7]",
+    b"[null]",
+    b'"10.0.0.1:1"',
+    b'["10.0.0.1"]',
+    b'["10.0.0.1:0"]',
+    b'["10.0.0.1:65536"]',
+    b'["host:80"]',
+    b'["10.0.0.1:1", "::"]',
+    b'[["10.0.0.1", 1]]',
+    b'["\\ud800:1"]',
+    b"\xff\xfe",
+    b"9" * 5000,
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PEERS, ids=lambda damage: repr(damage[:20]))
+def test_damaged_peers_are_kept_aside_forgotten_and_spoken_of(
+    claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    state = claim()
+    path = state.path / "peers.json"
+    path.write_bytes(damage)
+    with caplog.at_level(logging.WARNING, "qmesh"):
+        assert state.peers() == []
+    assert (state.path / "peers.json.unusable").read_bytes() == damage
+    assert str(path) in caplog.text
+    state.remember([LAB])
+    assert state.peers() == [LAB]
+
+
+def test_all_clients_of_a_host_share_what_they_remember(tmp_path: Path) -> None:
+    StateDirectory.of_client(tmp_path / "host").remember([LAB])
+    assert StateDirectory.of_client(tmp_path / "host").peers() == [LAB]
+
+
+def test_a_host_remembers_the_peers_of_all_its_instances_once(claim: Callable[[], StateDirectory]) -> None:
+    first, second = claim(), claim()
+    first.remember([LAB, HOME])
+    second.remember([HOME, LINK])
+    StateDirectory.of_client(first.path.parent).remember([LAB, ("10.0.0.9", 9)])
+    found = qmesh.remembered_peers(first.path.parent)
+    assert sorted(found) == sorted([LAB, HOME, LINK, ("10.0.0.9", 9)])
+
+
+def test_a_host_remembers_only_so_many_peers(claim: Callable[[], StateDirectory]) -> None:
+    first, second = claim(), claim()
+    first.remember(addresses(50))
+    second.remember(addresses(50, start=50))
+    found = qmesh.remembered_peers(first.path.parent)
+    assert len(found) == len(set(found)) == qmesh.MAX_REMEMBERED_PEERS
+    assert set(found) <= set(addresses(100))
+
+
+def test_one_damaged_file_does_not_cost_the_others(claim: Callable[[], StateDirectory]) -> None:
+    first, second = claim(), claim()
+    (first.path / "peers.json").write_bytes(b"{")
+    second.remember([LAB])
+    assert qmesh.remembered_peers(first.path.parent) == [LAB]
+
+
+# --- Processor and memory ---
+
+
+def test_samples_are_percentages() -> None:
+    monitor = SystemMonitor()
+    assert all(0 <= figure <= 100 for _ in range(3) for figure in monitor.sample())
+
+
+def test_memory_is_in_use_and_free() -> None:
+    monitor = SystemMonitor()
+    assert 0 < monitor.sample()[1] < 100
+    assert 0 < monitor.free_memory_bytes() < psutil.virtual_memory().total
+
+
+def test_there_is_a_core_and_not_more_than_the_system_counts() -> None:
+    assert 1 <= SystemMonitor().physical_cores() <= (os.cpu_count() or 1)
+
+
+LOWER = """
+import psutil, qmesh
+before = psutil.Process().nice()
+qmesh.SystemMonitor().lower_priority(before + 3)
+print(psutil.Process().nice() - before)
+"""
+
+# Nobody (65534) may not raise a priority; a test that runs as root becomes nobody first.
+RAISE = """
+import logging, os, qmesh
+logging.basicConfig(format="%(message)s")
+monitor = qmesh.SystemMonitor()
+if os.getuid() == 0:
+    os.setuid(65534)
+monitor.lower_priority(-20)
+"""
+
+
+def test_a_worker_lets_everything_else_go_first() -> None:
+    assert run_python(LOWER) == "3\n"
+
+
+def test_a_priority_that_the_system_refuses_is_spoken_of_and_nothing_more() -> None:
+    assert run_python(RAISE).startswith("the priority cannot be set to -20: ")
+
+
+# --- What is missing ---
+
+
+@pytest.mark.parametrize("use", [qmesh.load_psutil, SystemMonitor])
+def test_without_psutil_the_command_that_installs_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, use: Callable[[], object]
+) -> None:
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(qmesh.MissingPackage) as caught:
+        use()
+    command = f'{sys.executable} -m pip install "psutil"'
+    assert str(caught.value) == f"psutil is not installed here; install it with: {command}"
+
+
+@pytest.mark.parametrize("interpreter", ["/usr/bin/python3", "/opt/my tools/bin/python3"])
+def test_an_install_command_can_be_pasted_into_a_shell(monkeypatch: pytest.MonkeyPatch, interpreter: str) -> None:
+    monkeypatch.setattr(sys, "executable", interpreter)
+    words = shlex.split(qmesh.install_command("name>=1,<2"))
+    assert words == [interpreter, "-m", "pip", "install", "name>=1,<2"]
+
+
+def test_an_interpreter_that_does_not_know_its_path_is_called_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "")
+    assert qmesh.install_command("psutil") == 'python -m pip install "psutil"'

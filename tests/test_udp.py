@@ -1,0 +1,340 @@
+"""Section 15, UDP shell: real nodes on the loopback that find each other, bind, and part."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+from loop import PATIENCE_S, in_a_loop
+
+import qmesh
+from qmesh import LOOPBACK, Address, Event, Finished, Found, Joined, NodeId, UdpNode, UsageError, WorkerRecord
+
+NOT_OURS = "192.0.2.1"  # of the range for documentation (RFC 5737): an address of no machine
+KINDS = [socket.SOCK_DGRAM, socket.SOCK_STREAM]
+
+
+class Peer:
+    """A node, its id, and the events that it told its owner, in order."""
+
+    def __init__(self, topic: str, node_id: NodeId | None) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self._node_id = node_id
+        now = asyncio.get_running_loop().time()
+        self.engine = qmesh.DhtEngine(
+            keys=qmesh.MeshKeys.derive(topic), own=node_id, rng=random.Random(secrets.randbits(64)), now=now
+        )
+        self.node: UdpNode
+
+    @property
+    def node_id(self) -> NodeId:
+        assert self._node_id is not None, "a client has no id"
+        return self._node_id
+
+    @property
+    def known(self) -> set[NodeId]:
+        return {contact.node_id for contact in self.engine.table}
+
+    def meet(self, *addresses: Address) -> None:
+        self.node.run(lambda engine, now: engine.meet(addresses, now))
+
+    def announce(self, tcp_port: int) -> None:
+        record = WorkerRecord(
+            self.node_id, (qmesh.UNSPECIFIED, tcp_port), 1, 90, qmesh.HealthState.HEALTHY, 4, "tiny", bytes(8)
+        )
+        self.node.run(lambda engine, now: engine.announce(record, now))
+
+    async def until(self, wanted: Callable[[Event], bool]) -> Event:
+        """The next event of this kind; others are passed over."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not wanted(event := await self.events.get()):
+                pass
+            return event
+
+    async def joins(self, *others: Peer) -> None:
+        """Wait until these have entered the table."""
+        while not {other.node_id for other in others} <= self.known:
+            await self.until(lambda event: isinstance(event, Joined))
+
+    async def search(self) -> list[WorkerRecord]:
+        """One search for workers, to its end."""
+        number = self.node.run(lambda engine, now: engine.find_workers(now))
+        ended = await self.until(lambda event: isinstance(event, Finished) and event.search == number)
+        assert isinstance(ended, Finished)
+        return list(ended.records)
+
+    async def search_until(self, wanted: Callable[[list[WorkerRecord]], bool]) -> list[WorkerRecord]:
+        """Search again and again, until what is found is as wanted."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                if wanted(found := await self.search()):
+                    return found
+
+
+@contextlib.asynccontextmanager
+async def opened(
+    topic: str, *, listen: bool = False, client: bool = False, on_event: Callable[[Event], None] | None = None
+) -> AsyncIterator[Peer]:
+    """A node on the loopback that hears beacons only when it is to listen."""
+    peer = Peer(topic, None if client else NodeId.from_bytes(secrets.token_bytes(32)))
+    peer.node = await UdpNode.open(
+        peer.engine, host=LOOPBACK, port=0, listen=listen, on_event=on_event or peer.events.put_nowait
+    )
+    try:
+        yield peer
+    finally:
+        await peer.node.close()
+
+
+@pytest.fixture
+def topic() -> str:
+    return f"test-{secrets.token_hex(8)}"
+
+
+# --- Finding each other ---
+
+
+@in_a_loop
+async def test_two_nodes_find_each_other_by_beacon_with_no_address_given(topic: str) -> None:
+    async with opened(topic, listen=True) as one, opened(topic, listen=True) as other:
+        await one.joins(other)
+        await other.joins(one)
+
+
+@in_a_loop
+async def test_five_nodes_all_find_each_other_by_beacon(topic: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        peers = [await stack.enter_async_context(opened(topic, listen=True)) for _ in range(5)]
+        for peer in peers:
+            await peer.joins(*(other for other in peers if other is not peer))
+
+
+@in_a_loop
+async def test_a_client_that_beacons_is_told_of_a_worker_and_joins_nobodys_table(topic: str) -> None:
+    async with opened(topic, listen=True) as worker:
+        worker.announce(tcp_port=4000)
+        async with opened(topic, client=True) as client:
+            found = await client.until(lambda event: isinstance(event, Found))
+            assert isinstance(found, Found)
+            (record,) = found.records
+            assert (record.worker_id, record.address) == (worker.node_id, (LOOPBACK, 4000))
+            assert worker.known == set()
+
+
+@in_a_loop
+async def test_one_address_to_meet_is_enough_without_beacons(topic: str) -> None:
+    async with opened(topic) as one, opened(topic) as other:
+        one.meet(other.node.address)
+        await one.joins(other)
+        await other.joins(one)
+
+
+@in_a_loop
+async def test_nodes_that_met_one_in_the_middle_come_to_know_each_other(topic: str) -> None:
+    async with opened(topic) as one, opened(topic) as middle, opened(topic) as other:
+        one.meet(middle.node.address)
+        await middle.joins(one)
+        other.meet(middle.node.address)
+        await other.joins(one, middle)
+        await one.joins(other)
+
+
+@in_a_loop
+async def test_a_worker_is_found_through_a_node_that_both_know(topic: str) -> None:
+    async with opened(topic) as worker, opened(topic) as middle, opened(topic, client=True) as client:
+        worker.announce(tcp_port=4000)
+        worker.meet(middle.node.address)
+        await middle.joins(worker)
+        client.meet(middle.node.address)
+        await client.joins(middle)
+        (record,) = await client.search_until(bool)
+        assert (record.worker_id, record.address) == (worker.node_id, (LOOPBACK, 4000))
+
+
+@in_a_loop
+async def test_an_address_where_nobody_answers_is_no_obstacle(topic: str) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind((LOOPBACK, 0))
+        async with opened(topic) as one, opened(topic) as other:
+            one.meet(deaf.getsockname(), other.node.address)
+            await one.joins(other)
+
+
+@in_a_loop
+async def test_nodes_of_different_topics_hear_each_other_and_stay_apart(topic: str) -> None:
+    async with (
+        opened(topic, listen=True) as one,
+        opened(f"{topic}-other", listen=True) as stranger,
+        opened(topic, listen=True) as other,
+    ):
+        stranger.meet(one.node.address)
+        await other.joins(one)
+        other.meet(one.node.address)  # sent behind the stranger's: when it is answered, that was judged
+        await one.joins(other)
+        assert one.known == {other.node_id}
+        assert other.known == {one.node_id}
+        assert stranger.known == set()
+        assert one.engine.dropped["malformed"] > 0
+
+
+# --- Binding ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_free_port_is_taken_and_told(kind: socket.SocketKind) -> None:
+    with qmesh.bind_preferred(kind, LOOPBACK, 0) as sock:
+        host, port = sock.getsockname()
+        assert (host, port > 0) == (LOOPBACK, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_port_that_was_asked_for_and_is_taken_is_named(kind: socket.SocketKind) -> None:
+    with qmesh.bind_preferred(kind, LOOPBACK, 0) as holder:
+        if kind == socket.SOCK_STREAM:
+            holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(UsageError, match=f"port {port} is taken.*--port"):
+            qmesh.bind_preferred(kind, LOOPBACK, port)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_when_the_usual_port_is_taken_a_free_one_does(kind: socket.SocketKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    with qmesh.bind_preferred(kind, LOOPBACK, 0) as holder:
+        if kind == socket.SOCK_STREAM:
+            holder.listen()
+        usual = holder.getsockname()[1]
+        monkeypatch.setattr(qmesh, "DEFAULT_PORT", usual)
+        with qmesh.bind_preferred(kind, LOOPBACK, None) as sock:
+            assert sock.getsockname()[1] not in (0, usual)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_usual_port_is_taken_when_it_is_free(kind: socket.SocketKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    with qmesh.bind_preferred(kind, LOOPBACK, 0) as sock:
+        usual = sock.getsockname()[1]
+    monkeypatch.setattr(qmesh, "DEFAULT_PORT", usual)
+    with qmesh.bind_preferred(kind, LOOPBACK, None) as sock:
+        assert sock.getsockname()[1] == usual
+
+
+@pytest.mark.parametrize("port", [0, None])
+def test_an_address_of_another_machine_cannot_be_bound(port: int | None) -> None:
+    with pytest.raises(UsageError, match=f"{NOT_OURS} is no address of this machine.*--host"):
+        qmesh.bind_preferred(socket.SOCK_DGRAM, NOT_OURS, port)
+
+
+@in_a_loop
+async def test_a_node_whose_port_is_taken_says_so(topic: str) -> None:
+    async with opened(topic) as holder:
+        peer, port = Peer(topic, NodeId(1)), holder.node.address[1]
+        with pytest.raises(UsageError, match=f"port {port} is taken"):
+            await UdpNode.open(peer.engine, host=LOOPBACK, port=port, listen=False, on_event=peer.events.put_nowait)
+
+
+# --- Names of peers ---
+
+
+def test_a_peer_without_a_port_gets_the_usual_one_and_each_counts_once() -> None:
+    names = ["127.0.0.1", "127.0.0.1:5", "127.0.0.1:7", "[::1]:6"]
+    assert asyncio.run(qmesh.resolve_peers(names, 7)) == [(LOOPBACK, 7), (LOOPBACK, 5), ("::1", 6)]
+
+
+@pytest.mark.parametrize("name", ["lab..example", ".lab", f"{'x' * 64}.example"])
+def test_a_peer_whose_name_cannot_be_one_is_named(name: str) -> None:
+    with pytest.raises(UsageError, match=f"the peer {name} cannot be resolved"):
+        asyncio.run(qmesh.resolve_peers([name], 7))
+
+
+def test_a_peer_that_cannot_be_resolved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_name(*_: object, **__: object) -> list[object]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)  # a real question would leave this machine
+    with pytest.raises(UsageError, match="the peer nowhere:1 cannot be resolved: Name or service not known"):
+        asyncio.run(qmesh.resolve_peers(["nowhere:1"], 7))
+
+
+# --- Noise ---
+
+
+def noise(rng: random.Random) -> list[bytes]:
+    """Random bytes of many sizes, some behind a true header, and some far too long."""
+    blobs = [rng.randbytes(size) for size in (0, 1, 18, 19, 320, 1200, 1201, 40_000)]
+    return blobs + [qmesh.DATAGRAM_MAGIC + rng.randbytes(rng.randrange(1200)) for _ in range(100)]
+
+
+@in_a_loop
+async def test_noise_is_counted_and_does_no_harm(topic: str) -> None:
+    async with opened(topic) as target, opened(topic) as friend:
+        sent = noise(random.Random(7))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thrower:
+            for blob in sent:
+                thrower.sendto(blob, target.node.address)
+                await asyncio.sleep(0)  # the node reads along, so that its socket's buffer does not overflow
+        friend.meet(target.node.address)  # it arrives behind the noise
+        await friend.joins(target)
+        await target.joins(friend)
+        assert target.engine.dropped["malformed"] == len(sent)
+
+
+@in_a_loop
+async def test_a_flood_from_one_sender_is_cut_off_and_others_are_answered(topic: str) -> None:
+    async with opened(topic) as target, opened(topic) as friend:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thrower:
+            for _ in range(int(qmesh.RATE_BURST) + 1000):
+                thrower.sendto(b"?", target.node.address)
+                await asyncio.sleep(0)
+        friend.meet(target.node.address)
+        await friend.joins(target)
+        assert target.engine.dropped["rate"] > 0
+
+
+# --- Parting, and asking from within an event ---
+
+
+@in_a_loop
+async def test_a_node_that_closes_takes_its_record_back(topic: str) -> None:
+    async with opened(topic) as middle, opened(topic, client=True) as client:
+        async with opened(topic) as worker:
+            worker.announce(tcp_port=4000)
+            worker.meet(middle.node.address)
+            client.meet(middle.node.address)
+            await client.joins(middle)
+            await client.search_until(bool)
+        assert await client.search() == []
+
+
+@in_a_loop
+async def test_a_closed_node_gives_its_port_back(topic: str) -> None:
+    async with opened(topic) as peer:
+        port = peer.node.address[1]
+    qmesh.bind_preferred(socket.SOCK_DGRAM, LOOPBACK, port).close()
+
+
+@in_a_loop
+async def test_the_owner_may_ask_for_more_from_within_an_event(topic: str) -> None:
+    events: list[Event] = []
+    searches: list[int] = []
+    ended = asyncio.Event()
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Joined):
+            searches.append(seeker.node.run(lambda engine, now: engine.find_workers(now)))
+            assert events[-1] is event, "an event was told within an event"
+        elif isinstance(event, Finished):
+            ended.set()
+
+    async with opened(topic) as worker, opened(topic, client=True, on_event=on_event) as seeker:
+        worker.announce(tcp_port=4000)
+        seeker.meet(worker.node.address)
+        async with asyncio.timeout(PATIENCE_S):
+            await ended.wait()
+        finished = [event for event in events if isinstance(event, Finished)]
+        assert [event.search for event in finished] == searches
+        assert [record.worker_id for record in finished[0].records] == [worker.node_id]

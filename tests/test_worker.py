@@ -1,0 +1,604 @@
+"""Section 17, Worker: a real worker process, asked in raw frames; and how it joins tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from loop import PATIENCE_S, in_a_loop
+from raw_client import RawClient, connected, frame
+
+import qmesh
+from qmesh import Json, Queued, Result, Token, WireError, WorkerLost, join_tokens
+
+SHORT = {"max_tokens": 4, "temperature": 0}
+LONG = {"max_tokens": 900, "temperature": 0}  # over many seconds, unless it is cut short
+SLOTS, QUEUE, CONTEXT = 2, 3, 1024
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[harness.Process]:
+    """One worker with two slots, and room for one request that waits."""
+    with harness.Mesh(tmp_path_factory.mktemp("mesh"), model_path) as mesh:
+        yield mesh.start_worker("--slots", str(SLOTS), "--queue", str(QUEUE))
+
+
+def address_of(worker: harness.Process) -> qmesh.Address:
+    host, port = worker.ready["tcp"]
+    return host, port
+
+
+@contextlib.asynccontextmanager
+async def asking(worker: harness.Process) -> AsyncIterator[RawClient]:
+    """A connection to the worker, once nothing of what was asked before is left in it."""
+    async with connected(address_of(worker)) as client:
+        await until_queue(client, active=0, waiting=0)
+        yield client
+
+
+async def until_queue(client: RawClient, **expected: int) -> None:
+    """Wait until the worker's status says this of its queue. What else it sends meanwhile is dropped."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            queue = (await client.status())["queue"]
+            if {name: queue[name] for name in expected} == expected:
+                return
+            await asyncio.sleep(0.02)  # leaves the processor to the worker
+
+
+async def answer(client: RawClient, request_id: str) -> tuple[list[Json], Json]:
+    """The pieces of an answer, and its end."""
+    pieces = []
+    while (body := await client.receive())["type"] == "inference_token":
+        assert body["request_id"] == request_id
+        pieces.append(body)
+    return pieces, body
+
+
+async def error_of(client: RawClient, request_id: str, **fields: Any) -> Json:
+    await client.ask(request_id, **fields)
+    error = await client.receive_kind("inference_error")
+    assert error["request_id"] == request_id
+    return error
+
+
+# --- Status ---
+
+
+@in_a_loop
+async def test_status_tells_who_a_worker_is_and_how_it_does(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.send({"type": "status", "request_id": "s"})
+        status = await client.receive()
+        assert status["type"] == "status_response"
+        assert status["request_id"] == "s"
+        assert status["worker_id"] == worker.worker_id
+        assert status["agent"] == qmesh.AGENT
+        assert status["slots"] == SLOTS
+        assert status["queue"] == {"active": 0, "waiting": 0, "capacity": QUEUE}
+        assert status["speed"] >= 0
+        assert status["uptime_s"] > 0
+        (model,) = status["models"]
+        assert (model["name"], model["context"]) == (worker.ready["model"], CONTEXT)
+        health = qmesh.HealthReport.from_json(status["health"])
+        assert health.score == pytest.approx(qmesh.health_score(health.cpu, health.memory, health.queue), abs=0.2)
+        assert health.queue == 100
+
+
+@in_a_loop
+async def test_status_is_told_between_the_pieces_of_an_answer(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", params=LONG)
+        await client.receive_kind("inference_token")
+        status = await client.status()
+        assert status["queue"]["active"] == 1
+        assert status["health"]["queue"] < 100
+        await client.receive_kind("inference_token")
+
+
+# --- Answers ---
+
+
+@in_a_loop
+async def test_an_answer_is_streamed_without_a_gap_and_its_result_is_the_whole(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", params={**SHORT, "max_tokens": 12})
+        pieces, result = await answer(client, "r")
+        seq = 0
+        for piece in pieces:
+            assert piece["seq"] == seq
+            seq += len(piece["tokens"])
+        assert (result["type"], result["request_id"]) == ("inference_result", "r")
+        assert seq == result["usage"]["completion_tokens"] == 12
+        assert "".join(piece["text"] for piece in pieces) == result["text"] != ""
+
+
+@in_a_loop
+async def test_a_result_says_what_it_took_and_who_made_it(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", params=SHORT)
+        result = await client.receive_kind("inference_result")
+        assert result["finish_reason"] == "length"
+        assert result["usage"]["completion_tokens"] == 4
+        assert result["usage"]["prompt_tokens"] > 4
+        assert set(result["timings"]) == {"queue_ms", "prompt_ms", "generate_ms"}
+        assert (result["model"], result["worker_id"]) == (worker.ready["model"], worker.worker_id)
+
+
+@in_a_loop
+async def test_who_wants_no_stream_gets_only_the_result(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", params=SHORT, stream=False)
+        result = await client.receive()
+        assert (result["type"], result["usage"]["completion_tokens"]) == ("inference_result", 4)
+
+
+@in_a_loop
+async def test_a_conversation_is_answered_too(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+        await client.ask("r", messages=messages, params=SHORT)
+        assert (await client.receive_kind("inference_result"))["text"] != ""
+
+
+@in_a_loop
+async def test_many_requests_share_a_connection_and_each_gets_its_own_whole_answer(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        for request_id in "abc":
+            await client.ask(request_id, params={**SHORT, "max_tokens": 5 + ord(request_id) - ord("a")})
+        texts, results = dict.fromkeys("abc", ""), {}
+        while len(results) < 3:
+            body = await client.receive()
+            if body["type"] == "inference_token":
+                texts[body["request_id"]] += body["text"]
+            elif body["type"] == "inference_result":
+                results[body["request_id"]] = body
+        assert {request_id: body["text"] for request_id, body in results.items()} == texts
+        assert [results[request_id]["usage"]["completion_tokens"] for request_id in "abc"] == [5, 6, 7]
+
+
+@pytest.mark.parametrize("change", [str, str.upper, lambda name: f"{name}.gguf"], ids=["as is", "upper case", "file"])
+@in_a_loop
+async def test_a_model_may_be_asked_for_by_name(worker: harness.Process, change: Callable[[str], str]) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", model=change(worker.ready["model"]), params=SHORT)
+        assert (await client.receive_kind("inference_result"))["model"] == worker.ready["model"]
+
+
+# --- Leaving ---
+
+
+async def fill(client: RawClient) -> None:
+    """Ask for three long answers: two run and one waits. Together they take the worker very long."""
+    for request_id in "abc":
+        await client.ask(request_id, params=LONG)
+    await client.receive_kind("inference_token")
+    assert (await client.status())["queue"] == {"active": 2, "waiting": 1, "capacity": 3}
+
+
+@in_a_loop
+async def test_cancel_frees_the_slot_and_no_more_is_said_of_the_request(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", params=LONG)
+        await client.receive_kind("inference_token")
+        await client.send({"type": "cancel", "request_id": "r"})
+        assert (await client.status())["queue"]["active"] == 0
+        await client.ask("s", params=SHORT)
+        pieces, result = await answer(client, "s")
+        assert (len(pieces) > 0, result["request_id"]) == (True, "s")
+
+
+@in_a_loop
+async def test_the_slot_of_a_cancelled_request_works_for_the_next_at_once(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await fill(client)
+        await client.send({"type": "cancel", "request_id": "a"})
+        await client.receive_kind("inference_token", "c")  # long before a full answer could make room
+        await client.send({"type": "cancel", "request_id": "b"})
+        await client.send({"type": "cancel", "request_id": "c"})
+        await until_queue(client, active=0)
+
+
+@in_a_loop
+async def test_a_request_that_waits_can_be_cancelled_and_those_that_run_go_on(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await fill(client)
+        await client.send({"type": "cancel", "request_id": "c"})
+        assert (await client.status())["queue"] == {"active": 2, "waiting": 0, "capacity": 3}
+        await client.receive_kind("inference_token", "a")
+        await client.receive_kind("inference_token", "b")
+
+
+@in_a_loop
+async def test_the_id_of_a_cancelled_request_may_be_used_again(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("r", params=LONG)
+        await client.receive_kind("inference_token")
+        await client.send({"type": "cancel", "request_id": "r"})
+        await client.status()
+        await client.ask("r", params=SHORT)
+        pieces, result = await answer(client, "r")
+        assert (pieces[0]["seq"], result["usage"]["completion_tokens"]) == (0, 4)
+
+
+@pytest.mark.parametrize("request_id", ["stranger", 7, None, ["r"]])
+@in_a_loop
+async def test_cancelling_what_nobody_asked_for_does_nothing(worker: harness.Process, request_id: object) -> None:
+    async with asking(worker) as client:
+        await client.send({"type": "cancel", "request_id": request_id})
+        await client.ask("r", params=SHORT)
+        await client.receive_kind("inference_result")
+
+
+@pytest.mark.parametrize("leave", [RawClient.send_no_more, RawClient.abort])
+@in_a_loop
+async def test_who_leaves_in_the_middle_frees_slots_and_queue(
+    worker: harness.Process, leave: Callable[[RawClient], None]
+) -> None:
+    async with connected(address_of(worker)) as watching:
+        async with asking(worker) as client:
+            await fill(client)
+            leave(client)
+            async with asyncio.timeout(10):  # the three answers would take longer
+                await until_queue(watching, active=0, waiting=0)
+
+
+# --- Refusals ---
+
+
+@in_a_loop
+async def test_when_the_queue_is_full_the_next_is_refused_with_the_health(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await fill(client)
+        error = await error_of(client, "d", params=SHORT)
+        assert (error["code"], error["retryable"]) == ("overloaded", True)
+        assert "queue is full (3 requests)" in error["message"]
+        assert qmesh.HealthReport.from_json(error["health"]).queue == 0
+        async with connected(address_of(worker)) as other:
+            assert (await error_of(other, "e", params=SHORT))["code"] == "overloaded"
+        await client.send({"type": "cancel", "request_id": "a"})
+        await client.ask("f", params=SHORT)
+        await client.receive_kind("inference_queued", "f")
+
+
+@in_a_loop
+async def test_who_waits_is_told_its_place(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        for request_id in "abc":
+            await client.ask(request_id, params=LONG)
+        queued = await client.receive_kind("inference_queued")
+        assert (queued["request_id"], queued["position"]) == ("c", 0)
+        assert queued["wait_s"] >= 0
+
+
+@in_a_loop
+async def test_another_model_is_not_found_and_the_right_one_named(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        error = await error_of(client, "r", model="gpt-17", params=SHORT)
+        assert (error["code"], error["retryable"]) == ("model_not_found", False)
+        assert "gpt-17" in error["message"]
+        assert worker.ready["model"] in error["message"]
+
+
+INVALID = {
+    "max_tokens": {"params": {"max_tokens": 0}},
+    "temperature": {"params": {"temperature": "hot"}},
+    "top_p": {"params": {"top_p": 2}},
+    "top_k": {"params": {"top_k": 1.5}},
+    "seed": {"params": {"seed": -1}},
+    "stop": {"params": {"stop": [""]}},
+    "json_schema": {"params": {"json_schema": "object"}},
+    "unknown parameter: colour": {"params": {"colour": "red"}},
+    "params must be an object": {"params": [1]},
+    "stream": {"stream": "yes"},
+    "timeout_s": {"timeout_s": 0},
+    "model": {"model": 7},
+    "prompt is empty": {"prompt": "  "},
+    "prompt must be text": {"prompt": ["1"]},
+    "not both": {"prompt": "1", "messages": [{"role": "user", "content": "1"}]},
+    "messages[0].role": {"messages": [{"role": "robot", "content": "1"}]},
+    "messages[0].content": {"messages": [{"role": "user"}]},
+    "resume.tokens": {"resume": {"tokens": ["1"]}},
+    "not in the model's vocabulary": {"resume": {"tokens": [10**9]}},
+    "1 to 64 characters": {"request_id": "x" * 65},
+}
+
+
+@pytest.mark.parametrize("named", INVALID)
+@in_a_loop
+async def test_what_is_wrong_with_a_request_is_named(worker: harness.Process, named: str) -> None:
+    fields = {"request_id": "r", "params": SHORT, **INVALID[named]}
+    async with asking(worker) as client:
+        error = await error_of(client, **fields)
+        assert (error["code"], error["retryable"]) == ("invalid_request", False)
+        assert named in error["message"]
+        await client.ask("s", params=SHORT)
+        await client.receive_kind("inference_result", "s")
+
+
+@in_a_loop
+async def test_a_request_id_that_is_in_use_is_refused(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("twice", params=LONG)
+        error = await error_of(client, "twice", params=SHORT)
+        assert error["code"] == "invalid_request"
+        assert "twice is in use" in error["message"]
+        await client.receive_kind("inference_token", "twice")
+
+
+@in_a_loop
+async def test_two_clients_may_use_the_same_request_id(worker: harness.Process) -> None:
+    async with asking(worker) as one, connected(address_of(worker)) as other:
+        await one.ask("r", params={**SHORT, "max_tokens": 3})
+        await other.ask("r", params={**SHORT, "max_tokens": 5})
+        assert (await other.receive_kind("inference_result"))["usage"]["completion_tokens"] == 5
+        assert (await one.receive_kind("inference_result"))["usage"]["completion_tokens"] == 3
+
+
+@in_a_loop
+async def test_a_prompt_that_is_longer_than_the_context_is_refused_with_both_lengths(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        error = await error_of(client, "r", prompt="one two " * CONTEXT, params=SHORT)
+        assert (error["code"], error["retryable"]) == ("context_exceeded", False)
+        assert "1,024" in error["message"]
+        assert (await client.status())["queue"]["active"] == 0
+
+
+@in_a_loop
+async def test_an_answer_that_is_not_finished_in_time_ends_with_a_timeout(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        error = await error_of(client, "r", params=LONG, timeout_s=0.3)
+        assert error["code"] == "timeout"
+        assert (await client.status())["queue"]["active"] == 0
+
+
+# --- Broken rules ---
+
+
+@pytest.mark.parametrize("kind", sorted(qmesh.FRAMES - {"status", "prompt", "cancel"}))
+@in_a_loop
+async def test_a_client_that_speaks_like_a_worker_is_told_so_and_closed(worker: harness.Process, kind: str) -> None:
+    async with asking(worker) as good, connected(address_of(worker)) as bad:
+        await good.ask("r", params=LONG)
+        await good.receive_kind("inference_token")
+        await bad.send({"type": kind, "request_id": "r"})
+        told = await bad.receive()
+        assert (told["code"], told["message"]) == ("invalid_request", f"a client does not send {kind}")
+        await bad.closed()
+        await good.receive_kind("inference_token")
+
+
+@pytest.mark.parametrize("request_id", [None, 7, ["r"]])
+@in_a_loop
+async def test_a_prompt_without_an_id_cannot_be_answered_and_ends_the_connection(
+    worker: harness.Process, request_id: object
+) -> None:
+    async with asking(worker) as client:
+        await client.send({"type": "prompt", "request_id": request_id, "prompt": "1"})
+        assert (await client.receive())["message"] == "a prompt without a request_id"
+        await client.closed()
+
+
+@in_a_loop
+async def test_who_breaks_the_rules_loses_its_running_requests(worker: harness.Process) -> None:
+    async with connected(address_of(worker)) as watching:
+        async with asking(worker) as bad:
+            await fill(bad)
+            await bad.send({"type": "welcome"})
+            async with asyncio.timeout(10):  # the three answers would take longer
+                await until_queue(watching, active=0, waiting=0)
+
+
+HALF_A_PAIR = r'"\ud800"'  # JSON can say it, UTF-8 cannot
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{{"type":"prompt","prompt":"1","request_id":{HALF_A_PAIR}}}',
+        f'{{"type":"prompt","prompt":{HALF_A_PAIR},"request_id":"r"}}',
+        f'{{"type":"prompt","prompt":"1","request_id":"r","params":{{{HALF_A_PAIR}:1}}}}',
+    ],
+    ids=["request_id", "prompt", "name of a parameter"],
+)
+@in_a_loop
+async def test_half_a_surrogate_pair_is_an_invalid_request(worker: harness.Process, text: str) -> None:
+    async with asking(worker) as client:
+        await client.send_bytes(frame(text.encode()))
+        assert (await client.receive())["code"] == "invalid_request"
+
+
+@in_a_loop
+async def test_half_a_surrogate_pair_in_a_status_breaks_nothing(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.send_bytes(frame(f'{{"type":"status","request_id":{HALF_A_PAIR}}}'.encode()))
+        told = await client.receive()
+        assert told["type"] == "status_response" or told["code"] == "invalid_request"
+
+
+# --- A worker at its limits ---
+
+IDLE_S = 0.5
+
+
+def changed_program(directory: Path, *changes: str) -> Path:
+    """The program with other limits than its own, so that no test has to wait for them."""
+    lines = ["import sys", f"sys.path.insert(0, {str(harness.ROOT)!r})", "import qmesh", *changes]
+    program = directory / "changed.py"
+    program.write_text("\n".join([*lines, "sys.exit(qmesh.main(sys.argv[1:]))"]), "utf-8")
+    return program
+
+
+@pytest.fixture(scope="module")
+def strained(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[harness.Process]:
+    """A worker on a machine whose processor and memory are all in use, and that has little patience."""
+    directory = tmp_path_factory.mktemp("strained")
+    program = changed_program(
+        directory,
+        "qmesh.SystemMonitor.sample = lambda monitor: (100.0, 100.0)",
+        "qmesh.MAX_REQUESTS_PER_CONNECTION = 1",
+        f"qmesh.IDLE_TIMEOUT_S = {IDLE_S}",
+    )
+    with harness.Mesh(directory, model_path, program) as mesh:
+        yield mesh.start_worker("--slots", "1")
+
+
+@in_a_loop
+async def test_an_overloaded_worker_refuses_with_its_health(strained: harness.Process) -> None:
+    async with asking(strained) as one, connected(address_of(strained)) as other:
+        assert (await one.status())["health"]["state"] == "busy"  # the free queue is worth 20 points
+        await one.ask("r", params=LONG)
+        await one.receive_kind("inference_token")
+        error = await error_of(other, "s", params=SHORT)
+        assert (error["code"], error["retryable"]) == ("overloaded", True)
+        assert "overloaded (health 19)" in error["message"]
+        assert error["health"] == {"score": 18.8, "cpu": 100.0, "memory": 100.0, "queue": 93.8, "state": "overloaded"}
+
+
+@in_a_loop
+async def test_there_is_a_limit_to_requests_on_one_connection(strained: harness.Process) -> None:
+    async with asking(strained) as client:
+        await client.ask("r", params=LONG)
+        error = await error_of(client, "s", params=SHORT)
+        assert (error["code"], error["retryable"]) == ("overloaded", True)
+        assert "1 requests are under way on this connection" in error["message"]
+
+
+@in_a_loop
+async def test_a_connection_is_closed_when_nothing_is_asked_for_long(strained: harness.Process) -> None:
+    async with connected(address_of(strained)) as client:
+        await client.closed()
+
+
+@in_a_loop
+async def test_a_connection_that_waits_for_an_answer_is_not_idle(strained: harness.Process) -> None:
+    async with asking(strained) as client:
+        await client.ask("r", params=LONG)
+        started = asyncio.get_running_loop().time()
+        while asyncio.get_running_loop().time() < started + 3 * IDLE_S:
+            assert (await client.receive())["type"] == "inference_token"
+        await client.send({"type": "cancel", "request_id": "r"})
+        with pytest.raises(AssertionError, match="closed without a word"):
+            while True:
+                assert (await client.receive())["type"] == "inference_token"
+
+
+# --- Being told to stop ---
+
+
+async def exit_code(worker: harness.Process) -> int:
+    return await asyncio.to_thread(worker.popen.wait, PATIENCE_S)
+
+
+async def until_draining(client: RawClient) -> None:
+    """Ask for little answers until they are refused because the worker is to stop."""
+    async with asyncio.timeout(PATIENCE_S):
+        for number in range(10_000):
+            await client.ask(f"try {number}", params={"max_tokens": 1})
+            while (body := await client.receive()).get("request_id") != f"try {number}" or "seq" in body:
+                pass
+            if body["type"] == "inference_error":
+                assert (body["code"], body["retryable"]) == ("draining", True)
+                return
+
+
+@in_a_loop
+async def test_a_worker_told_to_stop_refuses_finishes_and_ends_well(mesh: harness.Mesh, tmp_path: Path) -> None:
+    mesh.program = changed_program(tmp_path, f"qmesh.SHUTDOWN_GRACE_S = {PATIENCE_S}")
+    worker = mesh.start_worker()
+    async with connected(address_of(worker)) as running, connected(address_of(worker)) as late:
+        await running.ask("r", params={**SHORT, "max_tokens": 60})
+        await running.receive_kind("inference_token")
+        worker.popen.send_signal(signal.SIGTERM)
+        await until_draining(late)
+        result = await running.receive_kind("inference_result")
+        assert result["usage"]["completion_tokens"] == 60
+        await running.closed()
+    assert await exit_code(worker) == 0
+    assert json.loads(worker.stdout.readline()) == {"event": "stopped", "worker_id": worker.worker_id}
+
+
+@in_a_loop
+async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.Mesh, tmp_path: Path) -> None:
+    mesh.program = changed_program(tmp_path, "qmesh.SHUTDOWN_GRACE_S = 0.3")
+    worker = mesh.start_worker()
+    async with connected(address_of(worker)) as running:
+        await running.ask("r", params=LONG)
+        await running.receive_kind("inference_token")
+        worker.popen.send_signal(signal.SIGTERM)
+        error = await running.receive_kind("inference_error")
+        assert (error["request_id"], error["code"], error["retryable"]) == ("r", "draining", True)
+        await running.closed()
+    assert await exit_code(worker) == 0
+    assert json.loads(worker.stdout.readline())["event"] == "stopped"
+
+
+@in_a_loop
+async def test_a_worker_that_is_killed_closes_its_connections(mesh: harness.Mesh) -> None:
+    worker = mesh.start_worker()
+    link = qmesh.WorkerLink(await qmesh.dial(address_of(worker), qmesh.NodeId(1)))
+    job = qmesh.Job("r", prompt="1 2 3 4 5 6 7 8 9", params=qmesh.Sampling(max_tokens=900))
+    with pytest.raises((WorkerLost, WireError)):
+        async for _ in link.run(job):
+            worker.popen.kill()
+    await link.close()
+
+
+# --- Joining tokens ---
+
+
+def token(seq: int, text: str) -> Token:
+    return Token(seq, (100 + seq,), text)
+
+
+RESULT = Result("ab", "stop", {}, {}, "tiny", "0" * 64)
+
+
+def test_nothing_joins_to_nothing() -> None:
+    assert join_tokens([]) == []
+
+
+def test_tokens_that_wait_together_become_one_piece() -> None:
+    said = [("r", token(3, "a")), ("r", token(4, "")), ("r", token(5, "b"))]
+    assert join_tokens(said) == [("r", Token(3, (103, 104, 105), "ab"))]
+
+
+def test_each_request_keeps_its_own_tokens() -> None:
+    said = [("r", token(0, "a")), ("s", token(7, "x")), ("r", token(1, "b")), ("s", token(8, "y"))]
+    assert join_tokens(said) == [("r", Token(0, (100, 101), "ab")), ("s", Token(7, (107, 108), "xy"))]
+
+
+@pytest.mark.parametrize("between", [Queued(0, 1.0), RESULT, qmesh.Refused("full")])
+def test_tokens_are_not_joined_across_something_else(between: qmesh.Said) -> None:
+    said: list[tuple[str, qmesh.Said]] = [("r", token(0, "a")), ("r", between), ("r", token(1, "b"))]
+    assert join_tokens(said) == said
+
+
+def test_a_result_stays_behind_its_tokens() -> None:
+    said: list[tuple[str, qmesh.Said]] = [("r", token(0, "a")), ("r", token(1, "b")), ("s", RESULT), ("r", RESULT)]
+    assert join_tokens(said) == [("r", Token(0, (100, 101), "ab")), ("s", RESULT), ("r", RESULT)]
+
+
+def flat(said: list[tuple[str, qmesh.Said]], request_id: str) -> list[object]:
+    """What a request's reader gets to see, token by token."""
+    seen: list[object] = []
+    for item in [item for owner, item in said if owner == request_id]:
+        if isinstance(item, Token):
+            seen += [*enumerate(item.tokens, item.seq), *item.text]
+        else:
+            seen.append(item)
+    return sorted(seen, key=lambda entry: isinstance(entry, str)) if all_tokens(said, request_id) else seen
+
+
+def all_tokens(said: list[tuple[str, qmesh.Said]], request_id: str) -> bool:
+    return all(isinstance(item, Token) for owner, item in said if owner == request_id)
