@@ -123,6 +123,7 @@ AGENT: Final = f"qmesh/{__version__}"
 
 # --- The network ---
 DEFAULT_TOPIC: Final = "qmesh-inference"
+MAX_TOPIC_BYTES: Final = 255  # a name for people
 DEFAULT_PORT: Final = 47475  # preferred for UDP and TCP; a free port is taken when it is not to be had
 BEACON_PORT: Final = 47474  # apart from the service port, so that every process of a machine can share it
 BEACON_GROUP: Final = "239.192.77.77"  # organisation-local multicast scope (RFC 2365): never routed outside
@@ -158,7 +159,7 @@ MAX_UNVERIFIED: Final = 32  # newly heard senders being asked to answer, at once
 RATE_BURST: Final = 400.0  # datagrams an address may send at once: a lookup and its retries, with room
 RATE_PER_S: Final = 100.0  # and then per second
 MAX_RATED_ADDRESSES: Final = 4096  # the oldest is forgotten first
-MODEL_NAME_BYTES: Final = 40  # keeps a record within 100 bytes, so that eight fit a reply
+MODEL_NAME_BYTES: Final = 32  # keeps a record within 100 bytes, so that eight fit a reply
 MAX_RECORD_BYTES: Final = 100
 MAX_REMEMBERED_PEERS: Final = 64  # enough that some are still there tomorrow
 REMEMBER_PERIOD_S: Final = 60.0  # a worker that is killed has told its disk by then
@@ -249,10 +250,9 @@ class Settings:
         Raises ValueError, naming the flag or variable, when a value cannot be used.
         """
         chosen: dict[str, Any] = {}
-        for name, (variable, parse) in _SETTING_SOURCES.items():
-            flag = flags.get(name)
-            if flag is not None:
-                chosen[name] = _parse_setting(f"--{name.replace('_', '-')}", parse, flag)
+        for name, (flag, variable, parse) in _SETTING_SOURCES.items():
+            if flags.get(name) is not None:
+                chosen[name] = _parse_setting(flag, parse, flags[name])
             elif environ.get(variable, "").strip():
                 chosen[name] = _parse_setting(variable, parse, environ[variable].strip())
         return cls(**chosen)
@@ -288,9 +288,12 @@ def _parse_peers(value: Any) -> tuple[str, ...]:
 
 def _parse_topic(value: Any) -> str:
     text = str(value)
-    if not text or len(text.encode("utf-8", "replace")) > 255:
-        raise ValueError("a topic has 1 to 255 bytes")
-    return text
+    try:
+        if 0 < len(text.encode()) <= MAX_TOPIC_BYTES:
+            return text
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"a topic has 1 to {MAX_TOPIC_BYTES} bytes of UTF-8")
 
 
 def _parse_timeout(value: Any) -> float:
@@ -321,28 +324,30 @@ def _parse_gpu_layers(value: Any) -> int:
 
 def parse_address(text: str, default_port: int) -> tuple[str, int]:
     """Split "HOST", "HOST:PORT", "IPV6" or "[IPV6]:PORT"; the host is not resolved. Raises ValueError."""
-    match = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?|([^:]+)(?::(.*))?", text.strip())
+    text = text.strip()
+    bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", text)
+    plain = re.fullmatch(r"([^:\[\]]+)(?::([^:]*))?", text)
+    match = bracketed or plain
     if match:
-        host, port = match[1] or match[3], match[2] if match[1] else match[4]
-    elif text.count(":") > 1:
-        host, port = text.strip(), None
+        host, port = match[1], match[2]
     else:
-        raise ValueError(f"HOST or HOST:PORT is needed, not {text!r}")
-    if match is None or match[1]:
-        _parse_host(host)
+        host, port = text, None
+    if plain is None:
+        host = _parse_host(host)
     return host, default_port if port is None else _parse_port(port)
 
 
-_SETTING_SOURCES: Final[dict[str, tuple[str, Callable[[Any], Any]]]] = {
-    "host": ("QMESH_HOST", _parse_host),
-    "port": ("QMESH_PORT", _parse_port),
-    "peers": ("QMESH_PEERS", _parse_peers),
-    "topic": ("QMESH_TOPIC", _parse_topic),
-    "state_dir": ("QMESH_STATE_DIR", str),
-    "timeout_s": ("QMESH_TIMEOUT", _parse_timeout),
-    "log_level": ("QMESH_LOG", _parse_log_level),
-    "model": ("QMESH_MODEL", str),
-    "gpu_layers": ("GPU_LAYERS", _parse_gpu_layers),
+# Setting: (flag, environment variable, parser).
+_SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
+    "host": ("--host", "QMESH_HOST", _parse_host),
+    "port": ("--port", "QMESH_PORT", _parse_port),
+    "peers": ("--peer", "QMESH_PEERS", _parse_peers),
+    "topic": ("--topic", "QMESH_TOPIC", _parse_topic),
+    "state_dir": ("--state-dir", "QMESH_STATE_DIR", str),
+    "timeout_s": ("--timeout", "QMESH_TIMEOUT", _parse_timeout),
+    "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
+    "model": ("--model", "QMESH_MODEL", str),
+    "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
 }
 
 
@@ -544,7 +549,8 @@ class HealthReport:
         try:
             body = _object("health", body)
             figures = {name: _number(name, body.get(name)) for name in ("score", "cpu", "memory", "queue")}
-            return cls(state=HealthState(_text("state", body.get("state"))), **figures)
+            state = _one_of("state", body.get("state"), [state.value for state in HealthState])
+            return cls(state=HealthState(state), **figures)
         except (InvalidRequest, ValueError) as error:
             raise WireError(f"a health report that makes no sense: {error}") from None
 
@@ -661,6 +667,24 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(name, item) for item in values)
 
 
+def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
+    if value not in known:
+        raise InvalidRequest(f"{name} must be one of {', '.join(known)}, not {str(value)[:40]!r}")
+    return str(value)
+
+
+def _count(name: str, value: Any) -> int:
+    if _integer(name, value) < 0:
+        raise InvalidRequest(f"{name} must not be negative")
+    return int(value)
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{name} must be a list")
+    return value
+
+
 def _object(name: str, value: Any) -> Json:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{name} must be an object")
@@ -722,8 +746,6 @@ class Job:
             raise InvalidRequest(f"at most {MAX_MESSAGES} messages, not {len(self.messages)}")
         if self.session is not None and not 0 < len(self.session) <= MAX_ID_CHARS:
             raise InvalidRequest(f"session must have 1 to {MAX_ID_CHARS} characters")
-        if any(token < 0 for token in self.resume):
-            raise InvalidRequest("resume.tokens must not be negative")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise InvalidRequest(f"timeout_s must be more than 0 and at most {MAX_TIMEOUT_S:g}")
 
@@ -758,25 +780,19 @@ class Job:
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise InvalidRequest("messages must be a list")
-    return tuple(_message(index, item) for index, item in enumerate(value))
+    return tuple(_message(index, item) for index, item in enumerate(_list("messages", value)))
 
 
 def _message(index: int, value: Any) -> Message:
     name = f"messages[{index}]"
     body = _object(name, value)
-    role = _text(f"{name}.role", body.get("role"))
-    if role not in ("system", "user", "assistant"):
-        raise InvalidRequest(f'{name}.role must be "system", "user" or "assistant", not {role!r}')
+    role = _one_of(f"{name}.role", body.get("role"), ("system", "user", "assistant"))
     return Message(role, _text(f"{name}.content", body.get("content")))
 
 
 def _resume(value: Any) -> tuple[int, ...]:
-    tokens = _object("resume", value).get("tokens", [])
-    if not isinstance(tokens, list):
-        raise InvalidRequest("resume.tokens must be a list")
-    return tuple(_integer("resume.tokens", token) for token in tokens)
+    tokens = _list("resume.tokens", _object("resume", value).get("tokens", []))
+    return tuple(_count("resume.tokens", token) for token in tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -798,10 +814,13 @@ class Token:
     @classmethod
     def from_json(cls, body: Json) -> Token:
         try:
-            tokens = tuple(_integer("tokens", token) for token in body["tokens"])
-            return cls(_integer("seq", body["seq"]), tokens, _text("text", body["text"]))
-        except (KeyError, TypeError, InvalidRequest) as error:
+            tokens = tuple(_count("tokens", token) for token in _list("tokens", body.get("tokens")))
+            return cls(_count("seq", body.get("seq")), tokens, _text("text", body.get("text")))
+        except InvalidRequest as error:
             raise WireError(f"a piece of an answer that makes no sense ({error})") from None
+
+
+FINISH_REASONS: Final = ("stop", "length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -825,11 +844,13 @@ class Result:
     @classmethod
     def from_json(cls, body: Json) -> Result:
         try:
-            usage = {str(name): _integer("usage", value) for name, value in body["usage"].items()}
-            timings = {str(name): _number("timings", value) for name, value in body["timings"].items()}
+            _one_of("finish_reason", body.get("finish_reason"), FINISH_REASONS)
+            usage = {name: _count("usage", value) for name, value in _object("usage", body.get("usage")).items()}
+            timings = _object("timings", body.get("timings"))
+            timings = {name: _number("timings", value) for name, value in timings.items()}
             names = ("text", "finish_reason", "model", "worker_id")
-            return cls(usage=usage, timings=timings, **{name: _text(name, body[name]) for name in names})
-        except (KeyError, TypeError, AttributeError, InvalidRequest) as error:
+            return cls(usage=usage, timings=timings, **{name: _text(name, body.get(name)) for name in names})
+        except InvalidRequest as error:
             raise WireError(f"a result that makes no sense ({error})") from None
 
 
@@ -857,7 +878,7 @@ DATAGRAM_MAGIC: Final = b"QM" + bytes([PROTOCOL_VERSION])
 DATAGRAM_HEADER_BYTES: Final = len(DATAGRAM_MAGIC) + MAC_BYTES
 TOKEN_BYTES: Final = 8
 NODES_KEPT_FREE: Final = 3  # in a reply with records, so that a lookup can go on from it
-NODE_CHARS: Final = 72  # the longest packed contact (IPv6) in base64
+NODE_CHARS: Final = 68  # the longest packed contact (IPv6) in base64
 MIN_RECORD_CHARS: Final = 72  # the shortest packed record (IPv4, no name) in base64
 
 # Type: (fields it must have, fields it may have).
@@ -916,7 +937,8 @@ class Datagram:
 def parse_json(data: bytes | bytearray | memoryview) -> Json:
     """Strict JSON: an object in UTF-8, no NaN or Infinity, no key twice, nesting within reason."""
     try:
-        value = json.loads(bytes(data).decode(), parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        text = bytes(data).decode()
+        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON ({type(error).__name__}: {str(error)[:80]})") from None
     if not isinstance(value, dict):
@@ -924,8 +946,11 @@ def parse_json(data: bytes | bytearray | memoryview) -> Json:
     return value
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
@@ -1037,13 +1062,19 @@ def _decode_id(data: bytes) -> NodeId:
         raise WireError(str(error)) from None
 
 
+def _decode_token(data: bytes) -> bytes:
+    if len(data) != TOKEN_BYTES:
+        raise WireError("a token of the wrong size")
+    return data
+
+
 # Field: (value to bytes, bytes to value); written in base64. The two that are not binary stand below.
 _BINARY_FIELDS: Final[dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]]] = {
     "target": (bytes, _decode_id),
     "topic": (bytes, _decode_id),
     "after": (bytes, _decode_id),
     "next": (bytes, _decode_id),
-    "token": (bytes, bytes),
+    "token": (bytes, _decode_token),
     "record": (pack_record, _one_record),
     "nodes": (pack_contacts, unpack_contacts),
     "records": (pack_records, unpack_records),
@@ -1155,8 +1186,11 @@ _FRAME_LENGTH: Final = struct.Struct(">I")
 
 
 def encode_frame(body: Mapping[str, Any]) -> bytes:
-    """The bytes of one TCP frame. Raises InvalidRequest when it is larger than the other side accepts."""
-    text = dump_json(body)
+    """The bytes of one TCP frame. Raises InvalidRequest when JSON cannot say it, or it is too large."""
+    try:
+        text = dump_json(body)
+    except ValueError as error:
+        raise InvalidRequest(f"a message that JSON cannot carry ({error})") from None
     if len(text) > MAX_FRAME_BYTES:
         raise InvalidRequest(f"a message of {len(text):,} bytes; at most {MAX_FRAME_BYTES:,} can be sent")
     return _FRAME_LENGTH.pack(len(text)) + text
@@ -1187,7 +1221,7 @@ class FrameReader:
             return None
         body = parse_json(self._buffer[_FRAME_LENGTH.size : end])
         del self._buffer[:end]
-        if body.get("type") not in FRAMES:
+        if not isinstance(body.get("type"), str) or body["type"] not in FRAMES:
             raise WireError(f"a message of an unknown type: {str(body.get('type'))[:40]!r}")
         return body
 
@@ -1373,14 +1407,10 @@ class RoutingTable:
         if node_id == self._own or node_id in self._nodes or len(self._nodes) >= self._capacity:
             return False
         bucket = self._bucket(node_id)
-        low, high, there = bucket.low, bucket.high, list(bucket.nodes)
-        while len(there) >= self._k:  # would splitting make room?
-            if not low <= self._own.number < high or high - low == 1:
-                return False
-            middle = (low + high) // 2
-            low, high = (low, middle) if node_id.number < middle else (middle, high)
-            there = [other for other in there if low <= other.number < high]
-        return True
+        if len(bucket.nodes) < self._k or not bucket.covers(self._own):
+            return len(bucket.nodes) < self._k
+        prefix = self._own.distance(node_id).bit_length()  # those it would share a bucket with after splitting
+        return sum(self._own.distance(other).bit_length() == prefix for other in bucket.nodes) < self._k
 
     def closest(self, target: NodeId, count: int) -> list[Contact]:
         """The `count` known nodes closest to `target`, closest first."""
@@ -1676,18 +1706,26 @@ class RateLimiter:
 class Responder:
     """Answers requests from what a node knows: its table, its records, and its own announcement."""
 
-    def __init__(self, *, keys: MeshKeys, table: RoutingTable, rng: random.Random) -> None:
+    def __init__(
+        self, *, codec: DatagramCodec, own: NodeId, topic: NodeId, table: RoutingTable, rng: random.Random
+    ) -> None:
         self.store = RecordStore()
         self.own_record: WorkerRecord | None = None
-        self._topic = keys.topic
+        self._codec = codec
+        self._own = own
+        self._topic = topic
         self._table = table
         self._rng = rng
         self._tokens = AnnounceTokens(rng.randbytes(32))
 
-    def answer(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
-        """The type and body of the reply. room: characters of base64 that its lists may take."""
+    def reply(self, request: Datagram, address: Address, size: int, now: float) -> tuple[str, bytes]:
+        """The type and bytes of the reply to a request of `size` bytes: its lists hold what that allows."""
+        # The reply's fixed part is measured with empty lists, so that what is left is exact.
+        widest = {"nodes": (), "records": (), "total": 0xFFFFFFFF, "token": bytes(TOKEN_BYTES), "next": NodeId(0)}
+        fixed = len(self._codec.encode(Datagram("workers", request.transaction, self._own, widest)))
         self.store.expire(now)
-        return _ANSWERS[request.kind](self, request, address, room, now)
+        kind, body = _ANSWERS[request.kind](self, request, address, max(0, size - fixed), now)
+        return kind, self._codec.encode(Datagram(kind, request.transaction, self._own, body))
 
     def _ping(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         return "pong", {}
@@ -1702,7 +1740,7 @@ class Responder:
 
     def _find_workers(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         topic, after = request.body["topic"], request.body.get("after")
-        kept = NODES_KEPT_FREE * NODE_CHARS if after is None else 0
+        kept = NODES_KEPT_FREE * NODE_CHARS if after is None or after == NodeId(0) else 0
         most = (room - kept) // MIN_RECORD_CHARS
         page = self.store.sample(topic, most, self._rng) if after is None else self.store.page(topic, after, most)
         shown = [record for record in page if _may_tell(record.address, address)]
@@ -1769,29 +1807,42 @@ class SearchPurpose(enum.Enum):
     TABLE = "table"  # the answers have filled the table, and that was all
 
 
+def is_later_page(request: Datagram) -> bool:
+    """Whether a request asks for a holder's second page or one after it."""
+    return bool(request.body.get("after", NodeId(0)) != NodeId(0))
+
+
 class Search:
     """A lookup under way, with what its answers brought besides nodes."""
 
-    def __init__(self, number: int, lookup: Lookup, *, workers: bool, everything: bool, purpose: SearchPurpose) -> None:
-        self.number = number
-        self.lookup = lookup
-        self.workers = workers
-        self.everything = everything
+    def __init__(
+        self,
+        target: NodeId,
+        now: float,
+        *,
+        workers: bool = False,
+        everything: bool = False,
+        purpose: SearchPurpose = SearchPurpose.OWNER,
+    ) -> None:
+        self.number = 0
+        self.lookup = Lookup(target, deadline=now + LOOKUP_DEADLINE_S)
         self.purpose = purpose
         self.records: dict[NodeId, WorkerRecord] = {}
         self.tokens: dict[NodeId, bytes] = {}
         self.requests = 0
         self.pages_open = 0
+        self._workers = workers
+        self._everything = everything
 
     def question(self) -> tuple[str, Json]:
-        if not self.workers:
+        if not self._workers:
             return "find_node", {"target": self.lookup.target}
-        return "find_workers", {"topic": self.lookup.target} | ({"after": NodeId(0)} if self.everything else {})
+        return "find_workers", {"topic": self.lookup.target} | ({"after": NodeId(0)} if self._everything else {})
 
     def next_page(self, asked: Transaction, reply: Datagram) -> Json | None:
         """The question for a holder's next page. A list that does not advance is a lie, and not followed."""
         after = reply.body.get("next")
-        if after is None or not reply.body["records"] or after <= asked.request.body.get("after", NodeId(0)):
+        if after is None or after <= asked.request.body.get("after", NodeId(0)):
             return None
         return {"topic": self.lookup.target, "after": after}
 
@@ -1804,6 +1855,13 @@ class Search:
                 self.records[record.worker_id] = record
                 fresh.append(record)
         return tuple(fresh)
+
+    def gave_up(self, node_id: NodeId, asked: Datagram) -> None:
+        """A question stays without an answer."""
+        if is_later_page(asked):
+            self.pages_open -= 1
+        else:
+            self.lookup.failed(node_id)
 
     def ended(self, now: float) -> bool:
         return now >= self.lookup.deadline or (self.lookup.ended(now) and not self.pages_open)
@@ -1827,11 +1885,6 @@ class Transaction:
     def kind(self) -> str:
         return self.request.kind
 
-    @property
-    def is_page(self) -> bool:
-        """Whether it asks for a holder's second page or a later one."""
-        return bool(self.request.body.get("after", NodeId(0)) != NodeId(0))
-
 
 class Requests:
     """Our requests under way: sends them, repeats them with growing patience, and matches their replies.
@@ -1839,42 +1892,47 @@ class Requests:
     An unanswered request is repeated REQUEST_RETRIES times, each wait twice the one before.
     """
 
-    def __init__(self, *, codec: DatagramCodec, own: NodeId | None, rng: random.Random) -> None:
+    def __init__(self, *, codec: DatagramCodec, own: NodeId | None, table: RoutingTable, rng: random.Random) -> None:
         self.sent: Counter[str] = Counter()
         self.out: list[tuple[bytes, Address]] = []
         self._codec = codec
         self._own = own
+        self._table = table
         self._rng = rng
         self._pending: dict[bytes, Transaction] = {}
 
     def __iter__(self) -> Iterator[Transaction]:
         return iter(list(self._pending.values()))
 
-    def __len__(self) -> int:
-        return len(self._pending)
+    @property
+    def full(self) -> bool:
+        return len(self._pending) >= MAX_TRANSACTIONS
+
+    def addresses(self, kind: str | None = None) -> set[Address]:
+        """Where replies are awaited from, to requests of one kind or of all."""
+        return {waiting.address for waiting in self._pending.values() if kind in (None, waiting.kind)}
+
+    def make(self, kind: str, body: Json) -> Datagram:
+        return Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
 
     def begin(
-        self,
-        kind: str,
-        body: Json,
-        address: Address,
-        now: float,
-        *,
-        node_id: NodeId | None = None,
-        search: Search | None = None,
-        timeout: float = REQUEST_TIMEOUT_S,
-    ) -> bool:
-        """Send a request; False when too many are under way."""
-        if len(self._pending) >= MAX_TRANSACTIONS:
-            return False
-        request = Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
+        self, request: Datagram, address: Address, now: float, node_id: NodeId | None, search: Search | None
+    ) -> None:
+        """Send a request, and wait for its reply."""
+        kind = request.kind
         size = MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else SMALL_REQUEST_BYTES
         data = self._codec.encode(request, pad_to=size)
+        timeout = LOOKUP_DEADLINE_S if kind == "beacon" else self._timeout(node_id)
         retries = 0 if kind == "beacon" else REQUEST_RETRIES
         transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
         self._pending[request.transaction] = transaction
         self.send(kind, data, address)
-        return True
+
+    def _timeout(self, node_id: NodeId | None) -> float:
+        node = self._table.get(node_id) if node_id is not None else None
+        if node is None or node.rtt is None:
+            return REQUEST_TIMEOUT_S
+        return min(max(2 * node.rtt, MIN_REQUEST_TIMEOUT_S), MAX_REQUEST_TIMEOUT_S)
 
     def send(self, kind: str, data: bytes, address: Address) -> None:
         self.sent[kind] += 1
@@ -1922,6 +1980,78 @@ class Requests:
         return transaction
 
 
+Ask = Callable[[str, Json, Address, float, NodeId, Search], None]
+"""Sends a search's question: type, body, where to, when, who is expected there, for which search."""
+
+
+class Searches:
+    """The searches under way: asks on as answers come in, until each has ended."""
+
+    def __init__(self, *, own: NodeId | None, table: RoutingTable, ask: Ask) -> None:
+        self._own = own
+        self._table = table
+        self._ask = ask
+        self._active: dict[int, Search] = {}
+        self._count = 0
+
+    def start(self, search: Search, now: float) -> int:
+        """Begin with the closest nodes we know; returns the search's number."""
+        self._count += 1
+        search.number = self._count
+        self._active[search.number] = search
+        search.lookup.heard_of(self._table.closest(search.lookup.target, K))
+        self.go_on(search, now)
+        return search.number
+
+    def __contains__(self, search: Search) -> bool:
+        return search.number in self._active
+
+    def go_on(self, search: Search, now: float) -> None:
+        """Ask whom there is to ask; nobody for a search that has ended."""
+        for contact in search.lookup.next_to_ask() if search in self else ():
+            search.requests += 1
+            self._ask(*search.question(), contact.address, now, contact.node_id, search)
+
+    def no_answer(self, transaction: Transaction, now: float) -> None:
+        """One question of a search stays without an answer."""
+        if transaction.search is not None and transaction.node_id is not None:
+            transaction.search.gave_up(transaction.node_id, transaction.request)
+            self.go_on(transaction.search, now)
+
+    def named(self, search: Search, reply: Datagram, source: Contact, now: float) -> None:
+        """A node answered with nodes, and a token for announcing to it."""
+        search.tokens[source.node_id] = reply.body["token"]
+        told = [c for c in reply.body["nodes"] if c.node_id != self._own and _may_tell(c.address, source.address)]
+        search.lookup.answered(source.node_id, told)
+        self.go_on(search, now)
+
+    def listed(self, asked: Transaction, reply: Datagram, source: Contact, now: float) -> tuple[WorkerRecord, ...]:
+        """A node answered with records; returns those that are news. Its next page is asked for."""
+        search = asked.search
+        if search is None or search not in self:
+            return ()  # it has ended; this answer came too late
+        told = [record for record in reply.body["records"] if _may_tell(record.address, source.address)]
+        fresh = search.learned(_located(record, source.address) for record in told)
+        search.pages_open -= is_later_page(asked.request)
+        question = search.next_page(asked, reply)
+        if question is not None:
+            search.pages_open += 1
+            search.requests += 1
+            self._ask("find_workers", question, source.address, now, source.node_id, search)
+        self.named(search, reply, source, now)
+        return fresh
+
+    def pop_ended(self, now: float) -> list[Search]:
+        """Take out the searches that have ended."""
+        ended = [search for search in self._active.values() if search.ended(now)]
+        for search in ended:
+            del self._active[search.number]
+        return ended
+
+    def next_deadline(self) -> float:
+        return min((search.lookup.deadline for search in self._active.values()), default=math.inf)
+
+
 class Announcement:
     """Our worker's record, who holds it, and when to tell them again."""
 
@@ -1945,9 +2075,9 @@ class Announcement:
         self.holders.clear()
         return told
 
-    def next_round(self, now: float, jitter: float) -> bool:
+    def next_round(self, now: float, rng: random.Random) -> bool:
         """Set the time of the next round; returns whether holders have to be looked up in this one."""
-        self.tell_at = now + ANNOUNCE_PERIOD_S * jitter
+        self.tell_at = now + ANNOUNCE_PERIOD_S * rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
         if self.search_at > now:
             return False
         self.search_at = now + HOLDER_SEARCH_PERIOD_S
@@ -1978,6 +2108,20 @@ class Announcement:
             self.tell_at = min(self.tell_at, now + ANNOUNCE_DEBOUNCE_S)
 
 
+class BeaconSchedule:
+    """When to beacon: at BEACON_TIMES_S after the start, then every BEACON_PERIOD_S for ever."""
+
+    def __init__(self, now: float) -> None:
+        self._times = deque(now + delay for delay in BEACON_TIMES_S)
+        self.at = self._times.popleft()
+
+    def sent(self, now: float) -> None:
+        """One was sent; those that are overdue by now are left out."""
+        while self._times and self._times[0] <= now:
+            self._times.popleft()
+        self.at = self._times.popleft() if self._times else now + BEACON_PERIOD_S
+
+
 class DhtEngine:
     """One node of the DHT. Give it datagrams and the time; take datagrams, a timer and events from it.
 
@@ -1994,17 +2138,18 @@ class DhtEngine:
         self._rng = rng
         self._codec = DatagramCodec(keys.udp_key)
         self._limiter = RateLimiter()
-        self._responder = Responder(keys=keys, table=self.table, rng=rng)
-        self._requests = Requests(codec=self._codec, own=own, rng=rng)
+        self._responder = Responder(
+            codec=self._codec, own=own or NodeId(0), topic=keys.topic, table=self.table, rng=rng
+        )
+        self._requests = Requests(codec=self._codec, own=own, table=self.table, rng=rng)
         self._announcement = Announcement(keys.topic)
-        self._searches: dict[int, Search] = {}
-        self._search_count = 0
+        self._searches = Searches(own=own, table=self.table, ask=self._request)
         self._events: deque[Event] = deque()
         self._meeting: dict[Address, None] = {}
         self._lost: deque[Address] = deque(maxlen=MAX_LOST)
         self._refresh_at = now + REFRESH_PERIOD_S
         self._last_tick = now
-        self._start_beacons(now)
+        self._beacons = BeaconSchedule(now)
 
     # --- The five verbs ---
 
@@ -2034,9 +2179,8 @@ class DhtEngine:
 
     def get_timer(self) -> float:
         """When `handle_timer` wants to be called next."""
-        deadlines = [search.lookup.deadline for search in self._searches.values()]
-        times = [self._beacon_at, self._announcement.tell_at, self._refresh_at, self._requests.next_due()]
-        return min(times + deadlines)
+        upkeep = (self._beacons.at, self._announcement.tell_at, self._refresh_at)
+        return min(*upkeep, self._requests.next_due(), self._searches.next_deadline())
 
     def handle_timer(self, now: float) -> None:
         """Do what has come due."""
@@ -2045,7 +2189,7 @@ class DhtEngine:
         self._last_tick = now
         for transaction in self._requests.due(now):
             self._on_timeout(transaction, now)
-        if self._beacon_at <= now:
+        if self._beacons.at <= now:
             self._send_beacon(now)
         if self._announcement.tell_at <= now:
             self._send_announcements(now)
@@ -2069,11 +2213,11 @@ class DhtEngine:
 
         Returns the number that the `Found` and `Finished` events of this search carry.
         """
-        return self._start_search(self._topic, now, workers=True, everything=everything)
+        return self._start(Search(self._topic, now, workers=True, everything=everything), now)
 
     def find_node(self, target: NodeId, now: float) -> int:
         """Search for the k nodes closest to `target`; its end is a `Finished` event with this number."""
-        return self._start_search(target, now)
+        return self._start(Search(target, now), now)
 
     def announce(self, record: WorkerRecord, now: float, *, at_once: bool = False) -> None:
         """Say what is told of our worker from now on; it is told every 10 s, or now when `at_once`."""
@@ -2103,23 +2247,15 @@ class DhtEngine:
     # --- Requests of others ---
 
     def _on_request(self, request: Datagram, address: Address, size: int, now: float) -> None:
-        # The reply's fixed part is measured with empty lists, so that what is left is exact.
-        widest = {"nodes": (), "records": (), "total": 0xFFFFFFFF, "token": bytes(TOKEN_BYTES), "next": NodeId(0)}
-        fixed = len(self._codec.encode(Datagram("workers", request.transaction, self._own, widest)))
-        kind, body = self._responder.answer(request, address, max(0, size - fixed), now)
-        reply = self._codec.encode(Datagram(kind, request.transaction, self._own, body))
-        if len(reply) > size:
+        kind, data = self._responder.reply(request, address, size, now)
+        if len(data) > size:
             self.dropped["unpadded"] += 1
             return
-        self._requests.send(kind, reply, address)
+        self._requests.send(kind, data, address)
         if request.sender is not None and self.table.wants(request.sender):
-            self._verify(Contact(request.sender, address), now)
-
-    def _verify(self, contact: Contact, now: float) -> None:
-        """Ask a node that we only heard from to answer, unless that was just done."""
-        asked = [transaction for transaction in self._requests if transaction.kind == "ping"]
-        if len(asked) < MAX_UNVERIFIED and all(t.address != contact.address for t in asked):
-            self._request("ping", {}, contact.address, now, contact.node_id)
+            asked = self._requests.addresses("ping")  # those we only heard from are to answer, but not all at once
+            if address not in asked and len(asked) < MAX_UNVERIFIED:
+                self._request("ping", {}, address, now, request.sender)
 
     # --- Our requests ---
 
@@ -2132,48 +2268,30 @@ class DhtEngine:
         node_id: NodeId | None = None,
         search: Search | None = None,
     ) -> None:
-        timeout = LOOKUP_DEADLINE_S if kind == "beacon" else self._timeout(node_id)
-        begun = self._requests.begin(kind, body, address, now, node_id=node_id, search=search, timeout=timeout)
-        if not begun:
-            self.dropped["transactions"] += 1
-            if search is not None and node_id is not None:
-                self._gave_up(search, node_id, page=body.get("after", NodeId(0)) != NodeId(0))
-
-    def _timeout(self, node_id: NodeId | None) -> float:
-        node = self.table.get(node_id) if node_id is not None else None
-        if node is None or node.rtt is None:
-            return REQUEST_TIMEOUT_S
-        return min(max(2 * node.rtt, MIN_REQUEST_TIMEOUT_S), MAX_REQUEST_TIMEOUT_S)
+        request = self._requests.make(kind, body)
+        if not self._requests.full:
+            self._requests.begin(request, address, now, node_id, search)
+            return
+        self.dropped["transactions"] += 1
+        if search is not None and node_id is not None:
+            search.gave_up(node_id, request)
 
     def _on_timeout(self, transaction: Transaction, now: float) -> None:
         search, node_id = transaction.search, transaction.node_id
-        if search is not None and search.number not in self._searches:
+        if search is not None and search not in self._searches:
             self._requests.drop(transaction)  # nobody waits for it any more
         elif transaction.retries_left:
             self._requests.repeat(transaction, now)
             if search is not None and node_id is not None:
                 search.lookup.slow(node_id)
-                self._advance(search, now)
+                self._searches.go_on(search, now)
         else:
             self._requests.drop(transaction)
             if node_id is not None:
-                self._unanswered(node_id)
-            if search is not None and node_id is not None:
-                self._gave_up(search, node_id, page=transaction.is_page)
-                self._advance(search, now)
-
-    def _unanswered(self, node_id: NodeId) -> None:
-        node = self.table.get(node_id)
-        if self.table.failed(node_id) and node is not None:
-            self._lost.append(node.contact.address)
-        self._announcement.lost(node_id)
-
-    @staticmethod
-    def _gave_up(search: Search, node_id: NodeId, *, page: bool) -> None:
-        if page:
-            search.pages_open -= 1
-        else:
-            search.lookup.failed(node_id)
+                self._announcement.lost(node_id)
+                if self.table.failed(node_id):
+                    self._lost.append(transaction.address)
+            self._searches.no_answer(transaction, now)
 
     def _on_reply(self, reply: Datagram, address: Address, now: float) -> None:
         transaction = self._requests.match(reply, address)
@@ -2186,27 +2304,27 @@ class DhtEngine:
         if transaction.node_id is not None and transaction.node_id != reply.sender:
             self._changed_identity(transaction, transaction.node_id, now)
         else:
-            _REPLY_HANDLERS[reply.kind](self, reply, address, transaction, now)
+            _REPLY_HANDLERS[reply.kind](self, reply, Contact(reply.sender, address), transaction, now)
+        self._finish_searches(now)
 
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
         self._meeting.pop(contact.address, None)
         known = self.table.get(contact.node_id)
-        if known is not None and not _may_tell(contact.address, known.contact.address):
+        if known is not None and not known.failures and not _may_tell(contact.address, known.contact.address):
             contact = known.contact  # met on the loopback too: the address that others can use is kept
-        was_empty = not len(self.table)
         joined = self.table.answered(contact, now)
         node = self.table.get(contact.node_id)
         if node is not None:
             node.measured(now - transaction.sent_at, exact=transaction.retries_left == REQUEST_RETRIES)
         if joined:
-            self._joined(contact, now, first=was_empty)
+            self._joined(contact, now)
 
-    def _joined(self, contact: Contact, now: float, *, first: bool) -> None:
+    def _joined(self, contact: Contact, now: float) -> None:
         self._events.append(Joined(contact))
         if self._own is None:
             return
-        if first:
-            self._start_search(self._own, now, purpose=SearchPurpose.TABLE)
+        if len(self.table) == 1:
+            self._start(Search(self._own, now, purpose=SearchPurpose.TABLE), now)
         self._announcement.met(contact.node_id, now)
 
     def _changed_identity(self, transaction: Transaction, expected: NodeId, now: float) -> None:
@@ -2214,93 +2332,46 @@ class DhtEngine:
         self.dropped["identity"] += 1
         self.table.remove(expected)
         self._announcement.lost(expected)
+        self._searches.no_answer(transaction, now)
+
+    def _on_pong(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
+        if "record" in reply.body and reply.body["record"].worker_id == source.node_id:
+            self._events.append(Found(None, (_located(reply.body["record"], source.address),)))
+
+    def _on_nodes(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         if transaction.search is not None:
-            self._gave_up(transaction.search, expected, page=transaction.is_page)
-            self._advance(transaction.search, now)
+            self._searches.named(transaction.search, reply, source, now)
 
-    def _on_pong(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
-        if "record" in reply.body:
-            record = _located(reply.body["record"], address)
-            if record.worker_id == reply.sender:
-                self._events.append(Found(None, (record,)))
+    def _on_workers(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
+        fresh = self._searches.listed(transaction, reply, source, now)
+        if fresh and transaction.search is not None:
+            self._events.append(Found(transaction.search.number, fresh))
 
-    def _on_nodes(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
-        search, sender = transaction.search, reply.sender
-        if search is None or sender is None:
-            return
-        search.tokens[sender] = reply.body["token"]
-        told = [c for c in reply.body["nodes"] if c.node_id != self._own and _may_tell(c.address, address)]
-        search.lookup.answered(sender, told)
-        self._advance(search, now)
+    def _on_ok(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
+        if source.node_id in self._announcement.holders and "token" in reply.body:
+            self._announcement.holders[source.node_id] = (source, reply.body["token"])
 
-    def _on_workers(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
-        search, sender = transaction.search, reply.sender
-        if search is None or sender is None or search.number not in self._searches:
-            return  # it has ended; this answer came too late
-        told = [record for record in reply.body["records"] if _may_tell(record.address, address)]
-        fresh = search.learned(_located(record, address) for record in told)
-        if fresh:
-            self._events.append(Found(search.number, fresh))
-        if transaction.is_page:
-            search.pages_open -= 1
-        question = search.next_page(transaction, reply)
-        if question is not None:
-            search.pages_open += 1
-            self._ask(search, Contact(sender, address), "find_workers", question, now)
-        self._on_nodes(reply, address, transaction, now)
-
-    def _on_ok(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
-        if reply.sender in self._announcement.holders and "token" in reply.body:
-            self._announcement.holders[reply.sender] = (Contact(reply.sender, address), reply.body["token"])
-
-    def _on_error(self, reply: Datagram, address: Address, transaction: Transaction, now: float) -> None:
+    def _on_error(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         self.dropped[f"refused_{reply.body['code']}"] += 1
-        if reply.sender is not None and transaction.kind == "announce":
-            self._announcement.lost(reply.sender)
-            if reply.body["code"] == "token":  # it has started anew, or we come late
-                self._announcement.search_soon(now)
+        if transaction.kind == "announce":
+            self._announcement.lost(source.node_id)  # its next round asks for a token that counts
 
     # --- Searches ---
 
-    def _start_search(
-        self,
-        target: NodeId,
-        now: float,
-        *,
-        workers: bool = False,
-        everything: bool = False,
-        purpose: SearchPurpose = SearchPurpose.OWNER,
-    ) -> int:
-        self._search_count += 1
-        lookup = Lookup(target, deadline=now + LOOKUP_DEADLINE_S)
-        lookup.heard_of(self.table.closest(target, K))
-        search = Search(self._search_count, lookup, workers=workers, everything=everything, purpose=purpose)
-        self._searches[search.number] = search
-        self._advance(search, now)
-        return search.number
-
-    def _advance(self, search: Search, now: float) -> None:
-        if search.number not in self._searches:
-            return
-        for contact in search.lookup.next_to_ask():
-            self._ask(search, contact, *search.question(), now)
-        self._finish_searches(now)
-
-    def _ask(self, search: Search, contact: Contact, kind: str, body: Json, now: float) -> None:
-        search.requests += 1
-        self._request(kind, body, contact.address, now, contact.node_id, search)
+    def _start(self, search: Search, now: float) -> int:
+        number = self._searches.start(search, now)
+        self._finish_searches(now)  # it has ended already where nobody is known
+        return number
 
     def _finish_searches(self, now: float) -> None:
-        for search in [search for search in self._searches.values() if search.ended(now)]:
-            del self._searches[search.number]
+        for search in self._searches.pop_ended(now):
             contacts = tuple(search.lookup.closest())
             if search.purpose is SearchPurpose.HOLDERS:
                 for contact, token in self._announcement.found_holders(contacts, search.tokens):
                     self._announce_to(contact, token, now)
             elif search.purpose is SearchPurpose.OWNER:
-                records = tuple(search.records.values())
-                event = Finished(search.number, contacts, records, search.lookup.hops, search.requests)
-                self._events.append(event)
+                found = contacts, tuple(search.records.values())
+                self._events.append(Finished(search.number, *found, search.lookup.hops, search.requests))
 
     # --- Our announcement ---
 
@@ -2312,9 +2383,8 @@ class DhtEngine:
     def _send_announcements(self, now: float) -> None:
         self._hold_own_record(now)
         self._requests.drop_kind("announce")  # what is not answered yet is out of date
-        jitter = self._rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
-        if self._announcement.next_round(now, jitter):
-            self._start_search(self._topic, now, purpose=SearchPurpose.HOLDERS)
+        if self._announcement.next_round(now, self._rng):
+            self._start(Search(self._topic, now, purpose=SearchPurpose.HOLDERS), now)
         for contact, token in self._announcement.holders.values():
             self._announce_to(contact, token, now)
 
@@ -2325,19 +2395,13 @@ class DhtEngine:
 
     # --- Beacons and upkeep ---
 
-    def _start_beacons(self, now: float) -> None:
-        self._beacons = deque(now + delay for delay in BEACON_TIMES_S)
-        self._beacon_at = self._beacons.popleft()
-
     def _send_beacon(self, now: float) -> None:
         self._request("beacon", {"topic": self._topic}, BEACON, now)
         self._ping_unless_asked([*self._meeting, *(self._lost if not len(self.table) else ())], now)
-        while self._beacons and self._beacons[0] <= now:
-            self._beacons.popleft()
-        self._beacon_at = self._beacons.popleft() if self._beacons else now + BEACON_PERIOD_S
+        self._beacons.sent(now)
 
     def _ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
-        asked = {transaction.address for transaction in self._requests}
+        asked = self._requests.addresses()
         for address in dict.fromkeys(addresses):
             if address not in asked:
                 self._request("ping", {}, address, now)
@@ -2350,11 +2414,11 @@ class DhtEngine:
         for contact in self.table.silent_since(now - REFRESH_PERIOD_S)[:K]:
             self._request("ping", {}, contact.address, now, contact.node_id)
         self._ping_unless_asked(self._lost, now)
-        self._start_search(self._own, now, purpose=SearchPurpose.TABLE)
+        self._start(Search(self._own, now, purpose=SearchPurpose.TABLE), now)
 
     def _woke(self, now: float) -> None:
         """The machine slept: what we know is old, so ask everyone, announce and beacon as if new."""
-        self._start_beacons(now)
+        self._beacons = BeaconSchedule(now)
         for contact in list(self.table)[:MAX_UNVERIFIED]:
             self._request("ping", {}, contact.address, now, contact.node_id)
         self._announcement.search_soon(now)

@@ -50,10 +50,10 @@ class RawClient:
         assert body is not None, "the other side closed without a word"
         return body
 
-    async def closed(self) -> None:
-        """Wait for the end, before which nothing more may come."""
-        body = await self._next()
-        assert body is None, f"this came instead of the end: {body}"
+    async def closed(self, *, after: str | None = None) -> None:
+        """Wait for the end, before which nothing more may come but frames of the type `after`."""
+        while (body := await self._next()) is not None:
+            assert body["type"] == after, f"this came instead of the end: {body}"
 
     def send_no_more(self) -> None:
         """Close this side only, as a sender that was cut off does."""

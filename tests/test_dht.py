@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -119,6 +120,27 @@ class Stranger:
         """Have a node hold these records, all at this stranger's host."""
         for record in records:
             assert self.announce(node, record.worker_id, record, self.token_from(node)) == "ok"
+
+
+Answers = Mapping[str, tuple[str, Mapping[str, object]]]
+PONG = ("pong", {})
+NOBODY = ("nodes", {"nodes": (), "token": bytes(qmesh.TOKEN_BYTES)})
+
+
+def lone_engine(own: NodeId | None) -> qmesh.DhtEngine:
+    """An engine outside any network, whose clock starts at 0."""
+    return qmesh.DhtEngine(keys=qmesh.MeshKeys.derive("virtual"), own=own, rng=random.Random(0), now=0.0)
+
+
+def answer_by_hand(engine: qmesh.DhtEngine, source: qmesh.Address, now: float, answers: Answers) -> None:
+    """Answer all that an engine has to send as a peer at `source` would that says what it likes."""
+    codec = qmesh.DatagramCodec(qmesh.MeshKeys.derive("virtual").udp_key)
+    for data, _ in engine.datagrams_to_send(now):
+        request = codec.decode(data)
+        if request.kind in answers:
+            kind, body = answers[request.kind]
+            reply = qmesh.Datagram(kind, request.transaction, NodeId(77), body)
+            engine.receive_datagram(codec.encode(reply), source, now)
 
 
 def many_records(first: int, last: int) -> list[WorkerRecord]:
@@ -501,10 +523,11 @@ def test_the_mesh_outlives_the_sudden_death_of_a_third(mesh: tuple[VirtualNetwor
 def test_nothing_is_told_or_asked_of_a_search_after_its_end() -> None:
     network = VirtualNetwork(27, beacons=False, delay=(0.18, 0.18))
     (holder,) = join(network, 1)
-    Stranger(network).plant(holder, *many_records(1, 65))  # ten pages, which take longer than a search may
+    Stranger(network).plant(holder, *many_records(1, 61))
+    Stranger(network, ("10.99.0.2", 5000)).plant(holder, *many_records(61, 121))
     client = client_of(network, holder)
     end = find(network, client, everything=True)
-    assert 0 < len(end.records) < 64
+    assert 0 < len(end.records) < 120  # so many pages take longer than a search may
     told, asked = len(client.events), client.engine.sent["find_workers"]
     network.run_for(10)
     assert len(client.events) == told
@@ -524,24 +547,15 @@ def test_a_peer_whose_link_became_slow_is_still_of_use() -> None:
 
 
 def test_a_holder_whose_list_never_ends_cannot_keep_a_client_asking() -> None:
-    network = VirtualNetwork(28)
-    codec = qmesh.DatagramCodec(network.keys.udp_key)
-    client = qmesh.DhtEngine(keys=network.keys, own=None, rng=random.Random(0), now=0.0)
-    liar, now = NodeId(66), 0.0
-    endless = {"nodes": (), "records": (), "total": 1000, "token": bytes(8)}
-    client.meet([STRANGER], now)
+    client = lone_engine(None)
+    client.meet([STRANGER], 0.0)
     for step in range(400):
-        for data, address in client.datagrams_to_send(now):
-            request = codec.decode(data)
-            body = {} if request.kind == "ping" else endless | {"next": NodeId(step)}
-            kind = {"ping": "pong", "find_workers": "workers"}.get(request.kind)
-            if kind is not None and address == STRANGER:
-                reply = codec.encode(qmesh.Datagram(kind, request.transaction, liar, body))
-                client.receive_datagram(reply, STRANGER, now)
+        now = step / 50
+        client.handle_timer(now)
+        endless = {"nodes": (), "records": (), "total": 1000, "token": bytes(8), "next": NodeId(step)}
+        answer_by_hand(client, STRANGER, now, {"ping": PONG, "find_workers": ("workers", endless)})
         if step == 1:
             client.find_workers(now, everything=True)
-        now += 0.02
-        client.handle_timer(now)
     assert client.settled
 
 
@@ -726,6 +740,16 @@ def test_a_holder_that_was_restarted_under_its_old_id_soon_holds_the_record_agai
     assert found_ids(network, client_of(network, holder)) == {worker.node_id}
 
 
+def test_a_holder_that_always_refuses_does_not_make_a_worker_announce_ever_faster() -> None:
+    worker = lone_engine(NodeId(1))
+    worker.announce(record_of(NodeId(1)), 0.0)
+    for step in range(600):
+        worker.handle_timer(step / 10)
+        refusal = ("error", {"code": "token"})
+        answer_by_hand(worker, STRANGER, step / 10, {"beacon": PONG, "find_node": NOBODY, "announce": refusal})
+    assert 3 <= worker.sent["announce"] <= 12  # in a minute
+
+
 def test_a_node_that_comes_later_is_told_of_the_workers_there_are() -> None:
     network = VirtualNetwork(42, beacons=False)
     nodes = join(network, 3)
@@ -886,8 +910,7 @@ def damaged_datagrams() -> st.SearchStrategy[bytes]:
 @settings(derandomize=True, deadline=None, max_examples=60)
 @given(st.lists(damaged_datagrams(), max_size=20))
 def test_nothing_that_comes_from_the_wire_upsets_a_node(datagrams: list[bytes]) -> None:
-    keys = qmesh.MeshKeys.derive("virtual")
-    engine = qmesh.DhtEngine(keys=keys, own=NodeId(1), rng=random.Random(0), now=0.0)
+    engine = lone_engine(NodeId(1))
     for data in datagrams:
         engine.receive_datagram(data, STRANGER, 0.0)
     assert engine.dropped.total() == len(datagrams)
@@ -963,6 +986,20 @@ def test_a_peer_on_this_machine_is_known_by_the_address_that_others_can_use(orde
     reply = Stranger(network).ask(node, "find_node", target=TOPIC)
     assert reply is not None
     assert reply.body["nodes"] == (qmesh.Contact(NodeId(77), addresses[0]),)
+
+
+def test_an_address_that_no_longer_answers_gives_way_to_the_loopback() -> None:
+    engine = lone_engine(NodeId(1))
+    engine.handle_timer(0.0)
+    answer_by_hand(engine, ("10.0.0.77", 47476), 0.0, {"beacon": PONG})
+    answer_by_hand(engine, ("10.0.0.77", 47476), 0.0, {"find_node": NOBODY})
+    engine.find_node(TOPIC, 0.1)  # in vain, for the link has gone down
+    for now in (0.2, 0.5, 0.9):
+        engine.handle_timer(now)
+    engine.datagrams_to_send(0.9)
+    engine.handle_timer(1.0)
+    answer_by_hand(engine, ("127.0.0.1", 47476), 1.0, {"beacon": PONG})
+    assert [contact.address for contact in engine.table] == [("127.0.0.1", 47476)]
 
 
 def test_loopback_records_between_others_do_not_stop_the_paging() -> None:
@@ -1055,12 +1092,11 @@ def test_a_short_gap_is_no_sleep() -> None:
 
 @pytest.mark.parametrize("late", [0.1, 0.3, 1.5, 4.0, 14.0, 16.0, 1000.0])
 def test_a_timer_that_is_handled_late_still_moves_forward(late: float) -> None:
-    keys = qmesh.MeshKeys.derive("virtual")
-    engine = qmesh.DhtEngine(keys=keys, own=NodeId(1), rng=random.Random(0), now=100.0)
-    engine.meet([STRANGER], 100.0)
-    engine.announce(record_of(NodeId(1)), 100.0)
-    engine.find_workers(100.0)
-    now = 100.0
+    engine = lone_engine(NodeId(1))
+    engine.meet([STRANGER], 0.0)
+    engine.announce(record_of(NodeId(1)), 0.0)
+    engine.find_workers(0.0)
+    now = 0.0
     for _ in range(20):
         now = max(engine.get_timer(), now) + late
         engine.handle_timer(now)

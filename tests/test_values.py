@@ -209,7 +209,7 @@ RECORD = WorkerRecord(
         {"address": ("fe80::1%eth0", 1)},
         {"address": ("::1", 65535)},
         {"model": ""},
-        {"model": "é" * 20},
+        {"model": "é" * (qmesh.MODEL_NAME_BYTES // 2)},
     ],
 )
 def test_a_record_at_its_limits_is_made(change: dict[str, Any]) -> None:
@@ -493,7 +493,7 @@ def test_what_is_no_object_is_refused(kind: str, body: Any) -> None:
     ("change", "words"),
     [
         ({"messages": [{"role": "user", "content": "x"}]}, "not both"),
-        ({"messages": [{"role": "user", "content": " "}], "prompt": ...}, "last message is empty"),
+        ({"messages": [{"role": "user", "content": " "}], "prompt": ...}, "last message has no text"),
         ({"messages": [{"role": "user", "content": "x"}] * 1025, "prompt": ...}, "at most 1024 messages"),
         ({"messages": [], "prompt": ...}, "either messages or prompt"),
     ],

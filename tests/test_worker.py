@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from loop import PATIENCE_S, in_a_loop
 from raw_client import RawClient, connected, frame
 
 import qmesh
-from qmesh import Json, Queued, Result, Token, WireError, WorkerLost, join_tokens
+from qmesh import Json, Queued, Result, Token, join_tokens
 
 SHORT = {"max_tokens": 4, "temperature": 0}
 LONG = {"max_tokens": 900, "temperature": 0}  # over many seconds, unless it is cut short
@@ -156,7 +157,8 @@ async def test_many_requests_share_a_connection_and_each_gets_its_own_whole_answ
     async with asking(worker) as client:
         for request_id in "abc":
             await client.ask(request_id, params={**SHORT, "max_tokens": 5 + ord(request_id) - ord("a")})
-        texts, results = dict.fromkeys("abc", ""), {}
+        results: dict[str, Json] = {}
+        texts = dict.fromkeys("abc", "")
         while len(results) < 3:
             body = await client.receive()
             if body["type"] == "inference_token":
@@ -186,27 +188,35 @@ async def fill(client: RawClient) -> None:
     assert (await client.status())["queue"] == {"active": 2, "waiting": 1, "capacity": 3}
 
 
-@in_a_loop
-async def test_cancel_frees_the_slot_and_no_more_is_said_of_the_request(worker: harness.Process) -> None:
-    async with asking(worker) as client:
-        await client.ask("r", params=LONG)
-        await client.receive_kind("inference_token")
-        await client.send({"type": "cancel", "request_id": "r"})
-        assert (await client.status())["queue"]["active"] == 0
-        await client.ask("s", params=SHORT)
-        pieces, result = await answer(client, "s")
-        assert (len(pieces) > 0, result["request_id"]) == (True, "s")
+async def runs_at_once(client: RawClient, request_id: str) -> None:
+    """Ask something short, for which there must be a free slot: who has to wait is told so."""
+    await client.ask(request_id, params=SHORT)
+    while (body := await client.receive())["type"] != "inference_result":
+        assert body["type"] != "inference_queued", "no slot was free"
 
 
 @in_a_loop
-async def test_the_slot_of_a_cancelled_request_works_for_the_next_at_once(worker: harness.Process) -> None:
+async def test_cancel_frees_the_slot(worker: harness.Process) -> None:
     async with asking(worker) as client:
-        await fill(client)
-        await client.send({"type": "cancel", "request_id": "a"})
-        await client.receive_kind("inference_token", "c")  # long before a full answer could make room
+        await client.ask("a", params=LONG)
+        await client.ask("b", params=LONG)
+        await client.receive_kind("inference_token", "b")
         await client.send({"type": "cancel", "request_id": "b"})
-        await client.send({"type": "cancel", "request_id": "c"})
-        await until_queue(client, active=0)
+        assert (await client.status())["queue"]["active"] == 1
+        await runs_at_once(client, "c")
+
+
+@in_a_loop
+async def test_no_more_is_said_of_a_cancelled_request(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("a", params=LONG)
+        await client.receive_kind("inference_token")
+        await client.send({"type": "cancel", "request_id": "a"})
+        await client.ask("b", params={**SHORT, "max_tokens": 12})
+        await client.receive_kind("inference_token", "b")  # behind what was on its way
+        while (body := await client.receive())["type"] != "inference_result":
+            assert body["request_id"] == "b"
+        assert body["request_id"] == "b"
 
 
 @in_a_loop
@@ -249,8 +259,8 @@ async def test_who_leaves_in_the_middle_frees_slots_and_queue(
         async with asking(worker) as client:
             await fill(client)
             leave(client)
-            async with asyncio.timeout(10):  # the three answers would take longer
-                await until_queue(watching, active=0, waiting=0)
+            await until_queue(watching, active=0, waiting=0)
+        await runs_at_once(watching, "d")
 
 
 # --- Refusals ---
@@ -290,7 +300,7 @@ async def test_another_model_is_not_found_and_the_right_one_named(worker: harnes
         assert worker.ready["model"] in error["message"]
 
 
-INVALID = {
+INVALID: dict[str, dict[str, Any]] = {
     "max_tokens": {"params": {"max_tokens": 0}},
     "temperature": {"params": {"temperature": "hot"}},
     "top_p": {"params": {"top_p": 2}},
@@ -317,7 +327,7 @@ INVALID = {
 @pytest.mark.parametrize("named", INVALID)
 @in_a_loop
 async def test_what_is_wrong_with_a_request_is_named(worker: harness.Process, named: str) -> None:
-    fields = {"request_id": "r", "params": SHORT, **INVALID[named]}
+    fields: dict[str, Any] = {"request_id": "r", "params": SHORT, **INVALID[named]}
     async with asking(worker) as client:
         error = await error_of(client, **fields)
         assert (error["code"], error["retryable"]) == ("invalid_request", False)
@@ -395,8 +405,9 @@ async def test_who_breaks_the_rules_loses_its_running_requests(worker: harness.P
         async with asking(worker) as bad:
             await fill(bad)
             await bad.send({"type": "welcome"})
-            async with asyncio.timeout(10):  # the three answers would take longer
-                await until_queue(watching, active=0, waiting=0)
+            await bad.receive_kind("inference_error")
+            await until_queue(watching, active=0, waiting=0)
+        await runs_at_once(watching, "d")
 
 
 HALF_A_PAIR = r'"\ud800"'  # JSON can say it, UTF-8 cannot
@@ -441,28 +452,28 @@ def changed_program(directory: Path, *changes: str) -> Path:
 
 @pytest.fixture(scope="module")
 def strained(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[harness.Process]:
-    """A worker on a machine whose processor and memory are all in use, and that has little patience."""
+    """A worker on a machine that is busy with other things, which one request overloads; it has little patience."""
     directory = tmp_path_factory.mktemp("strained")
     program = changed_program(
         directory,
-        "qmesh.SystemMonitor.sample = lambda monitor: (100.0, 100.0)",
+        "qmesh.SystemMonitor.sample = lambda monitor: (95.0, 95.0)",
         "qmesh.MAX_REQUESTS_PER_CONNECTION = 1",
         f"qmesh.IDLE_TIMEOUT_S = {IDLE_S}",
     )
     with harness.Mesh(directory, model_path, program) as mesh:
-        yield mesh.start_worker("--slots", "1")
+        yield mesh.start_worker("--slots", "1", "--queue", "2")
 
 
 @in_a_loop
 async def test_an_overloaded_worker_refuses_with_its_health(strained: harness.Process) -> None:
     async with asking(strained) as one, connected(address_of(strained)) as other:
-        assert (await one.status())["health"]["state"] == "busy"  # the free queue is worth 20 points
+        assert (await one.status())["health"]["score"] == 24  # 20 of it for the free queue
         await one.ask("r", params=LONG)
         await one.receive_kind("inference_token")
         error = await error_of(other, "s", params=SHORT)
         assert (error["code"], error["retryable"]) == ("overloaded", True)
-        assert "overloaded (health 19)" in error["message"]
-        assert error["health"] == {"score": 18.8, "cpu": 100.0, "memory": 100.0, "queue": 93.8, "state": "overloaded"}
+        assert "overloaded (health 14)" in error["message"]
+        assert error["health"] == {"score": 14, "cpu": 95, "memory": 95, "queue": 50, "state": "overloaded"}
 
 
 @in_a_loop
@@ -488,9 +499,7 @@ async def test_a_connection_that_waits_for_an_answer_is_not_idle(strained: harne
         while asyncio.get_running_loop().time() < started + 3 * IDLE_S:
             assert (await client.receive())["type"] == "inference_token"
         await client.send({"type": "cancel", "request_id": "r"})
-        with pytest.raises(AssertionError, match="closed without a word"):
-            while True:
-                assert (await client.receive())["type"] == "inference_token"
+        await client.closed(after="inference_token")
 
 
 # --- Being told to stop ---
@@ -543,17 +552,6 @@ async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.
     assert json.loads(worker.stdout.readline())["event"] == "stopped"
 
 
-@in_a_loop
-async def test_a_worker_that_is_killed_closes_its_connections(mesh: harness.Mesh) -> None:
-    worker = mesh.start_worker()
-    link = qmesh.WorkerLink(await qmesh.dial(address_of(worker), qmesh.NodeId(1)))
-    job = qmesh.Job("r", prompt="1 2 3 4 5 6 7 8 9", params=qmesh.Sampling(max_tokens=900))
-    with pytest.raises((WorkerLost, WireError)):
-        async for _ in link.run(job):
-            worker.popen.kill()
-    await link.close()
-
-
 # --- Joining tokens ---
 
 
@@ -589,16 +587,33 @@ def test_a_result_stays_behind_its_tokens() -> None:
     assert join_tokens(said) == [("r", Token(0, (100, 101), "ab")), ("s", RESULT), ("r", RESULT)]
 
 
-def flat(said: list[tuple[str, qmesh.Said]], request_id: str) -> list[object]:
-    """What a request's reader gets to see, token by token."""
-    seen: list[object] = []
-    for item in [item for owner, item in said if owner == request_id]:
-        if isinstance(item, Token):
-            seen += [*enumerate(item.tokens, item.seq), *item.text]
-        else:
-            seen.append(item)
-    return sorted(seen, key=lambda entry: isinstance(entry, str)) if all_tokens(said, request_id) else seen
+def told_to(request_id: str, said: Iterable[tuple[str, qmesh.Said]]) -> list[qmesh.Said]:
+    """What one request's reader is told when every run of tokens is one piece."""
+    told: list[qmesh.Said] = []
+    mine = [item for owner, item in said if owner == request_id]
+    for joinable, run in itertools.groupby(mine, lambda item: isinstance(item, Token)):
+        if not joinable:
+            told += run
+            continue
+        tokens = [item for item in run if isinstance(item, Token)]
+        ids = itertools.chain.from_iterable(item.tokens for item in tokens)
+        told.append(Token(tokens[0].seq, tuple(ids), "".join(item.text for item in tokens)))
+    return told
 
 
-def all_tokens(said: list[tuple[str, qmesh.Said]], request_id: str) -> bool:
-    return all(isinstance(item, Token) for owner, item in said if owner == request_id)
+anything = st.one_of(
+    st.builds(token, st.integers(0, 99), st.text(max_size=3)),
+    st.just(RESULT),
+    st.builds(Queued, st.integers(0, 9), st.just(1.0)),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from("rst"), anything), max_size=30))
+@hypothesis_settings(derandomize=True, deadline=None)
+def test_whatever_is_said_each_reader_is_told_it_in_as_few_pieces_as_can_be(said: list[tuple[str, qmesh.Said]]) -> None:
+    joined = join_tokens(said)
+    for request_id in "rst":
+        assert [item for owner, item in joined if owner == request_id] == told_to(request_id, said)
+    assert [entry for entry in joined if not isinstance(entry[1], Token)] == [
+        entry for entry in said if not isinstance(entry[1], Token)
+    ]
