@@ -55,6 +55,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import http.client
 import importlib
 import ipaddress
 import json
@@ -2715,10 +2716,9 @@ class StateDirectory:
         """This instance's id, made at its first start. Raises UsageError when it cannot be kept."""
         path = self.path / WORKER_ID_FILE
         with contextlib.suppress(FileNotFoundError):
-            try:
+            with contextlib.suppress(ValueError, IsADirectoryError):
                 return NodeId.from_hex(path.read_text("ascii").strip())
-            except ValueError:
-                keep_aside(path, "holds no worker id (64 hexadecimal digits)")
+            keep_aside(path, "holds no worker id (64 hexadecimal digits)")
         worker_id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
         try:
             write_atomically(path, f"{worker_id}\n".encode())
@@ -2775,7 +2775,8 @@ def load_psutil() -> Any:
 
 def install_command(requirement: str) -> str:
     """The command that installs a package for the Python that runs this."""
-    return f'{sys.executable or "python"} -m pip install "{requirement}"'
+    python = sys.executable or "python"
+    return f'{chr(34) + python + chr(34) if " " in python else python} -m pip install "{requirement}"'
 
 
 class SystemMonitor:
@@ -2829,11 +2830,13 @@ _TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
     10: ("Q2_K", 256, 84),
     11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
     16: ("IQ2_XXS", 256, 66),
     17: ("IQ2_XS", 256, 74),
     18: ("IQ3_XXS", 256, 98),
@@ -2842,6 +2845,11 @@ _TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {
     21: ("IQ3_S", 256, 110),
     22: ("IQ2_S", 256, 82),
     23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
     34: ("TQ1_0", 256, 54),
@@ -2890,6 +2898,7 @@ class GgufReader:
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file = file
         self._size = size
+        self._at = 0
         self._items = 0
         self.metadata: dict[str, Any] = {}
         self.tensors: list[tuple[str, tuple[int, ...], int, int]] = []  # name, shape, type, offset
@@ -2911,7 +2920,7 @@ class GgufReader:
         alignment = self.metadata.get("general.alignment", GGUF_ALIGNMENT)
         if not isinstance(alignment, int) or alignment <= 0:
             raise ModelError("its header gives no sensible alignment")
-        self.data_start = -(-self._file.tell() // alignment) * alignment
+        self.data_start = -(-self._at // alignment) * alignment
         self._check_length()
 
     def _check_length(self) -> None:
@@ -2923,12 +2932,12 @@ class GgufReader:
             raise ModelError(f"it is cut off: {end:,} bytes are needed, {self._size:,} are there")
 
     def _take(self, count: int) -> bytes:
-        if count > MAX_GGUF_METADATA_BYTES:
-            raise ModelError(f"its header claims an item of {count:,} bytes")
-        data = self._file.read(count)
-        if len(data) < count:
+        self._at += count
+        if self._at > MAX_GGUF_METADATA_BYTES:
+            raise ModelError(f"its header claims more than {MAX_GGUF_METADATA_BYTES:,} bytes")
+        if self._at > self._size:
             raise ModelError("it is cut off within its header")
-        return data
+        return self._file.read(count)
 
     def _number(self, code: str) -> Any:
         (number,) = struct.unpack("<" + code, self._take(struct.calcsize(code)))
@@ -3042,7 +3051,8 @@ def list_models(directories: Iterable[Path]) -> list[Path]:
     found: dict[str, Path] = {}
     for directory in directories:
         for path in sorted(directory.glob("*.gguf")) if directory.is_dir() else []:
-            found.setdefault(path.name, path)
+            if path.is_file() and not path.name.startswith("."):
+                found.setdefault(path.name, path)
     return list(found.values())
 
 
@@ -3201,23 +3211,35 @@ def _pull_hub(source: str, directory: Path, environ: Mapping[str, str], progress
 
 
 def _pull_url(url: str, directory: Path, headers: Mapping[str, str], progress: Progress) -> Path:
-    address, _, fragment = url.partition("#")
-    parts = urllib.parse.urlsplit(address)
-    name = urllib.parse.unquote(parts.path).rpartition("/")[2]
-    if parts.scheme not in ("http", "https") or not parts.netloc or not name.endswith(".gguf"):
-        raise ModelError(f"an http or https address of a .gguf file is needed, not {address!r}")
-    if "\\" in name or name.startswith("."):
-        raise ModelError(f"{name!r} is no name for a model file")
+    address, name, expected = _parse_source(url)
     target = directory / name
     if target.exists():
         return target
-    download = _Download(address, directory / f"{name}.part", headers)
-    expected = fragment.removeprefix("sha256=").lower() or None
-    download.run(progress)
-    download.verify(expected)
-    read_model(download.part)
-    download.finish(target)
+    with _Download(address, directory / f"{name}.part", headers) as download:
+        download.run(progress)
+        download.verify(expected)
+        download.finish(target)
     return target
+
+
+def _parse_source(url: str) -> tuple[str, str, str | None]:
+    """The address to fetch, the name to store it under, and the hash that is expected. Raises ModelError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        sane = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        sane = False
+    if not sane:
+        raise ModelError(f"an http or https address of a .gguf file is needed, not {url!r}")
+    name = urllib.parse.unquote(parts.path).rpartition("/")[2]
+    if not re.fullmatch(r"""[^.\x00-\x1f\x7f/\\:*?"<>|][^\x00-\x1f\x7f/\\:*?"<>|]*\.gguf""", name):
+        raise ModelError(f"an address that ends in the name of a .gguf file is needed, not {url!r}")
+    if parts.fragment and not re.fullmatch(r"sha256=[0-9a-fA-F]{64}", parts.fragment):
+        raise ModelError(f"#sha256= and 64 hexadecimal digits may follow the address, not #{parts.fragment}")
+    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~")
+    query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")
+    address = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query, ""))
+    return address, name, parts.fragment.partition("=")[2].lower() or None
 
 
 class _HubRedirect(urllib.request.HTTPRedirectHandler):
@@ -3232,74 +3254,105 @@ class _HubRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class _Download:
-    """One file over HTTP, continued where an earlier attempt was cut off if it is the same file still."""
+    """One file over HTTP, continued where an earlier attempt was cut off if it is the same file still.
+
+    What has come is kept in `part`, locked while we write; what it is a part of, in a file beside it.
+    """
 
     def __init__(self, url: str, part: Path, headers: Mapping[str, str]) -> None:
-        self.part = part
         self._url = url
+        self._part = part
         self._headers = headers
         self._tag_file = part.with_name(f"{part.name}.etag")
         self._redirects = _HubRedirect()
         self._served_hash: str | None = None
 
+    def __enter__(self) -> _Download:
+        file = try_lock(self._part)
+        if file is None:
+            raise ModelError(f"{self._part.stem} is being fetched by another process; wait for it")
+        self._file = file
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            if not self._part.stat().st_size:
+                self._tag_file.unlink(missing_ok=True)
+                self._part.unlink()
+
     def run(self, progress: Progress) -> None:
-        request = self._request()
+        """Fetch what is missing. Raises ModelError."""
         opener = urllib.request.build_opener(self._redirects)
         try:
-            with opener.open(request, timeout=DOWNLOAD_TIMEOUT_S) as response:
+            with opener.open(self._request(), timeout=DOWNLOAD_TIMEOUT_S) as response:
                 self._receive(response, progress)
         except urllib.error.HTTPError as error:
-            if error.code == 416 and self.part.exists():
+            error.close()
+            if error.code == 416 and self._done:
                 self.discard()
                 raise ModelError(f"{self._url} has changed since the download began; pull it again") from None
             hint = "; is HF_TOKEN set?" if error.code in (401, 403) else ""
             raise ModelError(f"{self._url}: the server says {error.code} {error.reason}{hint}") from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", error)
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
+            reason = getattr(error, "reason", error) or type(error).__name__
             raise ModelError(f"{self._url}: {reason}; pull again to go on where it stopped") from None
+
+    @property
+    def _done(self) -> int:
+        return self._part.stat().st_size
 
     def _request(self) -> urllib.request.Request:
         request = urllib.request.Request(self._url, headers={"User-Agent": AGENT})
         for name, value in self._headers.items():
             request.add_unredirected_header(name, value)  # a token is for this server, not for where it points
-        if self.part.exists() and self._tag_file.exists():
-            request.add_header("Range", f"bytes={self.part.stat().st_size}-")
+        if self._done and self._tag_file.exists():
+            request.add_header("Range", f"bytes={self._done}-")
             request.add_header("If-Range", self._tag_file.read_text())
         return request
 
     def _receive(self, response: Any, progress: Progress) -> None:
-        resumed = response.status == 206
-        done = self.part.stat().st_size if resumed else 0
-        length = response.headers.get("Content-Length")
+        if response.status == 206:
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {self._done}-"):
+                self.discard()
+                raise ConnectionError("the server sent another part than was asked for")
+        else:
+            self.discard()
+            etag = response.headers.get("ETag", "")
+            if etag and not etag.startswith("W/"):
+                self._tag_file.write_text(etag)
+        done, length = self._done, response.headers.get("Content-Length")
         total = done + int(length) if length and length.isdecimal() else None
-        etag = response.headers.get("ETag", "")
         self._served_hash = self._redirects.linked_etag or response.headers.get("X-Linked-Etag")
-        if etag and not etag.startswith("W/"):
-            self._tag_file.write_text(etag)
-        with self.part.open("ab" if resumed else "wb") as file:
-            _copy(response, file, progress, total, done)
-        if total is not None and self.part.stat().st_size < total:
-            raise ConnectionError(f"the connection ended after {self.part.stat().st_size:,} of {total:,} bytes")
+        _copy(response, self._file, progress, total, done)
+        if total is not None and self._done < total:
+            raise ConnectionError(f"the connection ended after {self._done:,} of {total:,} bytes")
 
     def verify(self, expected: str | None) -> None:
-        """Compare with the hash that the user gave, or that the hub did (SHA-256 for large files)."""
+        """Compare with the hash that the user gave, or that the hub did (SHA-256 for large files); read the header."""
         served = (self._served_hash or "").strip('"')
         expected = expected or (served if re.fullmatch(r"[0-9a-f]{64}", served) else None)
-        if expected is None:
-            return
-        with self.part.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != expected:
+        if expected is not None:
+            with self._part.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                self.discard()
+                raise ModelError(f"{self._url} arrived damaged: its SHA-256 is {found}, not {expected}; pull it again")
+        try:
+            read_model(self._part)
+        except ModelError:
             self.discard()
-            raise ModelError(f"{self._url} arrived damaged: its SHA-256 is {found}, not {expected}; pull it again")
+            raise
 
     def finish(self, target: Path) -> None:
+        self._file.close()
         self._tag_file.unlink(missing_ok=True)
-        self.part.replace(target)
+        self._part.replace(target)
 
     def discard(self) -> None:
+        """Forget what has come."""
         self._tag_file.unlink(missing_ok=True)
-        self.part.unlink(missing_ok=True)
+        self._file.truncate(0)
 
 
 # ======================================================================================================

@@ -30,7 +30,7 @@ from qmesh import InvalidRequest, Job, Message, ModelError, Queued, Result, Samp
 
 SLOTS = 4
 CONTEXT = 512
-THREADS = 2
+THREADS = int(os.environ.get("T", "1"))
 STEP_S = 2.0  # what an evaluation takes on the tests' clock
 MAX_STEPS = 500
 PATIENCE_S = 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -317,6 +318,7 @@ def test_only_so_many_peers_are_remembered(claim: Callable[[], StateDirectory]) 
     state = claim()
     state.remember(addresses(1000))
     assert state.peers() == addresses(qmesh.MAX_REMEMBERED_PEERS)
+    assert len(json.loads((state.path / "peers.json").read_bytes())) == qmesh.MAX_REMEMBERED_PEERS
 
 
 def test_only_so_many_peers_are_read(claim: Callable[[], StateDirectory]) -> None:

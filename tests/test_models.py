@@ -376,6 +376,18 @@ def test_a_header_is_bounded_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monk
     assert "its header" in damage(tmp_path, Gguf([pair(f"text.{n}", STRING, "x" * 600) for n in range(4)]))
 
 
+def test_the_items_of_a_header_are_bounded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmesh, "MAX_GGUF_ITEMS", 10)
+    lists = [array(f"list.{number}", U8, [1, 2, 3]) for number in range(3)]
+    assert read(tmp_path, Gguf(lists[:2])).architecture == "unknown"
+    assert damage(tmp_path, Gguf(lists)) == "its header claims more than 10 items"
+
+
+def test_a_tensor_has_at_most_eight_dimensions(tmp_path: Path) -> None:
+    assert read(tmp_path, Gguf(tensors=[tensor(TENSOR_F32, *[2] * 8)])).quantization == "F32"
+    assert damage(tmp_path, Gguf(tensors=[tensor(TENSOR_F32, *[2] * 9)])) == "its tensor 't0' claims 9 dimensions"
+
+
 # --- Fingerprints ---
 
 SAMPLED = Gguf(llama_pairs(), [tensor(TENSOR_F32, 1 << 20)])
@@ -609,12 +621,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         body = page.body[start:]
         self.send_response(206 if start else page.status)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}")
         self.send_headers(page, len(body))
         if page.chunked:
             body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         self.wfile.write(body[: page.cut])
         if page.gate is not None and page.gate.wait(60):
             self.wfile.write(body[page.cut :])
+
+    def do_CONNECT(self) -> None:
+        """What a proxy is asked for; this one lets nobody out."""
+        self.server.asked.append((self.path, dict(self.headers)))
+        self.send_error(403)
 
     def start(self, page: Page) -> int:
         """The byte from which to send: a range counts only for the file that it was begun with (RFC 9110, 13.1.5)."""
@@ -654,7 +673,7 @@ def serving() -> Iterator[Shelf]:
 
 @pytest.fixture
 def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     with serving() as server:
         yield server
@@ -910,10 +929,19 @@ def hub(server: Shelf, **more: str) -> dict[str, str]:
 
 
 def test_a_hub_is_asked_for_the_main_branch(shelf: Shelf, tmp_path: Path) -> None:
-    shelf.pages["/owner/re.po_1/resolve/main/sub/tiny.gguf"] = Page()
-    environ = {"HF_ENDPOINT": shelf.url("/")}
+    shelf.pages["/mirror/owner/re.po_1/resolve/main/sub/tiny.gguf"] = Page()
+    environ = {"HF_ENDPOINT": shelf.url("/mirror/")}
     assert pull("hf:owner/re.po_1/sub/tiny.gguf", tmp_path, environ) == tmp_path / "tiny.gguf"
     assert "Authorization" not in shelf.asked[0][1]
+
+
+@pytest.mark.parametrize("environ", [{}, {"HF_ENDPOINT": ""}])
+def test_the_public_hub_is_asked_through_the_proxy_that_is_set(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str]
+) -> None:
+    monkeypatch.setenv("https_proxy", shelf.url(""))  # the shelf refuses, so nothing leaves this machine
+    refusal("hf:o/r/tiny.gguf", tmp_path, environ)
+    assert [path for path, _ in shelf.asked] == ["huggingface.co:443"]
 
 
 def test_the_token_is_for_the_hub_and_not_for_where_it_points(shelf: Shelf, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_tree_in_the_source_is_the_real_one() -> None:
 def test_an_error_knows_its_codes(kind: type[QMeshError], exit_code: int, code: str, retryable: bool) -> None:
     error = kind("what happened")
     assert (str(error), error.exit_code, error.retryable) == ("what happened", exit_code, retryable)
-    assert qmesh.error_code(error) == code
+    assert (error.code, qmesh.error_code(error)) == (code, code)
     assert code in qmesh.ERROR_CODES
 
 
@@ -299,10 +299,12 @@ def test_a_token_is_the_same_after_json(token: Token) -> None:
     assert Token.from_json(body) == token
 
 
-def test_a_result_is_the_same_after_json() -> None:
-    body = through_json(RESULT.to_json("r1"))
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_result_is_the_same_after_json(reason: str) -> None:
+    result = dataclasses.replace(RESULT, finish_reason=reason)
+    body = through_json(result.to_json("r1"))
     assert (body["type"], body["request_id"]) == ("inference_result", "r1")
-    assert Result.from_json(body) == RESULT
+    assert Result.from_json(body) == result
 
 
 @pytest.mark.parametrize("value", [HEALTH, RECORD, SAMPLING, JOB, TOKEN, RESULT, NodeId(1), Message("user", "x")])
@@ -502,6 +504,11 @@ def test_a_job_asks_for_one_thing_of_a_sane_size(change: dict[str, Any], words: 
     body = {name: value for name, value in {**JOB.to_json(), **change}.items() if value is not ...}
     with pytest.raises(InvalidRequest, match=words):
         Job.from_json(body)
+
+
+@pytest.mark.parametrize("seconds", [0.001, 86400.0])
+def test_a_client_may_be_in_a_hurry_or_have_a_day(seconds: float) -> None:
+    assert Job.from_json({**JOB.to_json(), "timeout_s": seconds}).timeout_s == seconds
 
 
 def test_a_conversation_of_1024_messages_is_taken() -> None:

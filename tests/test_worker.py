@@ -439,7 +439,7 @@ async def test_half_a_surrogate_pair_in_a_status_breaks_nothing(worker: harness.
 
 # --- A worker at its limits ---
 
-IDLE_S = 0.5
+IDLE_S = 1.0
 
 
 def changed_program(directory: Path, *changes: str) -> Path:
@@ -466,11 +466,12 @@ def strained(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iter
 
 @in_a_loop
 async def test_an_overloaded_worker_refuses_with_its_health(strained: harness.Process) -> None:
-    async with asking(strained) as one, connected(address_of(strained)) as other:
+    async with asking(strained) as one:
         assert (await one.status())["health"]["score"] == 24  # 20 of it for the free queue
         await one.ask("r", params=LONG)
         await one.receive_kind("inference_token")
-        error = await error_of(other, "s", params=SHORT)
+        async with connected(address_of(strained)) as other:
+            error = await error_of(other, "s", params=SHORT)
         assert (error["code"], error["retryable"]) == ("overloaded", True)
         assert "overloaded (health 14)" in error["message"]
         assert error["health"] == {"score": 14, "cpu": 95, "memory": 95, "queue": 50, "state": "overloaded"}
@@ -496,7 +497,7 @@ async def test_a_connection_that_waits_for_an_answer_is_not_idle(strained: harne
     async with asking(strained) as client:
         await client.ask("r", params=LONG)
         started = asyncio.get_running_loop().time()
-        while asyncio.get_running_loop().time() < started + 3 * IDLE_S:
+        while asyncio.get_running_loop().time() < started + 2 * IDLE_S:
             assert (await client.receive())["type"] == "inference_token"
         await client.send({"type": "cancel", "request_id": "r"})
         await client.closed(after="inference_token")
@@ -609,7 +610,7 @@ anything = st.one_of(
 
 
 @given(st.lists(st.tuples(st.sampled_from("rst"), anything), max_size=30))
-@hypothesis_settings(derandomize=True, deadline=None)
+@hypothesis_settings(derandomize=True, deadline=None, max_examples=60)
 def test_whatever_is_said_each_reader_is_told_it_in_as_few_pieces_as_can_be(said: list[tuple[str, qmesh.Said]]) -> None:
     joined = join_tokens(said)
     for request_id in "rst":

@@ -1,0 +1,157 @@
+"""Workers on the real wire, over UDP and TCP, of whom only the model is scripted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import qmesh
+from qmesh import Connection, Json, NodeId
+
+Script = Callable[[Connection, str], Awaitable[bool]]
+"""What a worker does with a request, given its id; False when it hangs up then."""
+
+FINGERPRINT = bytes(qmesh.FINGERPRINT_BYTES)
+
+
+def health_of(score: float) -> Json:
+    return qmesh.HealthReport(score, qmesh.state_of(score), 1, 2, 3).to_json()
+
+
+@dataclass(eq=False)
+class ScriptedWorker:
+    """Does what `script` says with every prompt. `told_score` is what its record says, `score` its fresh status.
+
+    tcp_id: the id that it greets with, if not its own. status: all that its status says, if not the usual.
+    """
+
+    script: Script
+    score: float = 80
+    told_score: int | None = None
+    model: str = "tiny"
+    tcp_id: NodeId | None = None
+    status: Json | None = None
+    worker_id: NodeId = field(default_factory=lambda: NodeId.from_bytes(secrets.token_bytes(32)))
+    udp_address: qmesh.Address = ("", 0)
+    prompts: list[Json] = field(default_factory=list)
+    statuses: int = 0
+    cancelled: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    connections: int = 0
+    closed: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
+
+    @contextlib.asynccontextmanager
+    async def on(self, topic: str, *, beacons: bool = True) -> AsyncIterator[ScriptedWorker]:
+        """Join the mesh of this topic. beacons: whether clients find it with no address given."""
+        server = qmesh.TcpServer(self._serve, self.tcp_id or self.worker_id)
+        _, port = await server.start(qmesh.LOOPBACK, 0)
+        try:
+            record = self._record(port)
+            async with announced(topic, record, beacons=beacons) as self.udp_address:
+                yield self
+        finally:
+            await server.stop()
+
+    def _record(self, port: int) -> qmesh.WorkerRecord:
+        score = round(self.score) if self.told_score is None else self.told_score
+        name = qmesh.short_model_name(self.model)
+        return record_of(self.worker_id, port, score=score, model=name)
+
+    async def _serve(self, connection: Connection) -> None:
+        self.connections += 1
+        try:
+            while (body := await connection.receive()) is not None:
+                if not await self._answer(connection, body):
+                    return
+        finally:
+            self.closed.put_nowait(None)
+
+    async def _answer(self, connection: Connection, body: Json) -> bool:
+        if body["type"] == "cancel":
+            self.cancelled.put_nowait(body["request_id"])
+        elif body["type"] == "status":
+            self.statuses += 1
+            status = {"health": health_of(self.score)} if self.status is None else self.status
+            await connection.send({"type": "status_response", **status, "request_id": body["request_id"]})
+        else:
+            self.prompts.append(body)
+            return await self.script(connection, body["request_id"])
+        return True
+
+
+def record_of(worker_id: NodeId, port: int, *, score: int = 80, model: str = "tiny") -> qmesh.WorkerRecord:
+    state = qmesh.state_of(score)
+    return qmesh.WorkerRecord(worker_id, (qmesh.UNSPECIFIED, port), 1, score, state, 4, model, FINGERPRINT)
+
+
+@contextlib.asynccontextmanager
+async def announced(topic: str, record: qmesh.WorkerRecord, *, beacons: bool = True) -> AsyncIterator[qmesh.Address]:
+    """A node that tells a mesh of a worker; yields its address."""
+    now = asyncio.get_running_loop().time()
+    engine = qmesh.DhtEngine(
+        keys=qmesh.MeshKeys.derive(topic), own=record.worker_id, rng=random.Random(secrets.randbits(64)), now=now
+    )
+    node = await qmesh.UdpNode.open(engine, host=qmesh.LOOPBACK, port=0, listen=beacons, on_event=lambda event: None)
+    node.run(lambda engine, now: engine.announce(record, now))
+    try:
+        yield node.address
+    finally:
+        await node.close()
+
+
+# --- Scripts ---
+
+
+def token_frame(request_id: str, seq: int, text: str) -> Json:
+    return qmesh.Token(seq, (seq,), text).to_json(request_id)
+
+
+def result_frame(request_id: str, text: str) -> Json:
+    usage = {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0}
+    return qmesh.Result(text, "stop", usage, {"queue_ms": 0.0}, "tiny", "0" * 64).to_json(request_id)
+
+
+def says(*pieces: str) -> Script:
+    """Streams these, and ends well."""
+
+    async def script(connection: Connection, request_id: str) -> bool:
+        for seq, piece in enumerate(pieces):
+            await connection.send(token_frame(request_id, seq, piece))
+        await connection.send(result_frame(request_id, "".join(pieces)))
+        return True
+
+    return script
+
+
+def sends(*bodies: Json, hangs_up: bool = False) -> Script:
+    """Sends these frames of the request, and then nothing more."""
+
+    async def script(connection: Connection, request_id: str) -> bool:
+        for body in bodies:
+            await connection.send({**body, "request_id": request_id})
+        return not hangs_up
+
+    return script
+
+
+def refuses(error: qmesh.QMeshError | None = None) -> Script:
+    frame = qmesh.error_frame(None, error or qmesh.Refused("the queue is full"))
+    return sends(frame)
+
+
+def in_turn(*scripts: Script) -> Script:
+    """One script for each request, and the last for all that follow."""
+    left = list(scripts)
+
+    async def script(connection: Connection, request_id: str) -> bool:
+        chosen = left.pop(0) if len(left) > 1 else left[0]
+        return await chosen(connection, request_id)
+
+    return script
+
+
+HANGS_UP: Script = sends(hangs_up=True)
+IS_SILENT: Script = sends()

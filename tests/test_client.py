@@ -1,0 +1,544 @@
+"""Section 18, Client: real workers, and scripted ones on the real wire that refuse, lie, fall silent and die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from loop import PATIENCE_S, in_a_loop
+from scripted_worker import (
+    HANGS_UP,
+    IS_SILENT,
+    ScriptedWorker,
+    announced,
+    health_of,
+    in_turn,
+    record_of,
+    refuses,
+    result_frame,
+    says,
+    sends,
+    token_frame,
+)
+
+import qmesh
+from qmesh import (
+    LOOPBACK,
+    Answer,
+    Client,
+    DeadlineExceeded,
+    Discovered,
+    InvalidRequest,
+    Job,
+    Json,
+    ModelNotFound,
+    NodeId,
+    NoWorkerFound,
+    QMeshError,
+    Queued,
+    Refused,
+    Sampling,
+    Selected,
+    Settings,
+    Token,
+    WireError,
+    WorkerLost,
+)
+
+
+@pytest.fixture(autouse=True)
+def parting_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted workers end one after another, and each would wait for those before it to say goodbye."""
+    monkeypatch.setattr(qmesh, "GOODBYE_TIMEOUT_S", 0.01)
+
+
+@pytest.fixture
+def topic() -> str:
+    return f"test-{secrets.token_hex(8)}"
+
+
+def client_of(topic: str, state_dir: Path, **more: Any) -> Client:
+    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(state_dir), **more)
+    return Client(settings, environ={}, rng=random.Random(1))
+
+
+def job(*, timeout_s: float = PATIENCE_S, prompt: str = "1 2 3 4 5 6", **more: Any) -> Job:
+    params = Sampling(max_tokens=8, temperature=0)
+    return Job(secrets.token_hex(8), prompt=prompt, params=params, timeout_s=timeout_s, **more)
+
+
+@contextlib.asynccontextmanager
+async def mesh_of(topic: str, state_dir: Path, *workers: ScriptedWorker, **more: Any) -> AsyncIterator[Client]:
+    """A client that has heard of all these workers."""
+    async with contextlib.AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker.on(topic))
+        client = await stack.enter_async_context(client_of(topic, state_dir, **more))
+        await until_known(client, len(workers))
+        yield client
+
+
+async def until_known(client: Client, count: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while len(client.records()) < count:
+            await client.discover()
+            await asyncio.sleep(0.01)  # a discovery that has found somebody returns at once
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self._started = asyncio.get_running_loop().time()
+
+    @property
+    def seconds(self) -> float:
+        return asyncio.get_running_loop().time() - self._started
+
+
+# --- Real workers ---
+
+
+@in_a_loop
+async def test_what_happens_on_the_way_to_an_answer_is_told_in_order(two_workers: harness.Mesh) -> None:
+    async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
+        events = [event async for event in mesh.run(job())]
+        discovered, selected, *pieces, answer = events
+        assert isinstance(discovered, Discovered)
+        assert 1 <= discovered.workers <= 2
+        assert isinstance(selected, Selected)
+        assert isinstance(answer, Answer)
+        assert selected.worker_id == answer.result.worker_id
+        assert selected.worker_id in [worker.worker_id for worker in two_workers.processes]
+        assert all(isinstance(piece, Token) for piece in pieces)
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Token))
+        assert text == answer.result.text != ""
+        assert answer.result.usage["completion_tokens"] == 8
+        assert 0 < answer.discover_ms < answer.first_token_ms < answer.total_ms
+
+
+@in_a_loop
+async def test_complete_returns_the_answer_whole(two_workers: harness.Mesh) -> None:
+    async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
+        body = (await mesh.complete(job(stream=False))).to_json()
+        assert body["text"] != ""
+        assert body["finish_reason"] == "length"
+        assert body["failovers"] == 0
+        assert body["timings"]["total_ms"] >= body["timings"]["first_token_ms"] > 0
+
+
+@in_a_loop
+async def test_many_requests_at_once_are_all_answered(two_workers: harness.Mesh) -> None:
+    async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
+        answers = await asyncio.gather(*(mesh.complete(job()) for _ in range(6)))
+        assert [answer.result.usage["completion_tokens"] for answer in answers] == [8] * 6
+
+
+@in_a_loop
+async def test_the_status_of_every_worker_is_told(two_workers: harness.Mesh) -> None:
+    async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
+        await until_known(mesh, 2)
+        workers, silent = await mesh.statuses()
+        expected = {worker.worker_id: worker.ready["tcp"] for worker in two_workers.processes}
+        assert {status["worker_id"]: status["address"] for status in workers} == expected
+        assert [status["worker_id"] for status in workers] == sorted(expected)
+        assert silent == []
+
+
+@in_a_loop
+async def test_a_model_that_no_worker_has_is_not_found_and_those_that_exist_are_named(
+    two_workers: harness.Mesh,
+) -> None:
+    async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
+        model = two_workers.processes[0].ready["model"]
+        with pytest.raises(ModelNotFound, match=f"no worker has the model gpt-17; the mesh has: {model}$"):
+            await mesh.complete(job(model="gpt-17"))
+
+
+@in_a_loop
+async def test_what_a_worker_finds_wrong_with_a_request_is_raised(two_workers: harness.Mesh) -> None:
+    async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
+        with pytest.raises(InvalidRequest, match=r"the prompt has .* tokens and this worker's context holds"):
+            await mesh.complete(job(prompt="one two " * 1024))
+
+
+# --- Nobody there ---
+
+
+@in_a_loop
+async def test_when_nobody_is_found_it_is_said_what_was_tried(topic: str, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as deaf:
+        deaf.bind((LOOPBACK, 0))
+        peer = f"{LOOPBACK}:{deaf.getsockname()[1]}"
+        async with client_of(topic, tmp_path, peers=(peer,)) as mesh:
+            with pytest.raises(NoWorkerFound) as caught:
+                await mesh.complete(job(timeout_s=0.3))
+    for tried in ("beacons on 127.0.0.1", str(qmesh.BEACON_PORT), topic, f"--peer {peer}"):
+        assert tried in str(caught.value)
+
+
+@in_a_loop
+async def test_a_patient_request_is_not_a_reason_to_search_for_ever(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "DISCOVERY_TIMEOUT_S", 0.3)
+    async with client_of(topic, tmp_path) as mesh, asyncio.timeout(20):
+        with pytest.raises(NoWorkerFound):
+            await mesh.complete(job(timeout_s=300))
+
+
+@in_a_loop
+async def test_a_worker_that_joins_while_the_client_searches_is_found(topic: str, tmp_path: Path) -> None:
+    async with client_of(topic, tmp_path) as mesh:
+        asking = asyncio.create_task(mesh.complete(job()))
+        await asyncio.sleep(0)  # the search begins
+        async with ScriptedWorker(says("late")).on(topic):
+            assert (await asking).result.text == "late"
+
+
+@in_a_loop
+async def test_peers_that_were_met_are_remembered_for_the_next_time(topic: str, tmp_path: Path) -> None:
+    async with ScriptedWorker(says("hello")).on(topic, beacons=False) as worker:
+        host, port = worker.udp_address
+        async with client_of(topic, tmp_path, peers=(f"{host}:{port}",)) as told:
+            await told.complete(job())
+        async with client_of(topic, tmp_path) as remembering:
+            assert (await remembering.complete(job())).result.text == "hello"
+
+
+# --- Whom it chooses ---
+
+
+@in_a_loop
+async def test_the_highest_fresh_score_wins_whatever_the_records_say(topic: str, tmp_path: Path) -> None:
+    stale = ScriptedWorker(says("stale"), score=40, told_score=95)
+    best = ScriptedWorker(says("best"), score=85, told_score=50)
+    good = ScriptedWorker(says("good"), score=70, told_score=80)
+    async with mesh_of(topic, tmp_path, stale, best, good) as mesh:
+        events = [event async for event in mesh.run(job())]
+        (selected,) = [event for event in events if isinstance(event, Selected)]
+        assert (selected.worker_id, selected.health.score) == (str(best.worker_id), 85)
+        assert (len(stale.prompts), len(best.prompts), len(good.prompts)) == (0, 1, 0)
+
+
+@in_a_loop
+async def test_equals_share_the_work(topic: str, tmp_path: Path) -> None:
+    one, other = ScriptedWorker(says("1"), score=80), ScriptedWorker(says("2"), score=81)
+    async with mesh_of(topic, tmp_path, one, other) as mesh:
+        for _ in range(16):
+            await mesh.complete(job())
+        assert len(one.prompts) + len(other.prompts) == 16
+        assert min(len(one.prompts), len(other.prompts)) >= 3
+
+
+@in_a_loop
+async def test_only_the_three_most_promising_are_asked_for_their_status(topic: str, tmp_path: Path) -> None:
+    workers = [ScriptedWorker(says("hello"), score=score) for score in (90, 80, 70, 60, 50)]
+    async with mesh_of(topic, tmp_path, *workers) as mesh:
+        await mesh.complete(job())
+        assert [worker.statuses for worker in workers] == [1, 1, 1, 0, 0]
+
+
+@in_a_loop
+async def test_when_the_most_promising_are_overloaded_by_now_the_next_are_asked(topic: str, tmp_path: Path) -> None:
+    overloaded = [ScriptedWorker(says("no"), score=10, told_score=score) for score in (95, 90, 85)]
+    free = ScriptedWorker(says("yes"), score=30)
+    async with mesh_of(topic, tmp_path, *overloaded, free) as mesh:
+        assert (await mesh.complete(job())).result.text == "yes"
+        assert [worker.prompts for worker in overloaded] == [[], [], []]
+
+
+@in_a_loop
+async def test_only_workers_with_the_model_are_asked(topic: str, tmp_path: Path) -> None:
+    other, right = ScriptedWorker(says("no"), score=99, model="big"), ScriptedWorker(says("yes"), model="tiny")
+    async with mesh_of(topic, tmp_path, other, right) as mesh:
+        assert (await mesh.complete(job(model="Tiny.gguf"))).result.text == "yes"
+        assert other.statuses == 0
+
+
+@in_a_loop
+async def test_a_worker_whose_model_only_begins_like_the_one_wanted_is_passed_over(topic: str, tmp_path: Path) -> None:
+    name = "a-model-of-many-words-that-says-all-about-itself-in-"  # longer than a record can tell
+    other = ScriptedWorker(refuses(ModelNotFound("this worker has another")), score=99, model=f"{name}Q8")
+    right = ScriptedWorker(says("yes"), score=50, model=f"{name}Q4")
+    async with mesh_of(topic, tmp_path, other, right) as mesh:
+        assert (await mesh.complete(job(model=f"{name}Q4"))).result.text == "yes"
+
+
+@in_a_loop
+async def test_a_worker_that_answers_under_another_id_is_not_used(topic: str, tmp_path: Path) -> None:
+    impostor = ScriptedWorker(says("no"), score=99, tcp_id=NodeId(666))
+    honest = ScriptedWorker(says("yes"), score=50)
+    async with mesh_of(topic, tmp_path, impostor, honest) as mesh:
+        assert (await mesh.complete(job())).result.text == "yes"
+        assert (impostor.statuses, impostor.prompts) == (0, [])
+
+
+# --- Refusals ---
+
+
+@pytest.mark.parametrize("code", ["overloaded", "draining"])
+@in_a_loop
+async def test_when_one_worker_refuses_the_next_is_taken(topic: str, tmp_path: Path, code: str) -> None:
+    full = ScriptedWorker(refuses(Refused("not now", code)), score=90)
+    free = ScriptedWorker(says("hello"), score=70)
+    async with mesh_of(topic, tmp_path, full, free) as mesh:
+        events = [event async for event in mesh.run(job())]
+        tried = [event.worker_id for event in events if isinstance(event, Selected)]
+        assert tried == [str(full.worker_id), str(free.worker_id)]
+        assert isinstance(events[-1], Answer)
+        assert events[-1].result.text == "hello"
+        assert len(full.prompts) == 1
+
+
+@in_a_loop
+async def test_when_all_refuse_they_are_tried_again_until_one_takes_it(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(in_turn(refuses(), refuses(), says("at last")))
+    async with mesh_of(topic, tmp_path, worker) as mesh:
+        assert (await mesh.complete(job())).result.text == "at last"
+        assert len(worker.prompts) == 3
+
+
+@in_a_loop
+async def test_when_all_refuse_to_the_end_their_refusal_is_raised_in_time(topic: str, tmp_path: Path) -> None:
+    workers = [ScriptedWorker(refuses()), ScriptedWorker(refuses())]
+    async with mesh_of(topic, tmp_path, *workers) as mesh:
+        watch = Stopwatch()
+        with pytest.raises(Refused, match="the queue is full"):
+            await mesh.complete(job(timeout_s=1.5))
+        assert watch.seconds < 10
+        assert all(len(worker.prompts) > 1 for worker in workers)
+
+
+@in_a_loop
+async def test_workers_that_are_overloaded_by_their_own_word_are_not_bothered(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(says("no"), score=10)
+    async with mesh_of(topic, tmp_path, worker) as mesh:
+        with pytest.raises(Refused, match="every worker is overloaded"):
+            await mesh.complete(job(timeout_s=0.5))
+        assert worker.prompts == []
+
+
+@in_a_loop
+async def test_each_try_is_given_only_the_time_that_is_left(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(in_turn(refuses(), says("hello")))
+    async with mesh_of(topic, tmp_path, worker) as mesh:
+        await mesh.complete(job(timeout_s=50))
+        first, second = (prompt["timeout_s"] for prompt in worker.prompts)
+        assert 50 >= first > second > 0
+
+
+# --- Workers that die or fall silent ---
+
+
+@pytest.mark.parametrize(
+    "script",
+    [HANGS_UP, sends({"type": "inference_queued", "position": 0, "wait_s": 1.0}, hangs_up=True)],
+    ids=["at once", "in the queue"],
+)
+@in_a_loop
+async def test_a_worker_that_dies_before_its_first_token_costs_only_a_moment(
+    topic: str, tmp_path: Path, script: Any
+) -> None:
+    dying = ScriptedWorker(script, score=90)
+    living = ScriptedWorker(says("hello"), score=70)
+    async with mesh_of(topic, tmp_path, dying, living) as mesh:
+        assert (await mesh.complete(job())).result.text == "hello"
+        assert (len(dying.prompts), len(living.prompts)) == (1, 1)
+
+
+@in_a_loop
+async def test_a_worker_that_dies_in_the_middle_of_its_answer_is_named(topic: str, tmp_path: Path) -> None:
+    dying = ScriptedWorker(sends(token_frame("", 0, "Once"), hangs_up=True), score=90)
+    living = ScriptedWorker(says("hello"), score=70)
+    async with mesh_of(topic, tmp_path, dying, living) as mesh:
+        progress = mesh.run(job())
+        while not isinstance(event := await anext(progress), Token):
+            pass
+        assert event == Token(0, (0,), "Once")
+        with pytest.raises(WorkerLost, match=f"worker {dying.worker_id.short} was lost in the middle of its answer"):
+            await anext(progress)
+        assert (await mesh.complete(job())).result.text == "hello"
+
+
+@in_a_loop
+async def test_when_the_only_worker_dies_nobody_is_left(topic: str, tmp_path: Path) -> None:
+    async with mesh_of(topic, tmp_path, ScriptedWorker(HANGS_UP)) as mesh:
+        with pytest.raises(NoWorkerFound, match="no worker is left that answers"):
+            await mesh.complete(job(timeout_s=5))
+
+
+@pytest.mark.parametrize("script", [IS_SILENT, sends(token_frame("", 0, "Once"))], ids=["at once", "in the middle"])
+@in_a_loop
+async def test_a_worker_that_falls_silent_is_given_up_at_the_deadline(
+    topic: str, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "DEADLINE_GRACE_S", 0.1)
+    async with mesh_of(topic, tmp_path, ScriptedWorker(script)) as mesh:
+        watch = Stopwatch()
+        with pytest.raises(DeadlineExceeded):
+            await mesh.complete(job(timeout_s=0.5))
+        assert 0.5 <= watch.seconds < 10
+
+
+@in_a_loop
+async def test_a_worker_that_never_greets_holds_nobody_beyond_the_deadline(topic: str, tmp_path: Path) -> None:
+    with socket.create_server((LOOPBACK, 0)) as deaf:  # connects, and is silent
+        record = record_of(NodeId(5), deaf.getsockname()[1])
+        async with announced(topic, record), client_of(topic, tmp_path) as mesh:
+            watch = Stopwatch()
+            with pytest.raises(QMeshError):
+                await mesh.complete(job(timeout_s=0.5))
+            assert watch.seconds < qmesh.HANDSHAKE_TIMEOUT_S
+
+
+@in_a_loop
+async def test_a_worker_that_gives_no_status_is_passed_over(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "HANDSHAKE_TIMEOUT_S", 0.5)
+    with socket.create_server((LOOPBACK, 0)) as deaf:
+        record = record_of(NodeId(5), deaf.getsockname()[1], score=99)
+        living = ScriptedWorker(says("hello"), score=50)
+        async with announced(topic, record), living.on(topic), client_of(topic, tmp_path) as mesh:
+            await until_known(mesh, 2)
+            assert (await mesh.complete(job())).result.text == "hello"
+
+
+# --- Workers that make no sense ---
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"type": "inference_token", "seq": 0, "tokens": [1]},
+        {"type": "inference_token", "seq": 0, "tokens": "x", "text": "a"},
+        {**result_frame("", "a"), "usage": 5},
+        {"type": "inference_result", "text": "a"},
+        {"type": "inference_queued", "position": None, "wait_s": 1},
+        {"type": "status_response"},
+        {"type": "welcome"},
+    ],
+    ids=str,
+)
+@in_a_loop
+async def test_an_answer_that_makes_no_sense_is_an_error_and_no_hang(topic: str, tmp_path: Path, frame: Json) -> None:
+    async with mesh_of(topic, tmp_path, ScriptedWorker(sends(frame))) as mesh:
+        watch = Stopwatch()
+        with pytest.raises(WireError):
+            await mesh.complete(job())
+        assert watch.seconds < PATIENCE_S / 2
+
+
+@pytest.mark.parametrize("code", ["internal", "cancelled", "nonsense", None, ["overloaded"]])
+@in_a_loop
+async def test_an_error_of_an_unknown_kind_is_raised_with_what_the_worker_said(
+    topic: str, tmp_path: Path, code: object
+) -> None:
+    frame = {"type": "inference_error", "code": code, "message": "the engine failed"}
+    async with mesh_of(topic, tmp_path, ScriptedWorker(sends(frame))) as mesh:
+        with pytest.raises(QMeshError, match="the engine failed"):
+            await mesh.complete(job())
+
+
+NO_STATUS: dict[str, Json] = {
+    "nothing": {},
+    "no health": {"health": None},
+    "half a health": {"health": {"score": 80}},
+    "an unknown state": {"health": {**health_of(80), "state": "splendid"}},
+    "a score over 100": {"health": {**health_of(80), "score": 900}},
+    "a list": {"health": [80]},
+}
+
+
+@pytest.mark.parametrize("name", NO_STATUS)
+@in_a_loop
+async def test_a_worker_whose_status_makes_no_sense_is_passed_over(topic: str, tmp_path: Path, name: str) -> None:
+    mad = ScriptedWorker(says("no"), told_score=99, status=NO_STATUS[name])
+    async with mesh_of(topic, tmp_path, mad, ScriptedWorker(says("hello"), score=50)) as mesh:
+        assert (await mesh.complete(job())).result.text == "hello"
+        assert mad.prompts == []
+
+
+@in_a_loop
+async def test_when_the_only_status_makes_no_sense_that_is_an_error(topic: str, tmp_path: Path) -> None:
+    async with mesh_of(topic, tmp_path, ScriptedWorker(says("no"), status={})) as mesh:
+        with pytest.raises((WireError, NoWorkerFound)):
+            await mesh.complete(job(timeout_s=5))
+
+
+@in_a_loop
+async def test_those_who_do_not_answer_are_told_apart_in_the_status_of_all(topic: str, tmp_path: Path) -> None:
+    with socket.socket() as closed:
+        closed.bind((LOOPBACK, 0))
+        port = closed.getsockname()[1]
+        living = ScriptedWorker(says("hello"))
+        record = record_of(NodeId(5), port)
+        async with announced(topic, record), living.on(topic), client_of(topic, tmp_path) as mesh:
+            await until_known(mesh, 2)
+            workers, silent = await mesh.statuses()
+    assert [status["health"] for status in workers] == [health_of(80)]
+    (missing,) = silent
+    assert (missing["worker_id"], missing["address"]) == (str(NodeId(5)), [LOOPBACK, port])
+    assert "cannot be reached" in missing["error"]
+
+
+@in_a_loop
+async def test_a_status_without_a_health_counts_as_no_answer(topic: str, tmp_path: Path) -> None:
+    async with mesh_of(topic, tmp_path, ScriptedWorker(says("no"), status={})) as mesh:
+        workers, silent = await mesh.statuses()
+        assert (workers, len(silent)) == ([], 1)
+
+
+# --- Its connections ---
+
+
+@in_a_loop
+async def test_requests_one_after_another_share_a_connection(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(says("hello"))
+    async with mesh_of(topic, tmp_path, worker) as mesh:
+        for _ in range(3):
+            await mesh.complete(job())
+        assert (worker.connections, len(worker.prompts)) == (1, 3)
+
+
+@in_a_loop
+async def test_a_client_that_leaves_closes_all_its_connections(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(says("hello"))
+    async with worker.on(topic):
+        async with client_of(topic, tmp_path) as mesh:
+            await asyncio.gather(*(mesh.complete(job()) for _ in range(5)))
+        async with asyncio.timeout(10):
+            for _ in range(worker.connections):
+                await worker.closed.get()
+
+
+@in_a_loop
+async def test_who_stops_listening_to_an_answer_cancels_it(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(sends(token_frame("", 0, "Once")))
+    async with mesh_of(topic, tmp_path, worker) as mesh:
+        asked = job()
+        async with contextlib.aclosing(mesh.run(asked)) as progress:
+            async for event in progress:
+                if isinstance(event, Token):
+                    break
+        async with asyncio.timeout(PATIENCE_S):
+            assert await worker.cancelled.get() == asked.request_id
+
+
+@in_a_loop
+async def test_a_place_in_the_queue_is_passed_on(topic: str, tmp_path: Path) -> None:
+    async def script(connection: qmesh.Connection, request_id: str) -> bool:
+        queued = sends({"type": "inference_queued", "position": 2, "wait_s": 1.5})
+        return await queued(connection, request_id) and await says("hello")(connection, request_id)
+
+    async with mesh_of(topic, tmp_path, ScriptedWorker(script)) as mesh:
+        events = [event async for event in mesh.run(job())]
+        assert [type(event) for event in events] == [Discovered, Selected, Queued, Token, Answer]
+        assert events[2] == Queued(2, 1.5)
