@@ -74,7 +74,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import urllib.error
@@ -177,6 +176,8 @@ MAX_CONNECTIONS: Final = 1024  # below the usual limit on open files
 MAX_CONNECTIONS_PER_HOST: Final = 64  # a classroom behind one address still fits
 MAX_REQUESTS_PER_CONNECTION: Final = 64  # more wait on the client's side
 READ_BYTES: Final = 64 * 1024
+MAX_SHOWN_CHARS: Final = 64  # of a name or type that a peer sent, in messages for people
+MAX_ERROR_CHARS: Final = 1000  # of a worker's explanation
 MAX_ID_CHARS: Final = 64  # request and session ids: a UUID or a hash in hexadecimal
 
 # --- Requests ---
@@ -961,6 +962,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     return body
 
 
+def printable(value: Any, limit: int = MAX_SHOWN_CHARS) -> str:
+    """What a peer sent, fit to be shown: cut, and without what could steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(value)[:limit])
+
+
 def dump_json(body: Mapping[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
@@ -1171,7 +1177,8 @@ def error_frame(request_id: str | None, error: QMeshError, health: HealthReport 
 
 def error_from_frame(body: Json) -> QMeshError:
     """The error that a worker reported."""
-    code, message = body.get("code"), str(body.get("message", "the worker gave no reason"))
+    code = body.get("code")
+    message = printable(body.get("message", "the worker gave no reason"), MAX_ERROR_CHARS)
     if code in ("overloaded", "draining"):
         return Refused(message, code)
     if code in ("invalid_request", "context_exceeded"):
@@ -1223,7 +1230,7 @@ class FrameReader:
         body = parse_json(self._buffer[_FRAME_LENGTH.size : end])
         del self._buffer[:end]
         if not isinstance(body.get("type"), str) or body["type"] not in FRAMES:
-            raise WireError(f"a message of an unknown type: {str(body.get('type'))[:40]!r}")
+            raise WireError(f"a message of an unknown type: {printable(body.get('type'))!r}")
         return body
 
     @property
@@ -4336,8 +4343,8 @@ async def resolve_peers(names: Iterable[str], port: int) -> list[Address]:
         host, peer_port = parse_address(name, port)
         try:
             found = await loop.getaddrinfo(host, peer_port, type=socket.SOCK_DGRAM)
-        except OSError as error:
-            raise UsageError(f"the peer {name} cannot be resolved: {error.strerror or error}") from None
+        except (OSError, UnicodeError) as error:
+            raise UsageError(f"the peer {name} cannot be resolved: {getattr(error, 'strerror', error)}") from None
         addresses += [(str(info[4][0]), int(info[4][1])) for info in found]
     return list(dict.fromkeys(addresses))
 
@@ -4414,14 +4421,14 @@ class Connection:
         """Take in the other side's greeting. Raises WireError when it speaks another version."""
         version, node_id = body.get("version"), body.get("node_id")
         if version != PROTOCOL_VERSION:
-            agent = str(body.get("agent", "unknown"))[:40]
             raise WireError(
-                f"{self.peer_name} runs {agent} and speaks version {str(version)[:10]} of the protocol; "
+                f"{self.peer_name} runs {printable(body.get('agent', 'unknown'))} and speaks version "
+                f"{printable(version)} of the protocol; "
                 f"this is {AGENT} with version {PROTOCOL_VERSION}"
             )
         if not isinstance(node_id, str) or not re.fullmatch(r"[0-9a-f]{64}", node_id):
             raise WireError(f"{self.peer_name} greets without a node id")
-        self.peer_id, self.peer_agent = node_id, str(body.get("agent", ""))[:64]
+        self.peer_id, self.peer_agent = node_id, printable(body.get("agent", ""))
         self._frames.limit = MAX_FRAME_BYTES
 
     def abort(self) -> None:
@@ -4469,7 +4476,7 @@ async def _await_welcome(connection: Connection) -> None:
     if body is None:
         raise WorkerLost(f"{connection.peer_name} closed without a greeting")
     if body["type"] == "inference_error":
-        raise error_from_frame(body)
+        raise WireError(str(error_from_frame(body)))
     if body["type"] != "welcome":
         raise WireError(f"{connection.peer_name} greets with {body['type']}")
     connection.greeted(body)
@@ -4607,6 +4614,8 @@ class WorkerLink:
         inbox: asyncio.Queue[Json | QMeshError] = asyncio.Queue()
         if not self.alive:
             raise WorkerLost(f"the connection to {self._connection.peer_name} is closed")
+        if request_id in self._waiting:
+            raise InvalidRequest(f"the request_id {printable(request_id)} is in use already")
         self._waiting[request_id] = inbox
         try:
             yield inbox
@@ -4659,10 +4668,10 @@ def _parse_answer(body: Json) -> Queued | Token | Result:
         return Result.from_json(body)
     if body["type"] != "inference_queued":
         raise WireError(f"{body['type']} in the middle of an answer")
-    position, wait_s = body.get("position"), body.get("wait_s")
-    if not isinstance(position, int) or not isinstance(wait_s, (int, float)):
-        raise WireError("a place in the queue that makes no sense")
-    return Queued(position, float(wait_s))
+    try:
+        return Queued(_count("position", body.get("position")), _number("wait_s", body.get("wait_s")))
+    except InvalidRequest as error:
+        raise WireError(f"a place in the queue that makes no sense: {error}") from None
 
 
 # ======================================================================================================
@@ -5869,8 +5878,7 @@ def report_error(error: QMeshError, *, as_json: bool) -> int:
     log.debug("what led to it:", exc_info=error)
     if as_json:
         print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
-    print(textwrap.fill(f"error: {error}", 110, subsequent_indent="  ", break_long_words=False), file=sys.stderr)
-    print(textwrap.fill(f"  {error.remedy}", 110, subsequent_indent="  ", break_long_words=False), file=sys.stderr)
+    print(f"error: {error}", f"  {error.remedy}", sep="\n", file=sys.stderr)  # unwrapped: commands can be copied
     return error.exit_code
 
 

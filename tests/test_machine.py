@@ -214,6 +214,27 @@ def test_blanks_around_an_id_do_no_harm(claim: Callable[[], StateDirectory], cap
     assert not caplog.records
 
 
+# Nobody (65534) may not read what is another's; a test that runs as root becomes nobody first.
+READ_FORBIDDEN = """
+import os, qmesh, sys
+from pathlib import Path
+os.chdir(sys.argv[1])
+Path("worker-id.txt").write_bytes(b"0" * 64)
+Path("worker-id.txt").chmod(0)
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    print(qmesh.StateDirectory(Path()).worker_id() != qmesh.NodeId(0))
+except qmesh.UsageError as error:
+    print("--state-dir" in str(error))
+"""
+
+
+def test_an_id_that_may_not_be_read_is_renewed_or_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert run_python(READ_FORBIDDEN, tmp_path).splitlines()[:1] == ["True"]
+
+
 # --- Places that cannot be written ---
 
 

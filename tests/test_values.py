@@ -270,7 +270,7 @@ SAMPLING = Sampling(
     json_schema={},
 )
 JOB = Job("r1", prompt="Hello", model="m", params=SAMPLING, stream=False, session="s", resume=(1, 2), timeout_s=9.5)
-CHAT = Job("r2", messages=(Message("system", ""), Message("user", "Hi 👋")))
+CHAT = Job("r2", messages=(Message("system", ""), Message("assistant", "Hello"), Message("user", "Hi 👋")))
 TOKEN = Token(seq=3, tokens=(11, 12), text="é")
 RESULT = Result("text", "stop", {"prompt_tokens": 5, "completion_tokens": 2}, {"queue_ms": 0.5}, "m", "ab" * 32)
 
@@ -285,7 +285,7 @@ def test_sampling_is_the_same_after_json(params: Sampling) -> None:
     assert Sampling.from_json(through_json(params.to_json())) == params
 
 
-@pytest.mark.parametrize("job", [JOB, CHAT, Job("r", prompt="x")])
+@pytest.mark.parametrize("job", [JOB, CHAT, Job("r", prompt="x"), Job("x" * 64, prompt="x", session="y" * 64)])
 def test_a_job_is_the_same_after_json(job: Job) -> None:
     body = through_json(job.to_json())
     assert body["type"] == "prompt"
