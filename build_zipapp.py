@@ -64,9 +64,14 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "dist" / "qmesh.pyz", metavar="FILE")
     output: Path = parser.parse_args().output
     try:
-        write(build(ROOT / "qmesh.py"), output)
+        data = build(ROOT / "qmesh.py")
     except OSError as error:
-        print(f"error: {error.filename or output}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename} cannot be read: {error.strerror or error}", file=sys.stderr)
+        return 1
+    try:
+        write(data, output)
+    except OSError as error:
+        print(f"error: {output} cannot be written: {error.strerror or error}", file=sys.stderr)
         return 1
     print(f"{output} ({output.stat().st_size:,} bytes)")
     return 0

@@ -183,6 +183,7 @@ MAX_ID_CHARS: Final = 64  # request and session ids: a UUID or a hash in hexadec
 # --- Requests ---
 DEFAULT_TIMEOUT_S: Final = 300.0  # a small machine writes a page in that time
 MAX_TIMEOUT_S: Final = 24 * 3600.0
+MIN_TIMEOUT_S: Final = 0.001  # what is left of a deadline is told to a worker as at least this
 DISCOVERY_TIMEOUT_S: Final = 5.0  # beacons at 0, 0.25, 1 and 2 s and a lookup after the last of them
 DISCOVERY_GATHER_S: Final = 0.12  # after the first worker, others on the LAN are waited for this long
 MAX_MESSAGES: Final = 1024  # turns of one conversation
@@ -2151,6 +2152,7 @@ class DhtEngine:
             codec=self._codec, own=own or NodeId(0), topic=keys.topic, table=self.table, rng=rng
         )
         self._requests = Requests(codec=self._codec, own=own, table=self.table, rng=rng)
+        self.sent = self._requests.sent  # datagrams so far, by type
         self._announcement = Announcement(keys.topic)
         self._searches = Searches(own=own, table=self.table, ask=self._request)
         self._events: deque[Event] = deque()
@@ -2233,25 +2235,21 @@ class DhtEngine:
         self._announcement.change(record, now, at_once=at_once)
         self._hold_own_record(now)
 
-    def withdraw(self, now: float) -> None:
-        """Take our record back from everyone who holds it."""
+    def withdraw(self, now: float) -> bool:
+        """Take our record back from everyone who holds it; False when there is none."""
         if self._announcement.record is None or self._own is None:
-            return
+            return False
         self._requests.drop_kind("announce")
         self._responder.store.remove(self._topic, self._own)
         for contact, token in self._announcement.end():
             self._request("withdraw", {"topic": self._topic, "token": token}, contact.address, now, contact.node_id)
         self._responder.own_record = None
+        return True
 
     @property
     def settled(self) -> bool:
         """Whether no request waits for its reply, beacons apart."""
         return all(transaction.kind == "beacon" for transaction in self._requests)
-
-    @property
-    def sent(self) -> Mapping[str, int]:
-        """Datagrams sent so far, by type."""
-        return self._requests.sent
 
     # --- Requests of others ---
 
@@ -4308,8 +4306,7 @@ class UdpNode(asyncio.DatagramProtocol):
 
     async def close(self) -> None:
         """Take our record back from its holders, and stop."""
-        if self._listener is not None:
-            self.run(lambda engine, now: engine.withdraw(now))
+        if self.run(lambda engine, now: engine.withdraw(now)):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_TIMEOUT_S):
                     await self._settled()
@@ -4886,7 +4883,7 @@ class Worker:
     async def stop(self) -> None:
         """Leave the mesh, refuse new requests, let running ones finish for a moment, and end."""
         self.draining = True
-        self.node.run(lambda engine, now: engine.withdraw(now))
+        self.node.run(lambda engine, now: engine.withdraw(now))  # at once; closing the node waits for answers
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_GRACE_S):
                 await self._idle.wait()
@@ -5215,6 +5212,7 @@ class Client:
         self._host_dir = host_state_dir(settings.state_dir, os.environ if environ is None else environ)
         self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
         self._links: dict[NodeId, WorkerLink] = {}
+        self._dialling: dict[NodeId, asyncio.Lock] = {}
         self._searching = False
         self._searched = False
         self._everything = False
@@ -5284,12 +5282,15 @@ class Client:
         self._records = {key: entry for key, entry in self._records.items() if entry[1] >= oldest}
         return [record for record, _ in self._records.values()]
 
-    async def discover(self, *, everything: bool = False, timeout_s: float = DISCOVERY_TIMEOUT_S) -> None:
-        """Wait until workers are known: the first few, or as good as all. Raises NoWorkerFound."""
+    async def discover(self, *, everything: bool = False, timeout_s: float | None = None) -> None:
+        """Wait until workers are known: the first few, or as good as all.
+
+        Raises NoWorkerFound after DISCOVERY_TIMEOUT_S, or after `timeout_s` if that is shorter.
+        """
         if everything and not self._everything:
             self._everything = True
             self._search()
-        deadline = self._loop.time() + min(timeout_s, self.settings.timeout_s)
+        deadline = self._loop.time() + min(DISCOVERY_TIMEOUT_S, timeout_s or self.settings.timeout_s)
         while (wait_s := self._discovery_wait_s(everything)) > 0:
             left = deadline - self._loop.time()
             if left <= 0:
@@ -5315,19 +5316,22 @@ class Client:
     # --- Workers ---
 
     async def _link(self, record: WorkerRecord) -> WorkerLink:
-        link = self._links.get(record.worker_id)
-        if link is not None and link.alive:
+        """The connection to a worker; requests that need it at the same time share one."""
+        async with self._dialling.setdefault(record.worker_id, asyncio.Lock()):
+            link = self._links.get(record.worker_id)
+            if link is not None and link.alive:
+                return link
+            connection = await dial(record.address, self._id)
+            if connection.peer_id != str(record.worker_id):
+                connection.abort()
+                raise WorkerLost(f"{format_address(record.address)} is another worker now")
+            link = self._links[record.worker_id] = WorkerLink(connection)
             return link
-        connection = await dial(record.address, self._id)
-        if connection.peer_id != str(record.worker_id):
-            connection.abort()
-            raise WorkerLost(f"{format_address(record.address)} is another worker now")
-        link = self._links[record.worker_id] = WorkerLink(connection)
-        return link
 
-    async def _status_of(self, record: WorkerRecord) -> Json | QMeshError:
+    async def _status_of(self, record: WorkerRecord) -> tuple[Json, HealthReport] | QMeshError:
         try:
-            return await (await self._link(record)).status() | {"address": list(record.address)}
+            status = await (await self._link(record)).status()
+            return status, HealthReport.from_json(status.get("health"))
         except QMeshError as error:
             log.info("worker %s: %s", record.worker_id.short, error)
             return error
@@ -5335,15 +5339,14 @@ class Client:
     async def statuses(self) -> tuple[list[Json], list[Json]]:
         """The fresh status of every worker, and those that were heard of but do not answer."""
         records = sorted(self.records(), key=lambda record: record.worker_id)
-        answers = await asyncio.gather(*map(self._status_of, records))
-        workers = [
-            {k: v for k, v in a.items() if k not in ("type", "request_id")} for a in answers if isinstance(a, dict)
-        ]
-        silent = [
-            {"worker_id": str(record.worker_id), "address": list(record.address), "error": str(answer)}
-            for record, answer in zip(records, answers, strict=True)
-            if isinstance(answer, QMeshError)
-        ]
+        workers, silent = [], []
+        for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
+            address = {"address": list(record.address)}
+            if isinstance(answer, QMeshError):
+                silent.append({"worker_id": str(record.worker_id), **address, "error": str(answer)})
+            else:
+                status = {name: value for name, value in answer[0].items() if name not in ("type", "request_id")}
+                workers.append({**status, **address})
         return workers, silent
 
     async def _choose(self, job: Job, passed_over: set[NodeId]) -> tuple[WorkerRecord, HealthReport] | None:
@@ -5351,13 +5354,12 @@ class Client:
         ranked = [r for r in rank_workers(self.records(), job.model, self._rng) if r.worker_id not in passed_over]
         while ranked:
             asked, ranked = ranked[:STATUS_CANDIDATES], ranked[STATUS_CANDIDATES:]
-            answers = await asyncio.gather(*map(self._status_of, asked))
             healths = {}
-            for record, answer in zip(asked, answers, strict=True):
+            for record, answer in zip(asked, await asyncio.gather(*map(self._status_of, asked)), strict=True):
                 if isinstance(answer, QMeshError):
                     self._records.pop(record.worker_id, None)
                 else:
-                    healths[record] = HealthReport.from_json(answer.get("health"))
+                    healths[record] = answer[1]
             chosen = choose_worker(healths, self._rng)
             if chosen is not None:
                 return chosen, healths[chosen]
@@ -5381,34 +5383,37 @@ class Client:
         """
         started = self._loop.time()
         deadline = started + job.timeout_s
-        passed_over: set[NodeId] = set()
-        refusal: Refused | None = None
+        lacking: set[NodeId] = set()  # those that turned out not to have the model
+        refusing: set[NodeId] = set()
+        refusal: QMeshError | None = None
         pause_s = RETRY_FIRST_S
         await self.discover(timeout_s=job.timeout_s)
         discovered = self._loop.time()
         yield Discovered(len(self.records()))
         while True:
-            chosen = await self._choose(job, passed_over)
+            chosen = await _before(deadline, self._choose(job, lacking | refusing))
             if chosen is None:
-                refusal = self._all_refuse(job, refusal)
+                refusal = self._nobody_takes(job, lacking, refusal)
                 if self._loop.time() + pause_s >= deadline:
                     raise refusal
                 await self._pause(pause_s)
-                pause_s, passed_over = min(2 * pause_s, RETRY_MAX_S), set()
+                pause_s, refusing = min(2 * pause_s, RETRY_MAX_S), set()
                 continue
             record, health = chosen
             yield Selected(str(record.worker_id), health)
             try:
-                left = replace(job, timeout_s=max(deadline - self._loop.time(), 0.001))
+                left = replace(job, timeout_s=max(deadline - self._loop.time(), MIN_TIMEOUT_S))
                 async with contextlib.aclosing(self._follow(record, left, started, discovered)) as events:
                     async for event in events:
                         yield event
                 return
-            except Refused as error:
+            except ModelNotFound as error:
                 refusal = error
-            except _NotStarted as error:
+                lacking.add(record.worker_id)
+            except (Refused, _NotStarted) as error:
                 log.info("worker %s: %s", record.worker_id.short, error)
-            passed_over.add(record.worker_id)
+                refusal = error if isinstance(error, Refused) else refusal
+                refusing.add(record.worker_id)
 
     async def _follow(
         self, record: WorkerRecord, job: Job, started: float, discovered: float
@@ -5432,12 +5437,13 @@ class Client:
                 raise _NotStarted(str(error)) from None
             raise WorkerLost(f"worker {record.worker_id.short} was lost in the middle of its answer: {error}") from None
 
-    def _all_refuse(self, job: Job, refusal: Refused | None) -> Refused:
-        """What to say when no worker takes the job. Raises what waiting cannot mend."""
+    def _nobody_takes(self, job: Job, lacking: set[NodeId], refusal: QMeshError | None) -> QMeshError:
+        """What to say when no worker takes the job now. Raises what waiting cannot mend."""
         records = self.records()
         if not records:
             raise NoWorkerFound(f"no worker is left that answers; tried: {'; '.join(self._tried)}")
-        if job.model is not None and not any(has_model(record, job.model) for record in records):
+        named = [record for record in records if job.model is None or has_model(record, job.model)]
+        if all(record.worker_id in lacking for record in named):
             names = ", ".join(sorted({record.model for record in records}))
             raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
         return refusal or Refused("every worker is overloaded")

@@ -395,7 +395,7 @@ async def test_a_prompt_without_an_id_cannot_be_answered_and_ends_the_connection
 ) -> None:
     async with asking(worker) as client:
         await client.send({"type": "prompt", "request_id": request_id, "prompt": "1"})
-        assert (await client.receive())["message"] == "a prompt without a request_id"
+        assert (await client.receive())["message"] == "request_id must be text"
         await client.closed()
 
 
