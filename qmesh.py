@@ -255,7 +255,7 @@ class Settings:
         """
         chosen: dict[str, Any] = {}
         for name, (flag, variable, parse) in _SETTING_SOURCES.items():
-            if flags.get(name) not in (None, ""):
+            if flags.get(name) is not None:
                 chosen[name] = _parse_setting(flag, parse, flags[name])
             elif environ.get(variable, "").strip():
                 chosen[name] = _parse_setting(variable, parse, environ[variable].strip())
@@ -274,6 +274,10 @@ def _parse_port(value: Any) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
         raise ValueError(f"a port is a number from 0 to 65535, not {text!r}")
     return int(text)
+
+
+def _parse_own_host(value: Any) -> str:
+    return _parse_host(value) if value else ""
 
 
 def _parse_host(value: Any) -> str:
@@ -298,6 +302,12 @@ def _parse_topic(value: Any) -> str:
     except UnicodeEncodeError:
         pass
     raise ValueError(f"a topic has 1 to {MAX_TOPIC_BYTES} bytes of UTF-8")
+
+
+def _parse_model(value: Any) -> str:
+    if not str(value).strip():
+        raise ValueError("the name or the path of a model is needed")
+    return str(value)
 
 
 def _parse_timeout(value: Any) -> float:
@@ -343,14 +353,14 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
 
 # Setting: (flag, environment variable, parser).
 _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
-    "host": ("--host", "QMESH_HOST", _parse_host),
+    "host": ("--host", "QMESH_HOST", _parse_own_host),
     "port": ("--port", "QMESH_PORT", _parse_port),
     "peers": ("--peer", "QMESH_PEERS", _parse_peers),
     "topic": ("--topic", "QMESH_TOPIC", _parse_topic),
     "state_dir": ("--state-dir", "QMESH_STATE_DIR", str),
     "timeout_s": ("--timeout", "QMESH_TIMEOUT", _parse_timeout),
     "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
-    "model": ("--model", "QMESH_MODEL", str),
+    "model": ("--model", "QMESH_MODEL", _parse_model),
     "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
 }
 
