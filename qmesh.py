@@ -1199,7 +1199,7 @@ def error_from_frame(body: Json) -> QMeshError:
         return ModelNotFound(message)
     if code == "timeout":
         return DeadlineExceeded(message)
-    return QMeshError(message)
+    return WorkerLost(message) if body.get("retryable") is True else QMeshError(message)
 
 
 _FRAME_LENGTH: Final = struct.Struct(">I")
@@ -3410,6 +3410,7 @@ PIECE_BYTES: Final = 256  # longer than any token's text; a longer one is asked 
 SPEED_WINDOW_S: Final = 10.0  # tokens per second are those of about this long
 PLAIN_ROLES: Final = {"system": "System", "user": "User", "assistant": "Assistant"}
 
+ENGINE_FAILED: Final = "the worker's engine failed; another worker may do better"
 ANY_JSON: Final[Json] = {"type": "object"}
 
 
@@ -3971,6 +3972,10 @@ class Batcher:
         except QMeshError as error:
             self._events.append((ticket, error))
             return
+        except Exception:  # a fault of ours, or of the model's template: it must not take the others along
+            log.exception("a request could not be prepared")
+            self._events.append((ticket, WorkerLost(ENGINE_FAILED)))
+            return
         for token in job.resume:
             task.show(task.stream.feed(self._model.piece(token)))
         self._tasks[ticket] = task
@@ -4127,7 +4132,7 @@ class Batcher:
         log.error("llama.cpp could not evaluate a batch; all running requests end here")
         for slot in self._slots:
             if slot.task is not None:
-                self._end(slot.task, QMeshError("the worker's engine failed; another worker may do better"))
+                self._end(slot.task, WorkerLost(ENGINE_FAILED))
         self._clear_slots()
 
     def _tell_positions(self) -> None:
@@ -4172,6 +4177,10 @@ class Engine:
     def cancel(self, ticket: int) -> None:
         """Stop a job at the next step; none of its events follows one that is published after that."""
         self._commands.put(lambda batcher: batcher.cancel(ticket))
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """End the thread after the step it is in, and free the model."""
@@ -4218,7 +4227,7 @@ class Engine:
             batcher.step()
         except Exception:  # a fault of ours: these requests fail, the worker lives on
             log.exception("the engine failed")
-            batcher.fail_all(QMeshError("the worker's engine failed; another worker may do better"))
+            batcher.fail_all(WorkerLost(ENGINE_FAILED))
 
 
 def offload_warning(engine: Engine) -> str | None:
@@ -4897,7 +4906,8 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_GRACE_S):
                 await self._idle.wait()
-        for session, job in list(self._jobs.values()):
+        for ticket, (session, job) in list(self._jobs.items()):
+            self.cancel(ticket)
             session.tell(job.request_id, Refused("the worker is being shut down", "draining"))
         self._remember_peers()
         await self._resources.aclose()
@@ -4910,6 +4920,8 @@ class Worker:
     async def _keep_up(self) -> None:
         before: HealthState | None = None
         while True:
+            if not self.engine.alive:
+                raise QMeshError("the thread that runs llama.cpp has ended")
             self._window.add(*self._monitor.sample())
             health = self.health()
             changed = before is not None and health.state is not before
@@ -5096,6 +5108,7 @@ class Session:
             if handle is None:
                 raise WireError(f"a client does not send {body['type']}")
             handle(self, body)
+            await self._connection.drain()  # who does not take its answers is not listened to
 
     def _on_status(self, body: Json) -> None:
         answer = self._worker.status()

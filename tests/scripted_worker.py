@@ -18,6 +18,9 @@ Script = Callable[[Connection, str], Awaitable[bool]]
 FINGERPRINT = bytes(qmesh.FINGERPRINT_BYTES)
 
 
+NO_STATUS: Json = {"no": "answer"}
+
+
 def health_of(score: float) -> Json:
     return qmesh.HealthReport(score, qmesh.state_of(score), 1, 2, 3).to_json()
 
@@ -26,7 +29,7 @@ def health_of(score: float) -> Json:
 class ScriptedWorker:
     """Does what `script` says with every prompt. `told_score` is what its record says, `score` its fresh status.
 
-    tcp_id: the id that it greets with, if not its own. status: all that its status says, if not the usual.
+    tcp_id: the id that it greets with, if not its own. status: all that its status says, if not the usual; NO_STATUS for silence.
     """
 
     script: Script
@@ -75,7 +78,8 @@ class ScriptedWorker:
         elif body["type"] == "status":
             self.statuses += 1
             status = {"health": health_of(self.score)} if self.status is None else self.status
-            await connection.send({"type": "status_response", **status, "request_id": body["request_id"]})
+            if status is not NO_STATUS:
+                await connection.send({"type": "status_response", **status, "request_id": body["request_id"]})
         else:
             self.prompts.append(body)
             return await self.script(connection, body["request_id"])

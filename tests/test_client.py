@@ -17,6 +17,7 @@ from loop import PATIENCE_S, in_a_loop
 from scripted_worker import (
     HANGS_UP,
     IS_SILENT,
+    NO_STATUS,
     ScriptedWorker,
     announced,
     health_of,
@@ -316,6 +317,35 @@ async def test_when_all_refuse_to_the_end_their_refusal_is_raised_in_time(topic:
         assert all(len(worker.prompts) > 1 for worker in workers)
 
 
+class Unhurried(random.Random):
+    """Draws the longest pause there can be."""
+
+    def uniform(self, a: float, b: float) -> float:
+        return max(a, b)
+
+
+@in_a_loop
+async def test_a_pause_that_outlasts_the_deadline_does_not_hide_the_refusal(topic: str, tmp_path: Path) -> None:
+    async with ScriptedWorker(refuses()).on(topic):
+        settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path))
+        async with Client(settings, environ={}, rng=Unhurried()) as mesh:
+            await until_known(mesh, 1)
+            with pytest.raises(Refused, match="the queue is full"):
+                await mesh.complete(job(timeout_s=4 * qmesh.RETRY_FIRST_S))  # the second pause ends behind it
+
+
+@in_a_loop
+async def test_when_the_one_with_the_model_is_overloaded_another_without_it_does_not_hide_that(
+    topic: str, tmp_path: Path
+) -> None:
+    name = "a-model-of-many-words-that-says-all-about-itself-in-"
+    other = ScriptedWorker(refuses(ModelNotFound("this worker has another")), model=f"{name}Q8")
+    right = ScriptedWorker(says("no"), score=10, model=f"{name}Q4")
+    async with mesh_of(topic, tmp_path, other, right) as mesh:
+        with pytest.raises(Refused):
+            await mesh.complete(job(model=f"{name}Q4", timeout_s=0.5))
+
+
 @in_a_loop
 async def test_workers_that_are_overloaded_by_their_own_word_are_not_bothered(topic: str, tmp_path: Path) -> None:
     worker = ScriptedWorker(says("no"), score=10)
@@ -399,16 +429,27 @@ async def test_a_worker_that_never_greets_holds_nobody_beyond_the_deadline(topic
 
 
 @in_a_loop
-async def test_a_worker_that_gives_no_status_is_passed_over(
+async def test_a_worker_that_never_greets_does_not_keep_a_request_from_another(
     topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(qmesh, "HANDSHAKE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(qmesh, "STATUS_TIMEOUT_S", 0.3)
     with socket.create_server((LOOPBACK, 0)) as deaf:
         record = record_of(NodeId(5), deaf.getsockname()[1], score=99)
         living = ScriptedWorker(says("hello"), score=50)
         async with announced(topic, record), living.on(topic), client_of(topic, tmp_path) as mesh:
             await until_known(mesh, 2)
-            assert (await mesh.complete(job())).result.text == "hello"
+            assert (await mesh.complete(job(timeout_s=4))).result.text == "hello"
+
+
+@in_a_loop
+async def test_a_worker_that_gives_no_status_is_passed_over(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "STATUS_TIMEOUT_S", 0.3)
+    mute = ScriptedWorker(says("no"), told_score=99, status=NO_STATUS)
+    async with mesh_of(topic, tmp_path, mute, ScriptedWorker(says("hello"), score=50)) as mesh:
+        assert (await mesh.complete(job(timeout_s=4))).result.text == "hello"
+        assert (mute.statuses, mute.prompts) == (1, [])
 
 
 # --- Workers that make no sense ---
@@ -447,7 +488,7 @@ async def test_an_error_of_an_unknown_kind_is_raised_with_what_the_worker_said(
             await mesh.complete(job())
 
 
-NO_STATUS: dict[str, Json] = {
+MAD_STATUSES: dict[str, Json] = {
     "nothing": {},
     "no health": {"health": None},
     "half a health": {"health": {"score": 80}},
@@ -457,10 +498,10 @@ NO_STATUS: dict[str, Json] = {
 }
 
 
-@pytest.mark.parametrize("name", NO_STATUS)
+@pytest.mark.parametrize("name", MAD_STATUSES)
 @in_a_loop
 async def test_a_worker_whose_status_makes_no_sense_is_passed_over(topic: str, tmp_path: Path, name: str) -> None:
-    mad = ScriptedWorker(says("no"), told_score=99, status=NO_STATUS[name])
+    mad = ScriptedWorker(says("no"), told_score=99, status=MAD_STATUSES[name])
     async with mesh_of(topic, tmp_path, mad, ScriptedWorker(says("hello"), score=50)) as mesh:
         assert (await mesh.complete(job())).result.text == "hello"
         assert mad.prompts == []

@@ -1035,7 +1035,7 @@ def test_when_an_evaluation_fails_the_running_end_and_the_waiting_are_answered_r
     desk.finish()
     for ticket in range(SLOTS):
         assert desk.ids(ticket) == whole[:2]
-        assert type(desk.told[ticket][-1]) is qmesh.QMeshError
+        assert type(desk.told[ticket][-1]) is qmesh.WorkerLost
     assert desk.ids(SLOTS) == whole[:6]
     assert "could not evaluate" in caplog.text
 
@@ -1426,7 +1426,7 @@ def test_an_engine_lives_on_after_a_fault_of_ours(
         listener.until_ended(1)
         engine.submit(2, "ann", raw("The sea is", max_tokens=12))
         listener.until_ended(2)
-    assert [type(event) for event in listener.told[1]] == [qmesh.QMeshError]
+    assert [type(event) for event in listener.told[1]] == [qmesh.WorkerLost]
     assert listener.told[2][:-1] == whole.tokens
     assert "a fault" in caplog.text
 

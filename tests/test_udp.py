@@ -313,6 +313,18 @@ async def test_a_node_that_closes_takes_its_record_back(topic: str) -> None:
 
 
 @in_a_loop
+async def test_a_node_that_took_its_record_back_and_closes_at_once_still_hears_that_it_is_gone(topic: str) -> None:
+    async with opened(topic) as middle:
+        async with opened(topic) as worker:
+            worker.announce(tcp_port=4000)
+            worker.meet(middle.node.address)
+            await worker.search_until(lambda _: middle.engine.sent["ok"] > 0 and worker.engine.settled)
+            worker.node.run(lambda engine, now: engine.withdraw(now))
+            assert not worker.engine.settled
+        assert worker.engine.settled
+
+
+@in_a_loop
 async def test_a_closed_node_gives_its_port_back(topic: str) -> None:
     async with opened(topic) as peer:
         port = peer.node.address[1]

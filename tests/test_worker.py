@@ -538,9 +538,18 @@ async def test_a_worker_told_to_stop_refuses_finishes_and_ends_well(mesh: harnes
     assert json.loads(worker.stdout.readline()) == {"event": "stopped", "worker_id": worker.worker_id}
 
 
+LEAVE_SLOWLY = """
+leave = qmesh.UdpNode.close
+async def slowly(node):
+    await qmesh.asyncio.sleep(0.5)
+    await leave(node)
+qmesh.UdpNode.close = slowly
+"""
+
+
 @in_a_loop
 async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.Mesh, tmp_path: Path) -> None:
-    mesh.program = changed_program(tmp_path, "qmesh.SHUTDOWN_GRACE_S = 0.3")
+    mesh.program = changed_program(tmp_path, "qmesh.SHUTDOWN_GRACE_S = 0.3", LEAVE_SLOWLY)
     worker = mesh.start_worker()
     async with connected(address_of(worker)) as running:
         await running.ask("r", params=LONG)
@@ -548,7 +557,7 @@ async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.
         worker.popen.send_signal(signal.SIGTERM)
         error = await running.receive_kind("inference_error")
         assert (error["request_id"], error["code"], error["retryable"]) == ("r", "draining", True)
-        await running.closed()
+        await running.closed()  # nothing more is said of it, however long the worker takes to leave
     assert await exit_code(worker) == 0
     assert json.loads(worker.stdout.readline())["event"] == "stopped"
 
