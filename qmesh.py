@@ -3495,6 +3495,9 @@ def _overlap(text: str, stop: str) -> int:
 
 def load_llama() -> Any:
     """The llama_cpp module. Raises MissingPackage with the command that installs a version that works."""
+    # Its threads meet after every operation. Where they spin for each other and the machine's owner takes a core,
+    # one step takes as long as ten; asleep they cost the owner nothing (tests/bench/contention.py).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         library = importlib.import_module("llama_cpp")
     except ImportError:

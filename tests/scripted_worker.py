@@ -29,7 +29,8 @@ def health_of(score: float) -> Json:
 class ScriptedWorker:
     """Does what `script` says with every prompt. `told_score` is what its record says, `score` its fresh status.
 
-    tcp_id: the id that it greets with, if not its own. status: all that its status says, if not the usual; NO_STATUS for silence.
+    tcp_id: the id that it greets with, if not its own. status: all that its status says, if not the usual;
+    NO_STATUS for silence.
     """
 
     script: Script

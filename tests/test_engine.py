@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import importlib
 import itertools
@@ -29,8 +28,8 @@ from qmesh import InvalidRequest, Job, Message, ModelError, Queued, Result, Samp
 
 SLOTS = 4
 CONTEXT = 512
-THREADS = int(os.environ.get("T", "1"))
-STEP_S = 2.0  # what an evaluation takes on the tests' clock
+THREADS = 1  # two would spin while they wait for each other, and on a busy machine they wait long
+STEP_S = 2.0  # what a step takes on the tests' clock
 MAX_STEPS = 500
 PATIENCE_S = 60
 
@@ -39,7 +38,7 @@ EMOJI = "Write five emoji."
 CHINESE = "用中文写一句话介绍北京。"
 FRUITS = "List three fruits."  # answered in 13 tokens, and then the model stops
 HELLO = "Hi"  # answered in 9
-QUESTIONS = {POEM: 48, EMOJI: 42, CHINESE: 40, FRUITS: 40}
+QUESTIONS = {POEM: 44, EMOJI: 42, CHINESE: 40, FRUITS: 40}
 
 NAMED = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 
@@ -60,14 +59,16 @@ class Clock:
 
 
 class WatchedModel(qmesh.LlamaModel):
-    """The real model, which checks what llama.cpp leaves to its caller; time passes only while it evaluates."""
+    """The real model, which checks what llama.cpp leaves to its caller; time passes with each step that evaluates."""
 
     def __init__(self, plan: qmesh.EnginePlan) -> None:
         super().__init__(plan)
         self.plan = plan
         self.clock = Clock()
         self.cuttable = True
-        self.samplers: set[int] = set()
+        self.resting = True
+        self.samplers: dict[int, qmesh.Sampler] = {}
+        self.freed: dict[int, qmesh.Sampler] = {}
         self.memory: list[list[int]] = [[] for _ in range(plan.slots)]
         self.batches: list[tuple[qmesh.BatchEntry, ...]] = []
 
@@ -82,12 +83,13 @@ class WatchedModel(qmesh.LlamaModel):
             assert entry.position == len(self.memory[entry.slot]), "a slot's memory has a gap, or two users"
             self.memory[entry.slot].append(entry.token)
         self.batches.append(tuple(entries))
-        self.clock.now += STEP_S
+        self.clock.now += STEP_S if self.resting else 0
+        self.resting = False
         return super().decode(entries)
 
     def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> qmesh.Sampler:
         sampler = super().make_sampler(sampling, prompt, answer)
-        self.samplers.add(id(sampler))
+        self.samplers[id(sampler)] = sampler
         return sampler
 
     def sample(self, sampler: qmesh.Sampler, index: int) -> int:
@@ -95,7 +97,9 @@ class WatchedModel(qmesh.LlamaModel):
         return super().sample(sampler, index)
 
     def free_sampler(self, sampler: qmesh.Sampler) -> None:
-        self.samplers.discard(id(sampler))  # one whose making failed was never handed out
+        assert id(sampler) not in self.freed, "a sampler is freed again"
+        self.freed[id(sampler)] = sampler
+        self.samplers.pop(id(sampler), None)  # one whose making failed was never handed out
         super().free_sampler(sampler)
 
     def forget(self) -> None:
@@ -124,6 +128,7 @@ class Desk:
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
+            self.model.resting = True
             self.batcher.step()
             self._listen()
 
@@ -239,7 +244,8 @@ def answer(model: WatchedModel) -> Callable[[Job], Answer]:
 @pytest.fixture(scope="module")
 def reference(model_path: Path) -> Iterator[Any]:
     """The same model behind llama-cpp-python's own interface."""
-    with contextlib.closing(llama_cpp.Llama(str(model_path), n_ctx=CONTEXT, n_threads=THREADS, verbose=False)) as llama:
+    llama = llama_cpp.Llama(str(model_path), n_ctx=CONTEXT, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
+    with contextlib.closing(llama):
         yield llama
 
 
@@ -377,13 +383,34 @@ def test_a_text_as_it_is_goes_on_as_with_llama_cpp_python(desk: Desk, reference:
 
 def test_company_changes_nothing_not_even_what_is_drawn(desk: Desk, answer: Callable[[Job], Answer]) -> None:
     prompts = ("The sea is", "Once upon a time there was", "1 2 3", "Dear")
-    jobs = [raw(prompt, temperature=1.5, seed=at, max_tokens=12) for at, prompt in enumerate(prompts)]
+    jobs = [raw(prompt, temperature=1.5, seed=at, max_tokens=9) for at, prompt in enumerate(prompts)]
     alone = [answer(job).ids for job in jobs]
     for job in jobs:
         desk.submit(job)
         desk.step(2)
     desk.finish()
     assert [desk.ids(ticket) for ticket in desk.told] == alone
+
+
+def test_company_changes_nothing_for_a_prompt_that_goes_on_from_what_a_slot_remembers(model: WatchedModel) -> None:
+    prompt = "The sea is a place of endless possibilities, where the boundaries of what's possible are shifting"
+    start = b"".join(map(model.piece, model.tokenize(prompt, add_special=True)[:15])).decode()
+    others = ("1 2 3", "Dear", "Once upon a time")
+    hot = raw(prompt, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, seed=1, max_tokens=4)
+
+    def drawn(*, company: bool) -> list[int]:
+        desk = Desk(model)
+        for text in (*others, start):
+            desk.ask(raw(text, max_tokens=1))
+        for text in others if company else ():
+            desk.submit(raw(text, max_tokens=9))
+        desk.step(2)
+        ticket = desk.submit(hot)
+        desk.finish()
+        assert desk.result(ticket).usage["cached_tokens"] == 15
+        return desk.ids(ticket)
+
+    assert drawn(company=True) == drawn(company=False)
 
 
 # --- The stream and its end ---
@@ -396,20 +423,24 @@ def test_a_stream_holds_the_whole_answer_in_whole_characters(
     told = answer(chat(question, max_tokens=QUESTIONS[question]))
     assert "".join(token.text for token in told.tokens) == told.text
     assert not any("\ufffd" in token.text for token in told.tokens)
-    data = b"".join(map(model.piece, told.ids))
-    assert told.text == codecs.decode(data, "utf-8", "ignore")  # a limit may cut the last character
+    assert b"".join(map(model.piece, told.ids)) == told.text.encode()
 
 
 def test_tokens_are_numbered_from_nought_without_gaps_and_counted(answer: Callable[[Job], Answer]) -> None:
-    told = answer(chat(EMOJI, max_tokens=40))
-    assert [token.seq for token in told.tokens] == list(range(40))
-    assert [len(token.tokens) for token in told.tokens] == [1] * 40
-    assert told.result.usage == {"prompt_tokens": 35, "completion_tokens": 40, "cached_tokens": 0}
+    told = answer(chat(EMOJI, max_tokens=42))
+    assert [token.seq for token in told.tokens] == list(range(42))
+    assert [len(token.tokens) for token in told.tokens] == [1] * 42
+    assert told.result.usage == {"prompt_tokens": 35, "completion_tokens": 42, "cached_tokens": 0}
 
 
 def test_a_character_of_several_tokens_is_told_with_the_last_of_them(answer: Callable[[Job], Answer]) -> None:
-    texts = [token.text for token in answer(chat(EMOJI, max_tokens=40)).tokens]
-    assert texts[:6] == ["", "", "🌟"] * 2
+    assert [token.text for token in answer(chat(EMOJI, max_tokens=42)).tokens] == ["", "", "🌟"] * 14
+
+
+def test_a_limit_within_a_character_leaves_it_away(desk: Desk) -> None:
+    result = desk.ask(chat(EMOJI, max_tokens=5))
+    assert (result.text, result.usage["completion_tokens"]) == ("🌟", 5)
+    assert [token.text for token in desk.tokens(0)] == ["", "", "🌟", "", ""]
 
 
 def test_a_result_names_its_model_and_worker(model_path: Path, answer: Callable[[Job], Answer]) -> None:
@@ -463,13 +494,13 @@ def across(tokens: Sequence[Token], at: int) -> str:
     return tokens[at].text[-2:] + tokens[at + 1].text[:2]
 
 
-@pytest.mark.parametrize("at", [4, 11, 20])
+@pytest.mark.parametrize("at", [4, 16])
 def test_a_stop_string_across_tokens_ends_an_answer_and_is_not_shown(
     desk: Desk, answer: Callable[[Job], Answer], at: int
 ) -> None:
-    whole = answer(chat(POEM, max_tokens=48))
+    whole = answer(chat(POEM, max_tokens=44))
     stop = across(whole.tokens, at)
-    result = desk.ask(chat(POEM, max_tokens=48, stop=(stop,)))
+    result = desk.ask(chat(POEM, max_tokens=44, stop=(stop,)))
     assert result.text == whole.text.split(stop)[0] != whole.text
     assert "".join(token.text for token in desk.tokens(0)) == result.text
     assert result.finish_reason == "stop"
@@ -477,7 +508,7 @@ def test_a_stop_string_across_tokens_ends_an_answer_and_is_not_shown(
 
 
 def test_a_stop_string_of_a_character_in_several_tokens_is_found(desk: Desk) -> None:
-    result = desk.ask(chat(EMOJI, max_tokens=40, stop=("🌟🌟",)))
+    result = desk.ask(chat(EMOJI, max_tokens=42, stop=("🌟🌟",)))
     assert (result.text, result.finish_reason) == ("", "stop")
     assert result.usage["completion_tokens"] == 6
 
@@ -518,18 +549,19 @@ def test_a_second_turn_evaluates_only_what_is_new(desk: Desk, answer: Callable[[
     assert (second.text, cold.result.usage["cached_tokens"]) == (cold.text, 0)
 
 
-def test_the_same_request_again_evaluates_one_token_of_its_prompt(desk: Desk) -> None:
-    first = desk.ask(raw("The sea is", max_tokens=6))
-    again = desk.ask(raw("The sea is", max_tokens=6))
+def test_the_same_request_again_evaluates_only_the_end_of_its_prompt(desk: Desk) -> None:
+    first = desk.ask(raw(COUNTING, max_tokens=6))
+    again = desk.ask(raw(COUNTING, max_tokens=6))
     assert again.text == first.text
-    assert again.usage == {**first.usage, "cached_tokens": first.usage["prompt_tokens"] - 1}
+    assert first.usage["cached_tokens"] == 0
+    assert again.usage["cached_tokens"] - first.usage["prompt_tokens"] in (-1, -2)
 
 
 def test_a_request_takes_the_slot_that_remembers_most_of_it(desk: Desk) -> None:
-    for prompt in ("The sea is", "Once upon a time"):
-        desk.ask(raw(prompt, max_tokens=3))
-    again = [desk.ask(raw(prompt, max_tokens=1)) for prompt in ("Once upon a time there", "The sea is blue")]
-    assert [result.usage["cached_tokens"] for result in again] == [4, 3]
+    for prompt in ("The sea is", "1 2 3", "Once upon a time"):
+        assert desk.ask(raw(prompt, max_tokens=3)).usage["cached_tokens"] == 0
+    kept = [desk.ask(raw(prompt, max_tokens=1)).usage["cached_tokens"] for prompt in ("1 2 3 A B", "The sea is A B")]
+    assert kept == [5, 3]
 
 
 def test_what_has_nothing_in_common_takes_the_slot_that_was_longest_unused(desk: Desk) -> None:
@@ -636,10 +668,16 @@ def test_a_prompt_that_leaves_room_for_one_token_is_taken(desk: Desk) -> None:
 
 
 def test_what_is_resumed_counts_towards_the_context(desk: Desk) -> None:
-    desk.submit(raw(prompt_of(desk.model, desk.model.slot_tokens - 4), resume=[1, 2, 3, 4]))
+    desk.submit(raw(prompt_of(desk.model, desk.model.slot_tokens - 4), resume=[1, 2, 3, 4, 5]))
     error = desk.error(0)
     assert isinstance(error, InvalidRequest)
     assert error.reason == "context_exceeded"
+
+
+def test_an_answer_that_has_filled_the_context_gets_no_more(desk: Desk) -> None:
+    desk.submit(raw(prompt_of(desk.model, desk.model.slot_tokens - 4), resume=[282, 282, 282, 282]))
+    assert desk.result(0).finish_reason == "length"
+    assert desk.tokens(0) == []
 
 
 @pytest.mark.parametrize("empty", [{"prompt": ""}, {"prompt": " \n"}, {"messages": (Message("user", ""),)}, {}])
@@ -733,7 +771,8 @@ def test_a_cancelled_answer_goes_on_from_what_its_slot_remembers(desk: Desk, ans
     desk.step(5)
     desk.batcher.cancel(0)
     again = desk.ask(raw("The sea is", max_tokens=12))
-    assert (again.text, again.usage["cached_tokens"]) == (whole.text, 2)
+    assert again.text == whole.text
+    assert again.usage["cached_tokens"] > 0
 
 
 def test_cancelling_what_is_not_there_does_nothing(desk: Desk) -> None:
@@ -772,13 +811,12 @@ def test_an_answer_within_its_deadline_is_not_cut_off(desk: Desk) -> None:
     assert desk.ask(raw("The sea is", max_tokens=3, timeout_s=3.5 * STEP_S)).finish_reason == "length"
 
 
-@pytest.mark.parametrize("seed", [1, 2])
 def test_after_a_hundred_random_operations_all_is_idle_and_every_answer_was_right(
-    desk: Desk, answer: Callable[[Job], Answer], seed: int
+    desk: Desk, answer: Callable[[Job], Answer]
 ) -> None:
     prompts = ("The sea is", "The sea was", "Once upon a time", "1 2 3")
     whole = {prompt: answer(raw(prompt, max_tokens=12)).ids for prompt in prompts}
-    rng = random.Random(seed)
+    rng = random.Random(1)
     wanted: dict[int, list[int]] = {}
     for _ in range(100):
         operation = rng.choices(("submit", "cancel", "step"), (4, 2, 3))[0]
@@ -825,6 +863,12 @@ def test_an_answer_goes_on_where_another_worker_left_it(
     assert result.usage == whole.result.usage
 
 
+def test_an_answer_of_close_calls_goes_on_as_it_would_have(desk: Desk, answer: Callable[[Job], Answer]) -> None:
+    whole = answer(chat(FRUITS, max_tokens=40))
+    result = desk.ask(chat(FRUITS, max_tokens=40, resume=whole.ids[:5]))
+    assert result.text == whole.text
+
+
 def test_an_answer_that_was_whole_but_for_its_end_only_ends(desk: Desk, answer: Callable[[Job], Answer]) -> None:
     whole = answer(chat(HELLO))
     result = desk.ask(chat(HELLO, resume=whole.ids))
@@ -838,6 +882,15 @@ def test_an_answer_that_has_all_its_tokens_gets_no_more(desk: Desk, answer: Call
     assert desk.tokens(0) == []
     assert (result.text, result.finish_reason) == (whole.text, "length")
     assert result.usage["completion_tokens"] == 12
+
+
+def test_text_that_was_held_back_until_the_limit_is_not_told_again(desk: Desk, answer: Callable[[Job], Answer]) -> None:
+    text = answer(raw("The sea is", max_tokens=12)).text
+    stop = (text[-9:] + "#",)
+    whole = answer(raw("The sea is", max_tokens=12, stop=stop))
+    result = desk.ask(raw("The sea is", max_tokens=12, stop=stop, resume=whole.ids))
+    assert desk.tokens(0) == []
+    assert result.text == whole.text == text
 
 
 def test_an_answer_that_has_its_stop_string_gets_no_more(desk: Desk, answer: Callable[[Job], Answer]) -> None:
@@ -864,7 +917,7 @@ def test_what_is_resumed_is_shown_to_the_repeat_penalty(desk: Desk, answer: Call
     assert (result.text, desk.ids(0)) == (whole.text, whole.ids[6:])
 
 
-@pytest.mark.parametrize("token", [-1, 49152, 2**31, 2**70])
+@pytest.mark.parametrize("token", [49152, 2**31, 2**70])
 def test_ids_that_no_token_has_cannot_be_resumed(desk: Desk, token: int) -> None:
     assert desk.model.vocabulary_size == 49152
     desk.submit(raw("The sea is", resume=[1, token]))
@@ -893,7 +946,7 @@ def test_what_leaves_only_the_likeliest_token_is_greedy(
 
 
 def test_the_repeat_penalty_keeps_the_model_from_repeating(answer: Callable[[Job], Answer]) -> None:
-    assert len(set(answer(chat(EMOJI, max_tokens=40)).text)) == 1
+    assert len(set(answer(chat(EMOJI, max_tokens=42)).text)) == 1
     assert len(set(answer(chat(EMOJI, repeat_penalty=1.3, max_tokens=12)).text)) > 1
 
 
@@ -946,7 +999,13 @@ def test_a_schema_that_cannot_be_met_is_refused_by_name(desk: Desk, schema: dict
     assert desk.batcher.idle
 
 
-# What llama.cpp answers with the end of the process is asked of another one.
+@pytest.mark.parametrize("schema", [{"type": "string", "pattern": "^/2024/[a-z]+$"}, {"enum": ["北京", "🌟"]}])
+def test_a_schema_that_asks_for_little_is_met_whatever_its_text(desk: Desk, schema: dict[str, Any]) -> None:
+    result = desk.ask(raw("A place:", json_schema=schema, max_tokens=12))
+    assert result.text.startswith(('"/2024/', '"北', '"🌟'))
+
+
+# What llama.cpp may answer with the end of the process is asked of another one.
 HOSTILE = """
 import contextlib, json, sys
 from pathlib import Path
@@ -959,14 +1018,13 @@ with contextlib.closing(qmesh.LlamaModel(plan)) as model:
         batcher.submit(ticket, "ann", qmesh.Job.from_json(body))
         while not batcher.idle:
             batcher.step()
-    for ticket, event in batcher.take_events():
-        if not isinstance(event, qmesh.Token):
-            print(json.dumps([ticket, type(event).__name__, str(event)]))
+        last = batcher.take_events()[-1][1]
+        print(json.dumps([type(last).__name__, str(last)]), flush=True)
 """
 
 
-def outcomes(model_path: Path, *jobs: Job) -> dict[int, tuple[str, str]]:
-    """What becomes of jobs, one after the other, in a process of their own: {place: (type of the outcome, text)}."""
+def outcomes(model_path: Path, *jobs: Job) -> list[tuple[str, str]]:
+    """What becomes of jobs, one after the other, in a process of their own: the type of the last event, its text."""
     bodies = json.dumps([job.to_json() for job in jobs])
     finished = subprocess.run(
         [sys.executable, "-c", HOSTILE, str(model_path), bodies],
@@ -977,36 +1035,48 @@ def outcomes(model_path: Path, *jobs: Job) -> dict[int, tuple[str, str]]:
         timeout=PATIENCE_S,
         check=False,
     )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    return {ticket: (kind, text) for ticket, kind, text in map(json.loads, finished.stdout.splitlines())}
+    assert finished.returncode == 0, f"{finished.stdout}{finished.stderr[-2000:]}"
+    return [(kind, text) for kind, text in map(json.loads, finished.stdout.splitlines())]
 
 
 HARMLESS = raw("The sea is", max_tokens=1)
 
 
-@pytest.mark.parametrize("resume", [[100, 200, 300], [2]], ids=["other-text", "end-of-text"])
-def test_what_is_resumed_must_match_the_schema(model_path: Path, resume: list[int]) -> None:
-    found = outcomes(model_path, raw("A cat:", json_schema=NAMED, max_tokens=4, resume=resume), HARMLESS)
-    kind, text = found[0]
-    assert kind == "InvalidRequest"
-    assert "resume.tokens" in text
-    assert found[1][0] == "Result"
+def test_what_is_resumed_must_match_the_schema(model_path: Path) -> None:
+    other_text, end_of_text = [100, 200, 300], [2]
+    jobs = [raw("A cat:", json_schema=NAMED, max_tokens=4, resume=ids) for ids in (other_text, end_of_text)]
+    *refused, last = outcomes(model_path, *jobs, HARMLESS)
+    for kind, text in refused:
+        assert kind == "InvalidRequest"
+        assert "resume.tokens" in text
+    assert last[0] == "Result"
+
+
+def string(pattern: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": pattern}
 
 
 @pytest.mark.parametrize(
-    "schema",
+    "schemas",
     [
-        {"const": "\u0000"},
-        {"type": "string", "pattern": "^[z-a]$"},
-        {"type": "array", "items": {"type": "string"}, "maxItems": 10**5},
-        {"type": "array", "items": {"type": "string"}, "minItems": 10**8},
+        [
+            {"const": "\u0000"},
+            string("^[z-a]$"),
+            {"type": "array", "items": {"type": "string"}, "maxItems": 10**5},
+            {"type": "array", "items": {"type": "string"}, "minItems": 10**8},
+            {"type": "array", "items": {"type": "string"}, "minItems": 1e8},
+            {"enum": ["x" * 500_000]},
+        ],
+        [string("^" + "(a|b)?" * 100 + "$")],
+        [string("^(a*){1000}$")],
     ],
-    ids=["nul", "nothing-fits", "too-many", "far-too-many"],
+    ids=["large-or-unmeetable", "ambiguous", "ambiguous-and-repeated"],
 )
-def test_no_schema_ends_the_worker(model_path: Path, schema: dict[str, Any]) -> None:
-    found = outcomes(model_path, raw("A cat:", json_schema=schema, max_tokens=4), HARMLESS)
-    assert found[0][0] in ("Result", "InvalidRequest")
-    assert found[1][0] == "Result"
+def test_no_schema_ends_or_blocks_the_worker(model_path: Path, schemas: list[dict[str, Any]]) -> None:
+    jobs = [raw("A cat:", json_schema=schema, max_tokens=4) for schema in schemas]
+    *hostile, last = outcomes(model_path, *jobs, HARMLESS)
+    assert {kind for kind, _ in hostile} <= {"Result", "InvalidRequest"}
+    assert last[0] == "Result"
 
 
 # --- Faults ---

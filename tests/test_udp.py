@@ -74,6 +74,7 @@ class Peer:
             while True:
                 if wanted(found := await self.search()):
                     return found
+                await asyncio.sleep(0)  # a search that knows nobody ends at once
 
 
 @contextlib.asynccontextmanager
