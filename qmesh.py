@@ -81,7 +81,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
@@ -346,8 +346,10 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
         host, port = match[1], match[2]
     else:
         host, port = text, None
-    if plain is None:
-        host = _parse_host(host)
+    try:
+        host = host if plain else _parse_host(host)
+    except ValueError:
+        raise ValueError(f"HOST, HOST:PORT or [IPV6]:PORT is needed, not {text!r}") from None
     return host, default_port if port is None else _parse_port(port)
 
 
@@ -396,12 +398,14 @@ class QMeshError(Exception):
 class UsageError(QMeshError):
     """See `qmesh.py --help`, or `qmesh.py COMMAND --help`, for what is accepted."""
 
+    code = "usage"
     exit_code = 2
 
 
 class NoWorkerFound(QMeshError):
     """Start one with `python qmesh.py worker`, or name a machine that runs one with --peer HOST."""
 
+    code = "no_worker"
     exit_code = 3
     retryable = True
 
@@ -426,7 +430,7 @@ class ModelNotFound(QMeshError):
 
 
 class ModelError(QMeshError):
-    """`python qmesh.py models` lists the models here; `python qmesh.py pull` fetches a small one."""
+    """`python qmesh.py models` lists the models here; `python qmesh.py pull` fetches a small one that works."""
 
 
 class MissingPackage(QMeshError):
@@ -460,7 +464,7 @@ class WireError(QMeshError):
 
 
 def error_code(error: QMeshError) -> str:
-    """The code that crosses the wire for this error: one of those in section 4's `ERROR_CODES`."""
+    """What programs tell errors by. Those that cross the wire are listed in section 4's `ERROR_CODES`."""
     reason = getattr(error, "reason", None)
     return reason if isinstance(reason, str) else error.code
 
@@ -3081,7 +3085,7 @@ def list_models(directories: Iterable[Path]) -> list[Path]:
 
 
 def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
-    """The model file that is meant: a path, a name, or the only one there is. Raises ModelError."""
+    """The model file that is meant: a path, a name, or the only one there is. Raises ModelError or ModelNotFound."""
     if wanted is not None and Path(wanted).is_file():
         return Path(wanted)
     models = list_models(directories)
@@ -3089,12 +3093,12 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     if wanted is not None:
         matching = [path for path in models if model_key(path.stem) == model_key(Path(wanted).name)]
         if not matching or Path(wanted).parent != Path():
-            raise ModelError(f"there is no model file {wanted}; models here: {names}")
+            raise ModelNotFound(f"there is no model file {wanted}; models here: {names}")
         exact = [path for path in matching if path.stem == bare_model_name(wanted)]
         return (exact or matching)[0]
     if not models:
         places = ", ".join(map(str, directories))
-        raise ModelError(f"no model was found in {places}; fetch one with: python {program_name()} pull")
+        raise ModelError(f"no model was found in {places}")
     if len(models) > 1:
         raise ModelError(f"several models are here, so choose one with --model NAME: {names}")
     return models[0]
@@ -4483,7 +4487,7 @@ async def resolve_peers(names: Iterable[str], port: int) -> list[Address]:
 # ======================================================================================================
 
 STREAM_BUFFER_BYTES: Final = 32 * 1024  # asyncio reads ahead up to twice this for each connection
-DEADLINE_GRACE_S: Final = 1.0  # a worker that keeps the deadline itself tells more than silence does
+DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells more than silence does
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
 
 
@@ -4533,7 +4537,7 @@ class Connection:
                 raise WorkerLost(f"the connection to {self.peer_name} broke: {error}") from None
             if not data:
                 if self._frames.pending:
-                    raise WireError(f"{self.peer_name} closed in the middle of a message")
+                    raise WorkerLost(f"{self.peer_name} closed in the middle of a message")
                 return None
             self._frames.feed(data)
 
@@ -4600,7 +4604,8 @@ async def _await_welcome(connection: Connection) -> None:
     if body is None:
         raise WorkerLost(f"{connection.peer_name} closed without a greeting")
     if body["type"] == "inference_error":
-        raise WireError(str(error_from_frame(body)))
+        error = error_from_frame(body)
+        raise error if isinstance(error, Refused) else WireError(str(error))
     if body["type"] != "welcome":
         raise WireError(f"{connection.peer_name} greets with {body['type']}")
     connection.greeted(body)
@@ -4643,7 +4648,8 @@ class TcpServer:
         host = connection.address[0]
         if len(self._tasks) >= MAX_CONNECTIONS or self._hosts[host] >= MAX_CONNECTIONS_PER_HOST:
             self.refused += 1
-            connection.abort()
+            connection.write(error_frame(None, Refused("this worker has too many connections open")))
+            writer.close()  # what is written still goes out, and nothing is read
             return
         self._hosts[host] += 1
         task = asyncio.create_task(self._serve(connection))
@@ -4832,6 +4838,7 @@ class Worker:
         self._host_dir = self.state.path.parent
         self._window = HealthWindow()
         self._jobs: dict[int, tuple[Session, Job]] = {}
+        self._deadlines: dict[int, float] = {}
         self._next_ticket = 0
         self._started = time.monotonic()
         self._remember_at = 0.0
@@ -4925,6 +4932,7 @@ class Worker:
         while True:
             if not self.engine.alive:
                 raise QMeshError("the thread that runs llama.cpp has ended")
+            self._end_overdue_jobs()
             self._window.add(*self._monitor.sample())
             health = self.health()
             changed = before is not None and health.state is not before
@@ -4935,6 +4943,14 @@ class Worker:
             if time.monotonic() >= self._remember_at:
                 self._remember_peers()
             await asyncio.sleep(SAMPLE_PERIOD_S)
+
+    def _end_overdue_jobs(self) -> None:
+        """Keep deadlines also while the engine is in a step that does not end."""
+        now = time.monotonic()
+        for ticket in [ticket for ticket, deadline in self._deadlines.items() if deadline <= now]:
+            session, job = self._jobs[ticket]
+            self.cancel(ticket)
+            session.tell(job.request_id, DeadlineExceeded(f"no whole answer within {job.timeout_s:g} s"))
 
     def _remember_peers(self) -> None:
         self._remember_at = time.monotonic() + REMEMBER_PERIOD_S
@@ -5004,6 +5020,7 @@ class Worker:
             raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
         self._next_ticket += 1
         self._jobs[self._next_ticket] = session, job
+        self._deadlines[self._next_ticket] = time.monotonic() + job.timeout_s
         self._idle.clear()
         self.engine.submit(self._next_ticket, session.client_id, job)
         return self._next_ticket
@@ -5015,6 +5032,7 @@ class Worker:
 
     def _forget(self, ticket: int) -> bool:
         known = self._jobs.pop(ticket, None) is not None
+        self._deadlines.pop(ticket, None)
         if not self._jobs:
             self._idle.set()
         return known
@@ -5356,11 +5374,13 @@ class Client:
 
     async def _status_of(self, record: WorkerRecord) -> tuple[Json, HealthReport] | QMeshError:
         try:
-            status = await (await self._link(record)).status()
+            async with asyncio.timeout(STATUS_TIMEOUT_S):  # a deaf worker must not keep us from the others
+                status = await (await self._link(record)).status()
             return status, HealthReport.from_json(status.get("health"))
-        except QMeshError as error:
+        except (QMeshError, TimeoutError) as error:
             log.info("worker %s: %s", record.worker_id.short, error)
-            return error
+            silent = WorkerLost(f"{format_address(record.address)} gave no status in {STATUS_TIMEOUT_S:g} s")
+            return error if isinstance(error, QMeshError) else silent
 
     async def statuses(self) -> tuple[list[Json], list[Json]]:
         """The fresh status of every worker, and those that were heard of but do not answer."""
@@ -5375,21 +5395,28 @@ class Client:
                 workers.append({**status, **address})
         return workers, silent
 
-    async def _choose(self, job: Job, passed_over: set[NodeId]) -> tuple[WorkerRecord, HealthReport] | None:
-        """The best worker by fresh status, the most promising asked first; None when there is none."""
+    async def _choose(
+        self, job: Job, passed_over: set[NodeId]
+    ) -> tuple[tuple[WorkerRecord, HealthReport] | None, QMeshError | None]:
+        """The best worker by fresh status, the most promising asked first; or None, and why there is none."""
         ranked = [r for r in rank_workers(self.records(), job.model, self._rng) if r.worker_id not in passed_over]
+        failure: QMeshError | None = None
         while ranked:
             asked, ranked = ranked[:STATUS_CANDIDATES], ranked[STATUS_CANDIDATES:]
             healths = {}
             for record, answer in zip(asked, await asyncio.gather(*map(self._status_of, asked)), strict=True):
-                if isinstance(answer, QMeshError):
-                    self._records.pop(record.worker_id, None)
-                else:
+                if not isinstance(answer, QMeshError):
                     healths[record] = answer[1]
+                    continue
+                failure = answer
+                if not isinstance(answer, Refused):
+                    self._records.pop(record.worker_id, None)
             chosen = choose_worker(healths, self._rng)
             if chosen is not None:
-                return chosen, healths[chosen]
-        return None
+                return (chosen, healths[chosen]), None
+            if healths:
+                failure = Refused("every worker is overloaded")
+        return None, failure
 
     # --- Requests ---
 
@@ -5411,21 +5438,24 @@ class Client:
         deadline = started + job.timeout_s
         lacking: set[NodeId] = set()  # those that turned out not to have the model
         refusing: set[NodeId] = set()
-        refusal: QMeshError | None = None
-        pause_s = RETRY_FIRST_S
+        failure: QMeshError | None = None
+        pause_s, answered_at = RETRY_FIRST_S, math.inf
         await self.discover(timeout_s=job.timeout_s)
-        discovered = self._loop.time()
+        discovered = answered_at = self._loop.time()
         yield Discovered(len(self.records()))
         while True:
-            chosen = await _before(deadline, self._choose(job, lacking | refusing))
+            chosen, reason = await self._choose_before(deadline, job, lacking | refusing)
             if chosen is None:
-                refusal = self._nobody_takes(job, lacking, refusal)
-                if self._loop.time() + pause_s >= deadline:
-                    raise refusal
+                failure = reason or failure
+                if isinstance(failure, Refused):
+                    answered_at = self._loop.time()
+                late = self._loop.time() + pause_s >= deadline
+                self._check_hope(job, lacking, failure, out_of_time=late, answered_at=answered_at)
                 await self._pause(pause_s)
                 pause_s, refusing = min(2 * pause_s, RETRY_MAX_S), set()
                 continue
             record, health = chosen
+            answered_at = self._loop.time()
             yield Selected(str(record.worker_id), health)
             try:
                 left = replace(job, timeout_s=max(deadline - self._loop.time(), MIN_TIMEOUT_S))
@@ -5433,12 +5463,11 @@ class Client:
                     async for event in events:
                         yield event
                 return
-            except ModelNotFound as error:
-                refusal = error
+            except ModelNotFound:
                 lacking.add(record.worker_id)
             except (Refused, _NotStarted) as error:
                 log.info("worker %s: %s", record.worker_id.short, error)
-                refusal = error if isinstance(error, Refused) else refusal
+                failure = error
                 refusing.add(record.worker_id)
 
     async def _follow(
@@ -5463,16 +5492,30 @@ class Client:
                 raise _NotStarted(str(error)) from None
             raise WorkerLost(f"worker {record.worker_id.short} was lost in the middle of its answer: {error}") from None
 
-    def _nobody_takes(self, job: Job, lacking: set[NodeId], refusal: QMeshError | None) -> QMeshError:
-        """What to say when no worker takes the job now. Raises what waiting cannot mend."""
+    async def _choose_before(
+        self, deadline: float, job: Job, passed_over: set[NodeId]
+    ) -> tuple[tuple[WorkerRecord, HealthReport] | None, QMeshError | None]:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._choose(job, passed_over)
+        except TimeoutError:
+            return None, None
+
+    def _check_hope(
+        self, job: Job, lacking: set[NodeId], failure: QMeshError | None, *, out_of_time: bool, answered_at: float
+    ) -> None:
+        """Raise what waiting cannot mend: the model exists nowhere, nobody has answered for long, time is up."""
         records = self.records()
-        if not records:
-            raise NoWorkerFound(f"no worker is left that answers; tried: {'; '.join(self._tried)}")
         named = [record for record in records if job.model is None or has_model(record, job.model)]
-        if all(record.worker_id in lacking for record in named):
+        if records and all(record.worker_id in lacking for record in named):
             names = ", ".join(sorted({record.model for record in records}))
             raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
-        return refusal or Refused("every worker is overloaded")
+        unheard = isinstance(failure, WorkerLost) or not records
+        if unheard and (out_of_time or self._loop.time() - answered_at >= DISCOVERY_TIMEOUT_S):
+            why = f" ({failure})" if failure is not None else ""
+            raise NoWorkerFound(f"no worker is left that answers{why}; tried: {'; '.join(self._tried)}")
+        if out_of_time:
+            raise failure or Refused("every worker is overloaded")
 
     async def _pause(self, pause_s: float) -> None:
         await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
@@ -5517,24 +5560,42 @@ class Terminal:
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown
+        self._drawing = False
 
     def say(self, line: str, *, end: str = "\n") -> None:
+        self.end_progress()
+        self._write(line + end)
+
+    def _write(self, text: str) -> None:
         if self._shown:
-            sys.stderr.write(line + end)
+            sys.stderr.write(text)
             sys.stderr.flush()
+
+    def end_progress(self) -> None:
+        """Leave the line of the bar, if there is one."""
+        if self._drawing:
+            self._drawing = False
+            self._write("\n")
 
     def progress(self, done: int, total: int | None) -> None:
         """A bar that is redrawn in place."""
+        if not sys.stderr.isatty():
+            return
+        self._drawing = True
         if total:
             filled = BAR_CHARS * done // total
             bar = "#" * filled + "." * (BAR_CHARS - filled)
-            self.say(f"\r   [{bar}] {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", end="\n" if done >= total else "")
+            self._write(f"\r   [{bar}] {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
         else:
-            self.say(f"\r   {done / 1e6:,.0f} MB", end="")
+            self._write(f"\r   {done / 1e6:,.0f} MB")
 
 
 def print_json(body: Any) -> None:
     print(json.dumps(body, ensure_ascii=False), flush=True)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def human_bytes(size: int) -> str:
@@ -5556,7 +5617,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- worker ---
 
 
-async def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
+    return asyncio.run(serve_worker(arguments, settings))
+
+
+async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int:
     terminal = Terminal(shown=not arguments.json)
     options = WorkerOptions(arguments.slots, arguments.ctx, arguments.queue, arguments.threads, arguments.nice)
     worker = Worker(settings, options, os.environ)
@@ -5586,8 +5651,8 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
     plan = worker.engine.plan
     if as_json:
         print_json(worker.ready())
-    place = f"{plan.gpu.layers} GPU layers ({plan.gpu.backend})" if plan.gpu.layers else f"{plan.threads} threads"
-    terminal.say(f"🚀 Worker {worker.worker_id.short} serves {plan.model.name} ({plan.slots} slots, {place})")
+    place = f"{plan.gpu.layers} GPU layers ({plan.gpu.backend})" if plan.gpu.layers else plural(plan.threads, "thread")
+    terminal.say(f"🚀 Worker {worker.worker_id.short} serves {plan.model.name} ({plural(plan.slots, 'slot')}, {place})")
     udp, tcp = format_address(worker.node.address), format_address(worker.address)
     terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp}, topic {worker.settings.topic!r}; Ctrl-C stops it")
     if not worker.engine.has_template:
@@ -5638,6 +5703,7 @@ def make_job(arguments: argparse.Namespace, settings: Settings) -> Job:
     if arguments.json_schema is not None:
         chosen["json_schema"] = read_schema(Path(arguments.json_schema))
     try:
+        _text("the prompt", text)
         return Job(
             request_id=secrets.token_hex(16),
             messages=(*messages, Message("user", text)),
@@ -5659,19 +5725,24 @@ def read_schema(path: Path) -> Json:
         raise UsageError(f"--json-schema {path}: {error}") from None
 
 
-async def run_prompt(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_prompt(arguments: argparse.Namespace, settings: Settings) -> int:
     job = make_job(arguments, settings)
     terminal = Terminal(shown=sys.stderr.isatty() and not arguments.json)
-    answer = await ask(job, settings, terminal, show=not arguments.json)
+    answer = asyncio.run(ask(job, settings, terminal, show=not arguments.json))
     if arguments.json:
         print_json(answer.to_json())
     return 0
 
 
-async def ask(job: Job, settings: Settings, terminal: Terminal, *, show: bool) -> Answer:
-    """Run a job on the mesh, with the familiar lines on stderr and, when `show`, the answer on stdout."""
+async def ask(job: Job, settings: Settings, terminal: Terminal, *, show: bool, everything: bool = False) -> Answer:
+    """Run a job on the mesh, with the familiar lines on stderr and, when `show`, the answer on stdout.
+
+    everything: choose among all workers there are, rather than the first that are found.
+    """
     printer = AnswerPrinter(terminal, stream=job.stream, show=show)
     async with Client(settings) as mesh, contextlib.aclosing(mesh.run(job)) as progress:
+        if everything:
+            await mesh.discover(everything=True)
         try:
             async for event in progress:
                 printer.on_event(event)
@@ -5695,7 +5766,7 @@ class AnswerPrinter:
     def on_event(self, event: Progressed) -> None:
         say = self._terminal.say
         if isinstance(event, Discovered):
-            say(f"🌐 Discovered {event.workers} worker{'' if event.workers == 1 else 's'}")
+            say(f"🌐 Discovered {plural(event.workers, 'worker')}")
         elif isinstance(event, Selected):
             say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
             say("📤 Sending prompt...")
@@ -5727,19 +5798,23 @@ class AnswerPrinter:
 # --- status ---
 
 
-async def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
-    started = time.monotonic()
+async def ask_all(settings: Settings) -> tuple[list[Json], list[Json]]:
     async with Client(settings) as mesh:
         await mesh.discover(everything=True)
-        workers, silent = await mesh.statuses()
+        return await mesh.statuses()
+
+
+def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
+    started = time.monotonic()
+    workers, silent = asyncio.run(ask_all(settings))
     elapsed_ms = round(1000 * (time.monotonic() - started), 1)
     if arguments.json:
         print_json({"workers": workers, "unreachable": silent, "elapsed_ms": elapsed_ms})
     else:
         print_status(workers, silent)
-    if not workers:
-        raise NoWorkerFound(f"{len(silent)} workers were heard of, and none of them answers")
-    return 0
+    if not workers and not arguments.json:
+        raise NoWorkerFound(f"{plural(len(silent), 'worker')} heard of, and none that answers")
+    return 0 if workers else NoWorkerFound.exit_code
 
 
 def print_status(workers: Sequence[Json], silent: Sequence[Json]) -> None:
@@ -5770,7 +5845,7 @@ def status_row(status: Json) -> tuple[str, ...]:
 # --- pull and models ---
 
 
-async def run_pull(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_pull(arguments: argparse.Namespace, settings: Settings) -> int:
     terminal = Terminal(shown=sys.stderr.isatty())
     directory = Path(arguments.to) if arguments.to else model_dirs()[0]
     model = read_model(pull_model(arguments.source, directory, terminal))
@@ -5780,10 +5855,13 @@ async def run_pull(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def pull_model(source: str | None, directory: Path, terminal: Terminal) -> Path:
     terminal.say(f"⬇️  Fetching {source or DEFAULT_MODEL.file_name} into {directory}")
-    return pull(source, directory, os.environ, terminal.progress)
+    try:
+        return pull(source, directory, os.environ, terminal.progress)
+    finally:
+        terminal.end_progress()
 
 
-async def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
     models, damaged = [], []
     for path in list_models(model_dirs()):
         try:
@@ -5810,7 +5888,7 @@ def model_row(model: ModelFile) -> tuple[str, ...]:
 # --- demo ---
 
 
-async def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
     """Two workers and a client on this machine, in one command."""
     terminal = Terminal(shown=True)
     load_psutil()
@@ -5819,14 +5897,19 @@ async def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
     with tempfile.TemporaryDirectory(prefix="qmesh-demo-") as state:
         settings = replace(settings, host=LOOPBACK, topic=f"demo-{secrets.token_hex(8)}", state_dir=state, model=None)
         job = make_job(arguments, settings)
-        terminal.say(f"🚀 Starting {DEMO_WORKERS} workers with {model.name} on this machine...")
-        async with contextlib.AsyncExitStack() as children:
-            starting = [children.enter_async_context(demo_worker(settings, model)) for _ in range(DEMO_WORKERS)]
-            for ready in [await child for child in starting]:
-                terminal.say(f"   worker {ready['worker_id'][:6]} is ready ({ready['slots']} slots)")
-            await ask(job, settings, terminal, show=True)
-            terminal.say("👋 Stopping the workers...")
+        asyncio.run(demonstrate(job, settings, model, terminal))
     return 0
+
+
+async def demonstrate(job: Job, settings: Settings, model: ModelFile, terminal: Terminal) -> None:
+    terminal.say(f"🚀 Starting {DEMO_WORKERS} workers with {model.name} on this machine...")
+    async with contextlib.AsyncExitStack() as running:
+        children = [await running.enter_async_context(demo_worker(settings, model)) for _ in range(DEMO_WORKERS)]
+        for child in children:
+            ready = await demo_worker_ready(child)
+            terminal.say(f"   worker {ready['worker_id'][:6]} is ready ({plural(ready['slots'], 'slot')})")
+        await ask(job, settings, terminal, show=True, everything=True)
+        terminal.say("👋 Stopping the workers...")
 
 
 def demo_model(settings: Settings, terminal: Terminal) -> ModelFile:
@@ -5838,8 +5921,8 @@ def demo_model(settings: Settings, terminal: Terminal) -> ModelFile:
 
 
 @contextlib.asynccontextmanager
-async def demo_worker(settings: Settings, model: ModelFile) -> AsyncGenerator[Json, None]:
-    """A worker as a child process, once it is ready; stopped at the end."""
+async def demo_worker(settings: Settings, model: ModelFile) -> AsyncGenerator[asyncio.subprocess.Process, None]:
+    """A worker as a child process; stopped at the end."""
     program = program_dir() / program_name()
     flags = {
         "--host": settings.host,
@@ -5854,7 +5937,7 @@ async def demo_worker(settings: Settings, model: ModelFile) -> AsyncGenerator[Js
     command += [word for flag in flags.items() for word in flag]
     child = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
-        yield await demo_worker_ready(child)
+        yield child
     finally:
         with contextlib.suppress(ProcessLookupError):
             child.terminate()
@@ -5914,7 +5997,10 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--peer", dest="peers", action="append", metavar="HOST[:PORT]", help="ask here too; repeatable")
     group.add_argument("--topic", help=f"the mesh's name ({DEFAULT_TOPIC})")
     group.add_argument("--state-dir", metavar="DIR", help="where ids and remembered peers are kept")
-    group.add_argument("--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed ({DEFAULT_TIMEOUT_S:g})")
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed ({DEFAULT_TIMEOUT_S:g})")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -5974,16 +6060,19 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
     add_json(parser)
+    add_timeout(parser)
     add_network(parser)
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
+    add_timeout(parser)
     add_common(parser)
 
 
 def status_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
+    add_timeout(parser)
     add_network(parser)
 
 
@@ -6003,7 +6092,7 @@ def models_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
-_Command = Callable[[argparse.Namespace, Settings], Coroutine[Any, Any, int]]
+_Command = Callable[[argparse.Namespace, Settings], int]
 
 # Name: (summary, example, its arguments, what it does).
 _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
@@ -6021,7 +6110,8 @@ def report_error(error: QMeshError, *, as_json: bool) -> int:
     log.debug("what led to it:", exc_info=error)
     if as_json:
         print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
-    print(f"error: {error}", f"  {error.remedy}", sep="\n", file=sys.stderr)  # unwrapped: commands can be copied
+    remedy = error.remedy.replace("qmesh.py", program_name())
+    print(f"error: {error}", f"  {remedy}", sep="\n", file=sys.stderr)  # unwrapped: commands can be copied
     return error.exit_code
 
 
@@ -6044,7 +6134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UsageError(str(error)) from None
         level = settings.log_level.upper()
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        return asyncio.run(_COMMANDS[arguments.command][3](arguments, settings))
+        return _COMMANDS[arguments.command][3](arguments, settings)
     except QMeshError as error:
         return report_error(error, as_json=as_json)
     except KeyboardInterrupt:

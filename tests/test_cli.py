@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import harness
+import psutil
 import pytest
 
 import qmesh
@@ -220,21 +221,48 @@ def test_models_are_listed_as_their_headers_describe_them(nobody: harness.Mesh, 
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [
-        (None, "there is no model file"),
-        (b"", "it is cut off within its header"),
-        (b"PK\x03\x04 no model", "it is not a GGUF file"),
-    ],
+    [(b"", "it is cut off within its header"), (b"PK\x03\x04 no model", "it is not a GGUF file")],
 )
-def test_a_worker_without_a_usable_model_says_so(nobody: harness.Mesh, content: bytes | None, said: str) -> None:
+def test_a_worker_without_a_usable_model_says_so(nobody: harness.Mesh, content: bytes, said: str) -> None:
     path = nobody.directory / "broken.gguf"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     finished = nobody.run("worker", "--model", str(path), "--port", "0")
     assert (finished.returncode, finished.stdout) == (1, "")
     assert said in finished.stderr
     assert "qmesh.py pull" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_a_worker_with_a_model_that_is_not_here_names_those_that_are(nobody: harness.Mesh, model_path: Path) -> None:
+    finished = nobody.run("worker", "--model", "gpt-17", "--port", "0")
+    assert (finished.returncode, finished.stdout) == (5, "")
+    assert f"there is no model file gpt-17; models here: {model_path.stem}" in finished.stderr
+
+
+def test_one_interrupt_ends_a_prompt_that_waits_for_its_text(nobody: harness.Mesh) -> None:
+    command = [sys.executable, str(nobody.program), "prompt", "-"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, stdin=theirs, stderr=subprocess.PIPE, env=nobody.env) as waiting:
+        deadline = time.monotonic() + 20
+        while psutil.Process(waiting.pid).status() != psutil.STATUS_SLEEPING or not reads_terminal(waiting.pid):
+            assert time.monotonic() < deadline
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(10) == 130
+    os.close(ours)
+    os.close(theirs)
+
+
+def reads_terminal(pid: int) -> bool:
+    """Whether a process stands in a read of its standard input (Linux tells)."""
+    return Path(f"/proc/{pid}/wchan").read_text() in ("n_tty_read", "wait_woken", "0")
+
+
+def test_a_status_of_the_silent_is_one_json_and_exit_code_3(mesh: harness.Mesh) -> None:
+    mesh.start_worker().end()
+    peer = mesh.processes[0].ready["udp"]
+    finished = mesh.run("status", "--json", "--timeout", "1", "--peer", f"127.0.0.1:{peer[1]}")
+    assert finished.returncode == 3
+    assert isinstance(json.loads(finished.stdout), dict)
 
 
 def test_a_truncated_model_is_named_with_what_is_missing(nobody: harness.Mesh, model_path: Path) -> None:

@@ -565,10 +565,11 @@ def test_a_request_takes_the_slot_that_remembers_most_of_it(desk: Desk) -> None:
 
 
 def test_what_has_nothing_in_common_takes_the_slot_that_was_longest_unused(desk: Desk) -> None:
-    for prompt in ("1 2 3", "Dear", "Once upon", "The sea", "Hello world"):
-        desk.ask(raw(prompt, max_tokens=1))
-    kept = [desk.ask(raw(prompt, max_tokens=1)).usage["cached_tokens"] for prompt in ("Once upon", "The sea", "1 2 3")]
-    assert kept == [1, 1, 0]
+    first, second, third = "1 2 3 4", "Once upon a time", "The sea is blue"
+    for prompt in (first, second, third, "Dear Sir or Madam", "Hello my old friend"):
+        assert desk.ask(raw(prompt, max_tokens=1)).usage["cached_tokens"] == 0
+    kept = [desk.ask(raw(prompt, max_tokens=1)).usage["cached_tokens"] > 0 for prompt in (second, third, first)]
+    assert kept == [True, True, False]
 
 
 def test_a_memory_that_cannot_be_cut_is_evaluated_afresh_and_answers_right(
@@ -850,7 +851,7 @@ def test_closing_frees_what_runs_and_what_waits(desk: Desk) -> None:
 # --- Going on behind tokens that the client has ---
 
 
-@pytest.mark.parametrize("job", [raw(COUNTING, max_tokens=40), chat(EMOJI, max_tokens=10)], ids=["numbers", "emoji"])
+@pytest.mark.parametrize("job", [raw(COUNTING, max_tokens=12), chat(EMOJI, max_tokens=10)], ids=["numbers", "emoji"])
 @pytest.mark.parametrize("cut", [1, 2, 5, 9])
 def test_an_answer_goes_on_where_another_worker_left_it(
     desk: Desk, answer: Callable[[Job], Answer], job: Job, cut: int
@@ -1014,7 +1015,7 @@ import qmesh
 plan = qmesh.EnginePlan(qmesh.read_model(Path(sys.argv[1])), 1, 256, 1, qmesh.GpuChoice(0, None, "for a test"))
 with contextlib.closing(qmesh.LlamaModel(plan)) as model:
     batcher = qmesh.Batcher(model, plan, "worker-1", lambda: 0.0)
-    for ticket, body in enumerate(json.loads(sys.argv[2])):
+    for ticket, body in enumerate(json.load(sys.stdin)):
         batcher.submit(ticket, "ann", qmesh.Job.from_json(body))
         while not batcher.idle:
             batcher.step()
@@ -1027,7 +1028,8 @@ def outcomes(model_path: Path, *jobs: Job) -> list[tuple[str, str]]:
     """What becomes of jobs, one after the other, in a process of their own: the type of the last event, its text."""
     bodies = json.dumps([job.to_json() for job in jobs])
     finished = subprocess.run(
-        [sys.executable, "-c", HOSTILE, str(model_path), bodies],
+        [sys.executable, "-c", HOSTILE, str(model_path)],
+        input=bodies,
         capture_output=True,
         text=True,
         cwd=harness.ROOT,
@@ -1067,10 +1069,9 @@ def string(pattern: str) -> dict[str, Any]:
             {"type": "array", "items": {"type": "string"}, "minItems": 1e8},
             {"enum": ["x" * 500_000]},
         ],
-        [string("^" + "(a|b)?" * 100 + "$")],
-        [string("^(a*){1000}$")],
+        [string("^" + "(a|b)?" * 100 + "$"), string("^(a*){1000}$")],
     ],
-    ids=["large-or-unmeetable", "ambiguous", "ambiguous-and-repeated"],
+    ids=["large-or-unmeetable", "ambiguous"],
 )
 def test_no_schema_ends_or_blocks_the_worker(model_path: Path, schemas: list[dict[str, Any]]) -> None:
     jobs = [raw("A cat:", json_schema=schema, max_tokens=4) for schema in schemas]

@@ -469,21 +469,22 @@ def test_one_of_several_models_has_to_be_named(places: list[Path]) -> None:
 
 
 def test_where_there_is_no_model_the_message_says_where_it_looked_and_how_to_fetch_one(places: list[Path]) -> None:
-    with pytest.raises(ModelError, match=r" pull$") as caught:
+    with pytest.raises(ModelError, match=r"^no model was found in ") as caught:
         qmesh.find_model(None, places)
+    assert " pull` " in caught.value.remedy
     assert all(str(place) in str(caught.value) for place in places)
 
 
 @pytest.mark.parametrize("wanted", ["huge", "tin", "tiny.Q4", "elsewhere/tiny.gguf", "../first/huge.gguf", "/tiny"])
 def test_an_unknown_model_is_refused_with_the_names_that_exist(places: list[Path], wanted: str) -> None:
     write(places[0] / "tiny.gguf", TINY)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(qmesh.ModelNotFound) as caught:
         qmesh.find_model(wanted, places)
     assert str(caught.value) == f"there is no model file {wanted}; models here: tiny"
 
 
 def test_an_unknown_model_is_refused_where_none_exists(places: list[Path]) -> None:
-    with pytest.raises(ModelError, match=r"models here: none$"):
+    with pytest.raises(qmesh.ModelNotFound, match=r"models here: none$"):
         qmesh.find_model("tiny", places)
 
 
