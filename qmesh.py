@@ -3407,6 +3407,7 @@ LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not trie
 MAX_SCHEMA_DEPTH: Final = 32  # of nested objects and lists; answers for programs have five
 MAX_SCHEMA_REPEATS: Final = 1000  # llama.cpp runs out of stack at some ten thousand
 MIN_TEMPERATURE: Final = 1e-3  # below it the likeliest token is sure, and dividing by it overflows
+SPIN_ROUNDS: Final = 1000  # of waiting llama.cpp threads
 SEED_RANDOM: Final = 0xFFFFFFFF  # llama.cpp draws a seed of its own
 FLASH_ATTENTION_OFF: Final = 0  # enum llama_flash_attn_type
 PENALTY_WINDOW: Final = 64  # tokens that the repeat penalty looks back on
@@ -3499,9 +3500,10 @@ def _overlap(text: str, stop: str) -> int:
 
 def load_llama() -> Any:
     """The llama_cpp module. Raises MissingPackage with the command that installs a version that works."""
-    # Its threads meet after every operation. Where they spin for each other and the machine's owner takes a core,
-    # one step takes as long as ten; asleep they cost the owner nothing (tests/bench/contention.py).
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Its threads meet after every operation. GNU's OpenMP lets them spin there for 300,000 rounds before they sleep:
+    # once the machine's owner takes a core, a step takes a hundred times as long. With a thousand rounds it takes
+    # three times as long, and a quiet machine notices nothing (tests/bench/contention.py).
+    os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_ROUNDS))
     try:
         library = importlib.import_module("llama_cpp")
     except ImportError:

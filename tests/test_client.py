@@ -317,6 +317,15 @@ async def test_when_all_refuse_to_the_end_their_refusal_is_raised_in_time(topic:
         assert all(len(worker.prompts) > 1 for worker in workers)
 
 
+@in_a_loop
+async def test_a_worker_that_died_does_not_hide_that_the_other_is_overloaded(topic: str, tmp_path: Path) -> None:
+    dying, busy = ScriptedWorker(HANGS_UP), ScriptedWorker(says("no"), score=10)
+    async with mesh_of(topic, tmp_path, dying, busy) as mesh:
+        with pytest.raises(Refused):
+            await mesh.complete(job(timeout_s=1))
+        assert len(dying.prompts) == 1
+
+
 class Unhurried(random.Random):
     """Draws the longest pause there can be."""
 
@@ -401,7 +410,7 @@ async def test_a_worker_that_dies_in_the_middle_of_its_answer_is_named(topic: st
 async def test_when_the_only_worker_dies_nobody_is_left(topic: str, tmp_path: Path) -> None:
     async with mesh_of(topic, tmp_path, ScriptedWorker(HANGS_UP)) as mesh:
         with pytest.raises(NoWorkerFound, match="no worker is left that answers"):
-            await mesh.complete(job(timeout_s=5))
+            await mesh.complete(job(timeout_s=1))
 
 
 @pytest.mark.parametrize("script", [IS_SILENT, sends(token_frame("", 0, "Once"))], ids=["at once", "in the middle"])
@@ -511,7 +520,7 @@ async def test_a_worker_whose_status_makes_no_sense_is_passed_over(topic: str, t
 async def test_when_the_only_status_makes_no_sense_that_is_an_error(topic: str, tmp_path: Path) -> None:
     async with mesh_of(topic, tmp_path, ScriptedWorker(says("no"), status={})) as mesh:
         with pytest.raises((WireError, NoWorkerFound)):
-            await mesh.complete(job(timeout_s=5))
+            await mesh.complete(job(timeout_s=1))
 
 
 @in_a_loop

@@ -794,6 +794,7 @@ def test_a_deadline_passes_in_the_queue(desk: Desk) -> None:
     assert [type(event) for event in desk.told[late]] == [Queued, qmesh.DeadlineExceeded]
     assert "within 3 s" in str(desk.told[late][-1])
     assert [len(desk.ids(ticket)) for ticket in range(SLOTS)] == [5] * SLOTS
+    assert desk.ask(raw("The sea is", max_tokens=1)).finish_reason == "length"
 
 
 def test_a_deadline_ends_a_running_answer_and_frees_its_slot(desk: Desk) -> None:

@@ -454,7 +454,7 @@ async def dialled_at_last(address: Address) -> AsyncIterator[Connection]:
     """Dial until it succeeds: the server may be a moment behind."""
     async with asyncio.timeout(PATIENCE_S):
         while True:
-            with contextlib.suppress(WorkerLost):
+            with contextlib.suppress(WorkerLost, Refused):
                 async with dialled(address) as connection:
                     yield connection
                     return

@@ -281,11 +281,12 @@ async def test_when_the_queue_is_full_the_next_is_refused_with_the_health(worker
         await client.receive_kind("inference_queued", "f")
 
 
+@pytest.mark.parametrize("stream", [True, False])
 @in_a_loop
-async def test_who_waits_is_told_its_place(worker: harness.Process) -> None:
+async def test_who_waits_is_told_its_place(worker: harness.Process, stream: bool) -> None:
     async with asking(worker) as client:
         for request_id in "abc":
-            await client.ask(request_id, params=LONG)
+            await client.ask(request_id, params=LONG, stream=stream)
         queued = await client.receive_kind("inference_queued")
         assert (queued["request_id"], queued["position"]) == ("c", 0)
         assert queued["wait_s"] >= 0
