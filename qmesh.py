@@ -3406,6 +3406,8 @@ LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
 LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
 MAX_SCHEMA_DEPTH: Final = 32  # of nested objects and lists; answers for programs have five
 MAX_SCHEMA_REPEATS: Final = 1000  # llama.cpp runs out of stack at some ten thousand
+MAX_REPEATED_GROUPS: Final = 4  # in a pattern: each may multiply the ways to read a text
+MAX_GROUP_REPEATS: Final = 32
 MIN_TEMPERATURE: Final = 1e-3  # below it the likeliest token is sure, and dividing by it overflows
 SPIN_ROUNDS: Final = 1000  # of waiting llama.cpp threads
 SEED_RANDOM: Final = 0xFFFFFFFF  # llama.cpp draws a seed of its own
@@ -3566,12 +3568,23 @@ def check_schema(schema: Any, *, repeats: int = 1, depth: int = 0) -> None:
     if isinstance(schema, dict):
         bounds = [schema.get(key) for key in ("minLength", "maxLength", "minItems", "maxItems")]
         pattern = schema.get("pattern")
-        bounds += [int(n) for n in re.findall(r"\d{1,9}", pattern)] if isinstance(pattern, str) else []
+        bounds += _pattern_bounds(pattern) if isinstance(pattern, str) else []
         repeats *= max([1, *(bound for bound in bounds if isinstance(bound, int))])
         if repeats > MAX_SCHEMA_REPEATS:
             raise InvalidRequest(f"json_schema asks for more than {MAX_SCHEMA_REPEATS:,} repetitions in all")
     for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
         check_schema(part, repeats=repeats, depth=depth + 1)
+
+
+def _pattern_bounds(pattern: str) -> list[int]:
+    """The repetition counts of a regular expression. Refuses what makes a grammar ambiguous beyond measure."""
+    counts = [
+        int(count) for braces in re.findall(r"\{([0-9, ]{1,24})\}", pattern) for count in re.findall(r"\d+", braces)
+    ]
+    groups = len(re.findall(r"\)[?*+{]", pattern))
+    if groups > MAX_REPEATED_GROUPS or (groups and max(counts, default=0) > MAX_GROUP_REPEATS):
+        raise InvalidRequest(f"json_schema has a pattern with too many repeated groups: {printable(pattern)}")
+    return counts
 
 
 @dataclass(slots=True)
@@ -3988,7 +4001,9 @@ class Batcher:
         for token in job.resume:
             task.show(task.stream.feed(self._model.piece(token)))
         self._tasks[ticket] = task
-        if task.stream.stopped or len(task.answer) >= job.params.max_tokens:
+        full = len(task.wanted) >= self._model.slot_tokens
+        if task.stream.stopped or full or len(task.answer) >= job.params.max_tokens:
+            task.show(task.stream.finish())  # the client was told it with its last token
             self._finish(task, "stop" if task.stream.stopped else "length")  # there was nothing left to do
         else:
             self._queue.push(client, str(ticket), task)
@@ -3998,10 +4013,10 @@ class Batcher:
             raise InvalidRequest("the prompt is empty")
         if any(not 0 <= token < self._model.vocabulary_size for token in job.resume):
             raise InvalidRequest("resume.tokens holds ids that are not in the model's vocabulary")
-        needed, room = len(prompt) + len(job.resume), self._model.slot_tokens
-        if needed >= room:
+        room = self._model.slot_tokens
+        if len(prompt) >= room or len(prompt) + len(job.resume) > room:
             raise InvalidRequest(
-                f"the prompt has {needed:,} tokens and this worker's context holds {room:,}, answer included",
+                f"the prompt has {len(prompt) + len(job.resume):,} tokens and this worker's context holds {room:,}, answer included",
                 code="context_exceeded",
             )
 
@@ -4334,7 +4349,8 @@ class UdpNode(asyncio.DatagramProtocol):
 
     async def close(self) -> None:
         """Take our record back from its holders, and stop."""
-        if self.run(lambda engine, now: engine.withdraw(now)):
+        self.run(lambda engine, now: engine.withdraw(now))
+        if self.engine.sent["withdraw"]:  # the holders are to hear of it before the socket is gone
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_TIMEOUT_S):
                     await self._settled()
@@ -5512,12 +5528,13 @@ class Client:
         if records and all(record.worker_id in lacking for record in named):
             names = ", ".join(sorted({record.model for record in records}))
             raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
-        unheard = isinstance(failure, WorkerLost) or not records
+        overloaded = any(record.state is HealthState.OVERLOADED for record in named)
+        unheard = not overloaded and (isinstance(failure, WorkerLost) or not records)
         if unheard and (out_of_time or self._loop.time() - answered_at >= DISCOVERY_TIMEOUT_S):
             why = f" ({failure})" if failure is not None else ""
             raise NoWorkerFound(f"no worker is left that answers{why}; tried: {'; '.join(self._tried)}")
         if out_of_time:
-            raise failure or Refused("every worker is overloaded")
+            raise failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
 
     async def _pause(self, pause_s: float) -> None:
         await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))

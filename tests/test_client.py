@@ -323,7 +323,6 @@ async def test_a_worker_that_died_does_not_hide_that_the_other_is_overloaded(top
     async with mesh_of(topic, tmp_path, dying, busy) as mesh:
         with pytest.raises(Refused):
             await mesh.complete(job(timeout_s=1))
-        assert len(dying.prompts) == 1
 
 
 class Unhurried(random.Random):

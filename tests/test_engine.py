@@ -392,27 +392,6 @@ def test_company_changes_nothing_not_even_what_is_drawn(desk: Desk, answer: Call
     assert [desk.ids(ticket) for ticket in desk.told] == alone
 
 
-def test_company_changes_nothing_for_a_prompt_that_goes_on_from_what_a_slot_remembers(model: WatchedModel) -> None:
-    prompt = "The sea is a place of endless possibilities, where the boundaries of what's possible are shifting"
-    start = b"".join(map(model.piece, model.tokenize(prompt, add_special=True)[:15])).decode()
-    others = ("1 2 3", "Dear", "Once upon a time")
-    hot = raw(prompt, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0, seed=1, max_tokens=4)
-
-    def drawn(*, company: bool) -> list[int]:
-        desk = Desk(model)
-        for text in (*others, start):
-            desk.ask(raw(text, max_tokens=1))
-        for text in others if company else ():
-            desk.submit(raw(text, max_tokens=9))
-        desk.step(2)
-        ticket = desk.submit(hot)
-        desk.finish()
-        assert desk.result(ticket).usage["cached_tokens"] == 15
-        return desk.ids(ticket)
-
-    assert drawn(company=True) == drawn(company=False)
-
-
 # --- The stream and its end ---
 
 
@@ -863,12 +842,6 @@ def test_an_answer_goes_on_where_another_worker_left_it(
     assert result.text == whole.text
     assert result.finish_reason == whole.result.finish_reason
     assert result.usage == whole.result.usage
-
-
-def test_an_answer_of_close_calls_goes_on_as_it_would_have(desk: Desk, answer: Callable[[Job], Answer]) -> None:
-    whole = answer(chat(FRUITS, max_tokens=40))
-    result = desk.ask(chat(FRUITS, max_tokens=40, resume=whole.ids[:5]))
-    assert result.text == whole.text
 
 
 def test_an_answer_that_was_whole_but_for_its_end_only_ends(desk: Desk, answer: Callable[[Job], Answer]) -> None:

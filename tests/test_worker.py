@@ -241,6 +241,18 @@ async def test_the_id_of_a_cancelled_request_may_be_used_again(worker: harness.P
         assert (pieces[0]["seq"], result["usage"]["completion_tokens"]) == (0, 4)
 
 
+@in_a_loop
+async def test_the_id_of_an_answered_request_may_be_used_again(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        for _ in range(2):
+            await client.ask("r", params=SHORT)
+            _, result = await answer(client, "r")
+            assert result["type"] == "inference_result"
+        for _ in range(2):
+            error = await error_of(client, "s", params={"max_tokens": 0})
+            assert "max_tokens" in error["message"]
+
+
 @pytest.mark.parametrize("request_id", ["stranger", 7, None, ["r"]])
 @in_a_loop
 async def test_cancelling_what_nobody_asked_for_does_nothing(worker: harness.Process, request_id: object) -> None:
@@ -409,6 +421,16 @@ async def test_who_breaks_the_rules_loses_its_running_requests(worker: harness.P
             await bad.receive_kind("inference_error")
             await until_queue(watching, active=0, waiting=0)
         await runs_at_once(watching, "d")
+
+
+@in_a_loop
+async def test_what_was_to_be_said_is_said_before_a_connection_ends(worker: harness.Process) -> None:
+    async with asking(worker) as bad:
+        prompt = qmesh.encode_frame({"type": "prompt", "request_id": "r", "prompt": ""})
+        await bad.send_bytes(prompt + qmesh.encode_frame({"type": "welcome"}))
+        told = [await bad.receive(), await bad.receive()]
+        assert [body["message"] for body in told] == ["the prompt is empty", "a client does not send welcome"]
+        await bad.closed()
 
 
 HALF_A_PAIR = r'"\ud800"'  # JSON can say it, UTF-8 cannot
