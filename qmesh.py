@@ -3578,9 +3578,8 @@ def check_schema(schema: Any, *, repeats: int = 1, depth: int = 0) -> None:
 
 def _pattern_bounds(pattern: str) -> list[int]:
     """The repetition counts of a regular expression. Refuses what makes a grammar ambiguous beyond measure."""
-    counts = [
-        int(count) for braces in re.findall(r"\{([0-9, ]{1,24})\}", pattern) for count in re.findall(r"\d+", braces)
-    ]
+    braces = " ".join(re.findall(r"\{([0-9, ]{1,24})\}", pattern))
+    counts = [int(count) for count in re.findall(r"\d+", braces)]
     groups = len(re.findall(r"\)[?*+{]", pattern))
     if groups > MAX_REPEATED_GROUPS or (groups and max(counts, default=0) > MAX_GROUP_REPEATS):
         raise InvalidRequest(f"json_schema has a pattern with too many repeated groups: {printable(pattern)}")
