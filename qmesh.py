@@ -4012,10 +4012,10 @@ class Batcher:
             raise InvalidRequest("the prompt is empty")
         if any(not 0 <= token < self._model.vocabulary_size for token in job.resume):
             raise InvalidRequest("resume.tokens holds ids that are not in the model's vocabulary")
-        room = self._model.slot_tokens
-        if len(prompt) >= room or len(prompt) + len(job.resume) > room:
+        needed, room = len(prompt) + len(job.resume), self._model.slot_tokens
+        if len(prompt) >= room or needed > room:
             raise InvalidRequest(
-                f"the prompt has {len(prompt) + len(job.resume):,} tokens and this worker's context holds {room:,}, answer included",
+                f"the prompt has {needed:,} tokens and this worker's context holds {room:,}, answer included",
                 code="context_exceeded",
             )
 
