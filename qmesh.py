@@ -4463,6 +4463,10 @@ def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> sock
         sock.setblocking(False)
         try:
             sock.bind((host, attempt))
+            if kind == socket.SOCK_STREAM:
+                sock.listen(
+                    MAX_CONNECTIONS
+                )  # only now is the port surely ours: SO_REUSEADDR lets two processes bind it
             return sock
         except OSError as error:
             sock.close()
