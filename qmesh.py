@@ -210,7 +210,12 @@ DEFAULT_SLOTS: Final = 4  # requests that run at once
 MAX_SLOTS: Final = 64
 DEFAULT_CONTEXT: Final = 4096  # tokens per slot, when the model and the memory allow
 MIN_CONTEXT: Final = 256
-PROMPT_CHUNK_TOKENS: Final = 256  # of prompt in one step: bounds the gap in other streams
+MIN_CHUNK_TOKENS: Final = 16  # of prompt in one step, however slow the machine: less is all overhead
+FIRST_CHUNK_TOKENS: Final = 64  # while its speed is not known
+MAX_CHUNK_TOKENS: Final = 512  # larger ones are no faster
+STEP_S: Final = 1.0  # a step may take about this long: cancelling and deadlines take effect between two
+SHARED_STEP_S: Final = 0.2  # while answers are written: the gap that a reader of one sees beside a long prompt
+QUEUE_NEWS_S: Final = 2.0  # who waits hears at least this often how the expected wait has changed
 MAX_GPU_LAYERS: Final = 10_000  # the deepest models have some hundreds
 MEMORY_RESERVE: Final = 0.1  # share of the free memory that loading a model leaves alone
 SHUTDOWN_GRACE_S: Final = 5.0  # running answers are cut off after this when a worker is told to stop
@@ -961,7 +966,7 @@ def parse_json(data: bytes | bytearray | memoryview) -> Json:
     """Strict JSON: an object in UTF-8, no NaN or Infinity, no key twice, nesting within reason."""
     try:
         text = bytes(data).decode()
-        value = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys)
+        value = _JSON_DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise WireError(f"not JSON ({type(error).__name__}: {str(error)[:80]})") from None
     if not isinstance(value, dict):
@@ -983,8 +988,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> Json:
     return body
 
 
+# Made once: json.loads and json.dumps make theirs anew for every token.
+_JSON_DECODER: Final = json.JSONDecoder(parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique_keys)
+_JSON_ENCODER: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 def dump_json(body: Mapping[str, Any]) -> bytes:
-    return json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _JSON_ENCODER.encode(body).encode()
 
 
 def pack_address(address: Address) -> bytes:
@@ -2619,12 +2629,20 @@ class FairQueue(Generic[T]):
         return [line[turn] for turn in range(rounds) for line in lines if turn < len(line)]
 
 
-def expected_wait_s(position: int, slots: int, mean_service_s: float) -> float:
-    """How long the request at `position` (0 is next) waits for a slot, when each runs this long on average.
+def expected_waits(remaining_s: Iterable[float], service_s: float, count: int) -> list[float]:
+    """Seconds until each of `count` waiting requests has a slot, in their order.
 
-    With all slots busy at random points of their requests, one becomes free every mean/slots seconds.
+    remaining_s: for each slot, how much longer its request will run. service_s: how long those that wait will run.
+
+    >>> expected_waits([1.0, 4.0], 2.0, 4)
+    [1.0, 3.0, 4.0, 5.0]
     """
-    return (position + 1) * mean_service_s / slots
+    free_at = sorted(remaining_s)
+    waits = []
+    for _ in range(count):
+        waits.append(free_at[0])
+        heapq.heapreplace(free_at, free_at[0] + service_s)
+    return waits
 
 
 # ======================================================================================================
@@ -3411,7 +3429,11 @@ MAX_GROUP_REPEATS: Final = 32
 MIN_TEMPERATURE: Final = 1e-3  # below it the likeliest token is sure, and dividing by it overflows
 SPIN_ROUNDS: Final = 1000  # of waiting llama.cpp threads
 SEED_RANDOM: Final = 0xFFFFFFFF  # llama.cpp draws a seed of its own
-FLASH_ATTENTION_OFF: Final = 0  # enum llama_flash_attn_type
+FLASH_ATTENTION_ON: Final = 1  # enum llama_flash_attn_type
+FLOAT16: Final = 1  # enum ggml_type
+BFLOAT16: Final = 30
+UNIFORM_CACHE: Final = (BFLOAT16, FLOAT16) if platform.machine() in ("x86_64", "AMD64") else (FLOAT16, BFLOAT16)
+"""Types of keys and values that only one of llama.cpp's routines for attention takes; the faster pair by processor."""
 PENALTY_WINDOW: Final = 64  # tokens that the repeat penalty looks back on
 PIECE_BYTES: Final = 256  # longer than any token's text; a longer one is asked for again
 SPEED_WINDOW_S: Final = 10.0  # tokens per second are those of about this long
@@ -3588,10 +3610,14 @@ def _pattern_bounds(pattern: str) -> list[int]:
 
 @dataclass(slots=True)
 class Sampler:
-    """How one request's tokens are chosen: llama.cpp's chain of samplers, and its grammar, if any."""
+    """How one request's tokens are chosen: llama.cpp's chain of samplers, and its grammar, if any.
+
+    likeliest: the chain does nothing but take the likeliest token.
+    """
 
     chain: Any
     grammar: Any = None
+    likeliest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -3644,22 +3670,32 @@ class LlamaModel:
             raise ModelError(f"llama.cpp cannot load {plan.model.path}: {self._last_error()}")
 
     def _make_context(self, plan: EnginePlan) -> None:
-        params = self._llama.llama_context_default_params()
-        params.n_ctx = plan.slots * plan.context
-        params.n_seq_max = plan.slots
-        params.n_batch = params.n_ubatch = PROMPT_CHUNK_TOKENS + plan.slots
-        params.n_threads = params.n_threads_batch = plan.threads
-        if plan.gpu.layers == 0:
-            # Without it a token's value does not depend on what else is in its batch (see tests/test_engine.py).
-            params.flash_attn_type = FLASH_ATTENTION_OFF
-        params.no_perf = True
-        self._context = self._llama.llama_init_from_model(self._model, params)
-        if not self._context:
+        for uniform in (True, False) if plan.gpu.layers == 0 else (False,):
+            self._context = self._llama.llama_init_from_model(self._model, self._context_params(plan, uniform=uniform))
+            if self._context:
+                break
+        else:
             raise ModelError(
                 f"llama.cpp cannot make {plan.slots} x {plan.context} tokens of context for {plan.model.name} "
                 f"({self._last_error()}); lower --slots or --ctx"
             )
-        self._batch = self._llama.llama_batch_init(params.n_batch, 0, 1)
+        self._batch = self._llama.llama_batch_init(MAX_CHUNK_TOKENS + plan.slots, 0, 1)
+
+    def _context_params(self, plan: EnginePlan, *, uniform: bool) -> Any:
+        """uniform: let a token's value not depend on what it is evaluated with, as far as llama.cpp can."""
+        params = self._llama.llama_context_default_params()
+        params.n_ctx = plan.slots * plan.context
+        params.n_seq_max = plan.slots
+        params.n_batch = params.n_ubatch = MAX_CHUNK_TOKENS + plan.slots
+        params.n_threads = params.n_threads_batch = plan.threads
+        params.no_perf = True
+        if uniform:
+            # llama.cpp has several routines for attention, whose results differ in the last bits, and chooses by the
+            # shape of the batch. Only one of them takes keys and values of different 16-bit types: with these an answer
+            # beside others, after a reused prefix or resumed is that of a cold run alone. Some models cannot be run so.
+            params.flash_attn_type = FLASH_ATTENTION_ON
+            params.type_k, params.type_v = UNIFORM_CACHE
+        return params
 
     def _last_error(self) -> str:
         return "; ".join(self.log.errors) or "it gives no reason"
@@ -3746,8 +3782,10 @@ class LlamaModel:
     # --- Evaluation ---
 
     def keep(self, slot: int, length: int) -> bool:
-        """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut."""
-        return bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
+        """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut there."""
+        cut = bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
+        # A sliding window may have dropped what stood before the cut.
+        return cut and (length == 0 or int(self._llama.llama_memory_seq_pos_min(self._memory, slot)) == 0)
 
     def decode(self, entries: Sequence[BatchEntry]) -> bool:
         """Evaluate a batch; False when llama.cpp fails, after which the slots' memory is undefined."""
@@ -3763,13 +3801,17 @@ class LlamaModel:
 
     def sample(self, sampler: Sampler, index: int) -> int:
         """Choose the successor of entry `index` of the last batch. Raises InvalidRequest when a schema allows none."""
-        if sampler.grammar is None:
+        if sampler.grammar is None and not sampler.likeliest:
             return int(self._llama.llama_sampler_sample(sampler.chain, self._context, index))
+        logits = self._numpy.ctypeslib.as_array(
+            self._llama.llama_get_logits_ith(self._context, index), shape=(self.vocabulary_size,)
+        )
+        if sampler.grammar is None:  # ten times as fast as the chain, which copies all logits first
+            return int(logits.argmax())
         # llama.cpp ends the process when a grammar is given a token that it does not allow, so it is asked first.
         candidates = self._candidates
-        logits = self._llama.llama_get_logits_ith(self._context, index)
         candidates["id"] = range(self.vocabulary_size)
-        candidates["logit"] = self._numpy.ctypeslib.as_array(logits, shape=(self.vocabulary_size,))
+        candidates["logit"] = logits
         if not self._restrict(sampler.grammar, candidates):
             raise InvalidRequest("json_schema allows nothing more, and the answer is not finished")
         array = self._token_array(candidates)
@@ -3791,7 +3833,8 @@ class LlamaModel:
     def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Sampler:
         """A sampler that has seen the prompt and the answer so far; to be freed. Raises InvalidRequest."""
         llama = self._llama
-        sampler = Sampler(llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params()))
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        sampler = Sampler(chain, likeliest=sampling.temperature < MIN_TEMPERATURE and sampling.repeat_penalty == 1)
         try:
             for link in self._sampler_links(sampling):
                 llama.llama_sampler_chain_add(sampler.chain, link)
@@ -3813,6 +3856,8 @@ class LlamaModel:
             if not self._restrict(sampler.grammar, self._numpy.array([(token, 0, 0)], self._candidates.dtype)):
                 raise InvalidRequest("resume.tokens does not match json_schema")
             self._llama.llama_sampler_accept(sampler.grammar, token)
+        only = self._numpy.array([(token, 0, 0)], self._candidates.dtype)
+        self._llama.llama_sampler_apply(sampler.chain, ctypes.byref(self._token_array(only)))  # one draw a token
         self._llama.llama_sampler_accept(sampler.chain, token)
 
     def free_sampler(self, sampler: Sampler) -> None:
@@ -3958,6 +4003,27 @@ class SpeedMeter:
         self.mean_service_s = (self.mean_service_s * 3 + seconds) / 4 if self.mean_service_s else seconds
 
 
+class StepPacer:
+    """How many tokens a step may evaluate, from what the last ones took.
+
+    A chunk of prompt as long as a step may take, whether the machine reads ten tokens a second or ten thousand.
+    """
+
+    def __init__(self) -> None:
+        self.token_s = 0.0  # of prompt; 0 before the first
+
+    def tokens(self, seconds: float) -> int:
+        """How many tokens fit in a step of this length."""
+        fits = int(seconds / self.token_s) if self.token_s else FIRST_CHUNK_TOKENS
+        return min(max(fits, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
+
+    def stepped(self, tokens: int, seconds: float) -> None:
+        """A step with this many tokens took so long. Those with next to no prompt in them do not count."""
+        if tokens >= MIN_CHUNK_TOKENS:
+            latest = seconds / tokens
+            self.token_s = (self.token_s + latest) / 2 if self.token_s else latest
+
+
 class Batcher:
     """Requests, slots and the queue between them; `step` does one evaluation for all slots that work.
 
@@ -3966,6 +4032,7 @@ class Batcher:
 
     def __init__(self, model: LlamaModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
         self.speed = SpeedMeter()
+        self._pacer = StepPacer()
         self._model = model
         self._plan = plan
         self._worker_id = worker_id
@@ -3974,6 +4041,8 @@ class Batcher:
         self._queue: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
         self._events: list[EngineEvent] = []
+        self._places: list[int] = []  # tickets in the order of the queue, when those who wait were last told
+        self._places_told_at = 0.0
 
     @property
     def idle(self) -> bool:
@@ -4053,10 +4122,11 @@ class Batcher:
         if not self._model.decode(entries):
             self._recover()
             return
+        self._pacer.stepped(len(entries), self._clock() - started)
         for index, slot in chosen:
             self._choose_token(slot, index)
         self.speed.stepped(len(chosen), self._clock() - started)
-        self._tell_positions()
+        self._tell_places()
 
     def _expire(self, now: float) -> None:
         for task in [task for task in self._tasks.values() if task.deadline <= now]:
@@ -4091,8 +4161,9 @@ class Batcher:
         """The batch, and (index of the entry, slot) for each slot whose next token comes out of it."""
         entries: list[BatchEntry] = []
         chosen: list[tuple[int, Slot]] = []
-        room = PROMPT_CHUNK_TOKENS
         working = [slot for slot in self._slots if slot.task is not None]
+        writing = sum(len(slot.pending) == 1 for slot in working)
+        room = max(self._pacer.tokens(SHARED_STEP_S if writing else STEP_S) - writing, MIN_CHUNK_TOKENS)
         for slot in sorted(working, key=lambda slot: len(slot.pending)):
             take = 1 if len(slot.pending) == 1 else min(len(slot.pending), room)
             room -= 0 if len(slot.pending) == 1 else take
@@ -4158,15 +4229,34 @@ class Batcher:
                 self._end(slot.task, WorkerLost(ENGINE_FAILED))
         self._clear_slots()
 
-    def _tell_positions(self) -> None:
-        """Tell those who wait where they stand, when it has changed."""
-        if not len(self._queue):
+    # --- The queue ---
+
+    def _tell_places(self) -> None:
+        """Tell those who wait where they stand and how long it will take: when they move, and from time to time."""
+        waiting = self._queue.in_order()
+        places, now = [task.ticket for task in waiting], self._clock()
+        if not places or (places == self._places and now - self._places_told_at < QUEUE_NEWS_S):
             return
-        for position, task in enumerate(self._queue.in_order()):
-            if task.told is None or task.told.position != position:
-                wait = expected_wait_s(position, self._plan.slots, self.speed.mean_service_s)
-                task.told = Queued(position, round(wait, 1))
-                self._events.append((task.ticket, task.told))
+        self._places, self._places_told_at = places, now
+        remaining = [self._remaining_s(slot, now) for slot in self._slots]
+        service_s = self.speed.mean_service_s or max(remaining)
+        for position, wait_s in enumerate(expected_waits(remaining, service_s, len(waiting))):
+            task, news = waiting[position], Queued(position, round(wait_s, 1))
+            if news != task.told:
+                task.told = news
+                self._events.append((task.ticket, news))
+
+    def _remaining_s(self, slot: Slot, now: float) -> float:
+        """How much longer a slot's request will run: as long as others did, and at most until its last token."""
+        task = slot.task
+        if task is None:
+            return 0.0
+        busy = sum(slot.task is not None for slot in self._slots)
+        step_s = busy / self.speed.tokens_per_s if self.speed.tokens_per_s else 0.0
+        longest = len(slot.pending) * self._pacer.token_s
+        longest += (task.job.params.max_tokens - len(task.answer)) * step_s
+        usual = self.speed.mean_service_s - (now - task.started_at)
+        return min(usual, longest) if usual > 0 else longest
 
 
 class Engine:
@@ -4510,6 +4600,7 @@ async def resolve_peers(names: Iterable[str], port: int) -> list[Address]:
 STREAM_BUFFER_BYTES: Final = 32 * 1024  # asyncio reads ahead up to twice this for each connection
 DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells more than silence does
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
+LAST_FRAMES: Final = ("inference_result", "inference_error")  # nothing follows them for their request
 
 
 class Connection:
@@ -4532,8 +4623,15 @@ class Connection:
         """Put a frame into the outgoing buffer; call `drain` after one or more."""
         self._writer.write(encode_frame(body))
 
+    @property
+    def lagging(self) -> bool:
+        """Whether some of what was written has not been handed to the system yet."""
+        return self._writer.transport.get_write_buffer_size() > 0
+
     async def drain(self) -> None:
         """Wait until the other side takes what was written. Raises WorkerLost when it does not."""
+        if not self.lagging:
+            return
         try:
             async with self._draining, asyncio.timeout(SEND_TIMEOUT_S):
                 await self._writer.drain()
@@ -4744,18 +4842,19 @@ class WorkerLink:
         Raises what the worker reports, WorkerLost, or DeadlineExceeded when even that does not come.
         """
         ended = False
-        deadline = asyncio.get_running_loop().time() + job.timeout_s + DEADLINE_GRACE_S
         with self._inbox(job.request_id) as inbox:
+            late = DeadlineExceeded("the worker was silent until the deadline passed")
+            patience_s = job.timeout_s + DEADLINE_GRACE_S
+            self._connection.write(job.to_json())
+            alarm = asyncio.get_running_loop().call_later(patience_s, inbox.put_nowait, late)
             try:
-                await self._connection.send(job.to_json())
+                await self._connection.drain()
                 while not ended:
-                    said = _parse_answer(self._expect(await _before(deadline, inbox.get())))
-                    ended = isinstance(said, Result)
-                    yield said
-            except QMeshError:
-                ended = True
-                raise
+                    said = await inbox.get()
+                    ended = not self.alive or (isinstance(said, dict) and said["type"] in LAST_FRAMES)
+                    yield _parse_answer(self._expect(said))
             finally:
+                alarm.cancel()
                 if not ended:
                     self._connection.write({"type": "cancel", "request_id": job.request_id})
 
@@ -4798,18 +4897,6 @@ class WorkerLink:
             for inbox in self._waiting.values():
                 inbox.put_nowait(lost)
             self._connection.abort()
-
-
-async def _before(deadline: float, waiting: Awaitable[T]) -> T:
-    """Wait until a time of the loop's clock. Raises DeadlineExceeded.
-
-    Each wait has its own timeout, since one around a generator's `yield` would strike its reader.
-    """
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await waiting
-    except TimeoutError:
-        raise DeadlineExceeded("the worker was silent until the deadline passed") from None
 
 
 def _parse_answer(body: Json) -> Queued | Token | Result:
@@ -4940,6 +5027,7 @@ class Worker:
         for ticket, (session, job) in list(self._jobs.items()):
             self.cancel(ticket)
             session.tell(job.request_id, Refused("the worker is being shut down", "draining"))
+            session.speak()
         self._remember_peers()
         await self._resources.aclose()
 
@@ -4972,6 +5060,7 @@ class Worker:
             session, job = self._jobs[ticket]
             self.cancel(ticket)
             session.tell(job.request_id, DeadlineExceeded(f"no whole answer within {job.timeout_s:g} s"))
+            session.speak()
 
     def _remember_peers(self) -> None:
         self._remember_at = time.monotonic() + REMEMBER_PERIOD_S
@@ -5063,15 +5152,19 @@ class Worker:
             loop.call_soon_threadsafe(self._on_engine_events, events)
 
     def _on_engine_events(self, events: list[EngineEvent]) -> None:
+        told: set[Session] = set()
         for ticket, said in events:
             session, job = self._jobs.get(ticket, (None, None))
             if session is None or job is None:
                 continue  # cancelled meanwhile
-            if isinstance(said, (Result, QMeshError)):
+            last = isinstance(said, (Result, QMeshError))
+            if last:
                 self._forget(ticket)
+            if last or job.stream or isinstance(said, Queued):
                 session.tell(job.request_id, said)
-            elif job.stream or isinstance(said, Queued):
-                session.tell(job.request_id, said)
+                told.add(session)
+        for session in told:
+            session.speak()
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
@@ -5113,7 +5206,17 @@ class Session:
         if isinstance(said, (Result, QMeshError)):
             self._tickets.pop(request_id, None)
         self._outbox.append((request_id, said))
-        self._something_to_say.set()
+
+    def speak(self) -> None:
+        """Send what was queued: at once, or where the client lags, when it has taken what was sent before."""
+        if self._connection.lagging:
+            self._something_to_say.set()
+            return
+        try:
+            self._flush()
+        except QMeshError as error:  # nothing that this client says may strike others
+            log.error("a message cannot be sent: %s", error)
+            self._connection.abort()
 
     async def _write(self) -> None:
         while True:
@@ -5157,7 +5260,6 @@ class Session:
         if "request_id" in body:
             answer["request_id"] = _request_id(body)
         self._connection.write(answer)
-        self._something_to_say.set()
 
     def _on_prompt(self, body: Json) -> None:
         request_id = _request_id(body)
@@ -5170,7 +5272,7 @@ class Session:
             self._tickets[request_id] = self._worker.admit(self, job)
         except QMeshError as error:
             self._outbox.append((request_id, error))
-            self._something_to_say.set()
+            self.speak()
 
     def _on_cancel(self, body: Json) -> None:
         ticket = self._tickets.pop(str(body.get("request_id")), None)

@@ -57,7 +57,9 @@ def test_a_killed_worker_is_gone_within_35_seconds_and_a_stopped_one_at_once(mes
 def test_greedy_output_through_the_mesh_equals_that_of_llama_cpp_python(two_workers: harness.Mesh) -> None:
     import llama_cpp
 
-    llama = llama_cpp.Llama(str(two_workers.model), n_ctx=1024, n_threads=2, verbose=False)
+    # The types decide about the last bits, and so about close calls.
+    attention: Any = {"flash_attn": True, "type_k": qmesh.UNIFORM_CACHE[0], "type_v": qmesh.UNIFORM_CACHE[1]}
+    llama = llama_cpp.Llama(str(two_workers.model), n_ctx=1024, n_threads=2, **attention, verbose=False)
     own: Any = llama.create_chat_completion(
         [{"role": "user", "content": PROMPT}], temperature=0, max_tokens=40, repeat_penalty=1.0
     )

@@ -30,6 +30,7 @@ SLOTS = 4
 CONTEXT = 512
 THREADS = 1  # two would spin while they wait for each other, and on a busy machine they wait long
 STEP_S = 2.0  # what a step takes on the tests' clock
+TOKEN_S = 1 / 250  # and a token, where steps are to take as long as what they evaluate
 MAX_STEPS = 500
 PATIENCE_S = 60
 
@@ -59,7 +60,10 @@ class Clock:
 
 
 class WatchedModel(qmesh.LlamaModel):
-    """The real model, which checks what llama.cpp leaves to its caller; time passes with each step that evaluates."""
+    """The real model, which checks what llama.cpp leaves to its caller; time passes with each step that evaluates.
+
+    token_s: what a token takes; without it a step takes STEP_S, whatever is in it.
+    """
 
     def __init__(self, plan: qmesh.EnginePlan) -> None:
         super().__init__(plan)
@@ -67,6 +71,7 @@ class WatchedModel(qmesh.LlamaModel):
         self.clock = Clock()
         self.cuttable = True
         self.resting = True
+        self.token_s = 0.0
         self.samplers: dict[int, qmesh.Sampler] = {}
         self.freed: dict[int, qmesh.Sampler] = {}
         self.memory: list[list[int]] = [[] for _ in range(plan.slots)]
@@ -83,7 +88,7 @@ class WatchedModel(qmesh.LlamaModel):
             assert entry.position == len(self.memory[entry.slot]), "a slot's memory has a gap, or two users"
             self.memory[entry.slot].append(entry.token)
         self.batches.append(tuple(entries))
-        self.clock.now += STEP_S if self.resting else 0
+        self.clock.now += self.token_s * len(entries) or (STEP_S if self.resting else 0)
         self.resting = False
         return super().decode(entries)
 
@@ -104,6 +109,7 @@ class WatchedModel(qmesh.LlamaModel):
 
     def forget(self) -> None:
         self.cuttable = True
+        self.token_s = 0.0
         for slot in range(self.plan.slots):
             self.keep(slot, 0)
         self.batches.clear()
@@ -243,8 +249,10 @@ def answer(model: WatchedModel) -> Callable[[Job], Answer]:
 
 @pytest.fixture(scope="module")
 def reference(model_path: Path) -> Iterator[Any]:
-    """The same model behind llama-cpp-python's own interface."""
-    llama = llama_cpp.Llama(str(model_path), n_ctx=CONTEXT, n_threads=THREADS, n_threads_batch=THREADS, verbose=False)
+    """The same model behind llama-cpp-python's own interface, with attention computed as ours is."""
+    threads: Any = {"n_threads": THREADS, "n_threads_batch": THREADS}
+    attention: Any = {"flash_attn": True, "type_k": qmesh.UNIFORM_CACHE[0], "type_v": qmesh.UNIFORM_CACHE[1]}
+    llama = llama_cpp.Llama(str(model_path), n_ctx=CONTEXT, **threads, **attention, verbose=False)
     with contextlib.closing(llama):
         yield llama
 
@@ -514,8 +522,6 @@ def test_the_beginning_of_a_stop_string_that_does_not_go_on_is_shown_at_the_limi
 # --- Slots and their memory ---
 
 
-# So sure of itself that it does not matter in batches of what size the beginning was evaluated; greedy answers
-# that are closer calls may differ in the last digits between a cold and a warm memory.
 COUNTING = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12,"
 
 
@@ -593,11 +599,21 @@ def prompt_of(model: WatchedModel, count: int) -> str:
     return text
 
 
+@dataclass(frozen=True)
+class Crowd:
+    """What happened: how many tokens the first was given in each step, and what each step evaluated."""
+
+    desk: Desk
+    counts: list[int]
+    batches: list[tuple[qmesh.BatchEntry, ...]]
+
+
 @pytest.fixture(scope="module")
-def crowded(model: WatchedModel) -> tuple[Desk, list[int]]:
-    """A prompt that all but fills its slot, come while another writes; and what that one was told at each step."""
+def crowded(model: WatchedModel) -> Crowd:
+    """A prompt that all but fills its slot, come while another writes."""
     desk = Desk(model)
-    desk.submit(raw("The sea is", max_tokens=7))
+    model.token_s = TOKEN_S
+    desk.submit(raw(prompt_of(model, 100), max_tokens=12))
     desk.step(2)
     desk.submit(raw(prompt_of(model, model.slot_tokens - 4), max_tokens=40))
     counts = []
@@ -605,30 +621,54 @@ def crowded(model: WatchedModel) -> tuple[Desk, list[int]]:
         before = len(desk.tokens(0))
         desk.step()
         counts.append(len(desk.tokens(0)) - before)
-    return desk, counts
+    return Crowd(desk, counts, list(model.batches))
 
 
-def test_an_answer_that_fills_the_context_ends_with_length(crowded: tuple[Desk, list[int]]) -> None:
-    desk, _ = crowded
+def test_an_answer_that_fills_the_context_ends_with_length(crowded: Crowd) -> None:
+    desk = crowded.desk
     result = desk.result(1)
     assert result.finish_reason == "length"
     assert result.usage["prompt_tokens"] + result.usage["completion_tokens"] == desk.model.slot_tokens
     assert len(desk.ids(1)) == 4
 
 
-def test_a_long_prompt_does_not_hold_up_who_is_being_answered(
-    crowded: tuple[Desk, list[int]], answer: Callable[[Job], Answer]
-) -> None:
-    desk, counts = crowded
-    assert counts == [1] * 5
-    assert desk.ids(0) == answer(raw("The sea is", max_tokens=12)).ids[:7]
-
-
-def test_a_long_prompt_is_evaluated_in_bounded_chunks(crowded: tuple[Desk, list[int]]) -> None:
-    desk, counts = crowded
+def test_a_long_prompt_does_not_hold_up_who_is_being_answered(crowded: Crowd, answer: Callable[[Job], Answer]) -> None:
+    desk = crowded.desk
     assert desk.begun == [0, 1]
-    assert desk.result(1).timings["prompt_ms"] == 2000 * STEP_S
-    assert len(counts) == 5  # two chunks, and three more tokens
+    assert crowded.counts == [1] * 11 + [0] * (len(crowded.counts) - 11)
+    assert desk.ids(0) == answer(raw(prompt_of(desk.model, 100), max_tokens=12)).ids
+
+
+def test_beside_an_answer_a_step_is_short_and_alone_it_is_longer(crowded: Crowd) -> None:
+    beside = [len(batch) * TOKEN_S for batch in crowded.batches if len({entry.slot for entry in batch}) == 2]
+    assert len(beside) > 5
+    assert all(qmesh.SHARED_STEP_S / 2 < size <= qmesh.SHARED_STEP_S + TOKEN_S for size in beside[:5])
+    assert max(map(len, crowded.batches)) * TOKEN_S <= qmesh.STEP_S
+
+
+@pytest.mark.parametrize(
+    ("token_s", "tokens"), [(0.1, qmesh.MIN_CHUNK_TOKENS), (0.01, 100), (0.002, 500), (1e-5, qmesh.MAX_CHUNK_TOKENS)]
+)
+def test_a_step_evaluates_what_its_time_allows_for_on_fast_and_slow_machines(token_s: float, tokens: int) -> None:
+    pacer = qmesh.StepPacer()
+    for _ in range(30):
+        count = pacer.tokens(1.0)
+        pacer.stepped(count, count * token_s)
+    assert pacer.tokens(1.0) == pytest.approx(tokens, abs=1)
+
+
+def test_what_a_step_costs_besides_its_tokens_does_not_keep_it_small() -> None:
+    pacer = qmesh.StepPacer()
+    for _ in range(30):
+        count = pacer.tokens(1.0)
+        pacer.stepped(count, 0.5 + count * 0.002)
+    assert pacer.tokens(1.0) == pytest.approx(250, abs=3)
+
+
+def test_steps_with_next_to_no_prompt_say_nothing_about_its_speed() -> None:
+    pacer = qmesh.StepPacer()
+    pacer.stepped(qmesh.MIN_CHUNK_TOKENS - 1, 60.0)
+    assert pacer.tokens(1.0) == qmesh.FIRST_CHUNK_TOKENS
 
 
 def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(desk: Desk) -> None:
@@ -679,20 +719,51 @@ def test_more_requests_than_slots_wait_and_are_told_their_places(desk: Desk, ans
     assert [desk.ids(ticket) for ticket in desk.told] == [whole[:count] for count in counts]
 
 
-def test_a_place_is_told_once_and_before_the_first_token(desk: Desk) -> None:
+def test_a_place_is_told_before_the_first_token(desk: Desk) -> None:
+    desk.model.token_s = TOKEN_S
     for _ in range(SLOTS + 2):
         desk.submit(raw("The sea is", max_tokens=3))
     desk.finish()
     assert [type(event) for event in desk.told[SLOTS]] == [Queued, Token, Token, Token, Result]
 
 
-def test_the_expected_wait_follows_from_place_slots_and_service_time(desk: Desk) -> None:
+def test_the_expected_wait_is_told_anew_as_it_passes(desk: Desk) -> None:
+    for _ in range(SLOTS + 1):
+        desk.submit(raw("The sea is", max_tokens=6))
+    desk.finish()
+    news = [event for event in desk.told[SLOTS] if isinstance(event, Queued)]
+    assert news == [Queued(0, wait) for wait in (10.0, 8.0, 6.0, 4.0, 2.0, 0.0)]
+
+
+def test_one_who_waits_long_is_not_told_at_every_step(desk: Desk) -> None:
+    desk.model.token_s = qmesh.QUEUE_NEWS_S / 40
+    for _ in range(SLOTS + 1):
+        desk.submit(raw("The sea is", max_tokens=30))
+    desk.step(30)
+    heard = [event.wait_s for event in desk.told[SLOTS] if isinstance(event, Queued)]
+    assert heard == sorted(heard, reverse=True)
+    assert 2 <= len(heard) <= desk.model.clock.now / qmesh.QUEUE_NEWS_S + 1
+
+
+def test_the_expected_wait_follows_from_what_others_took(desk: Desk) -> None:
     desk.ask(raw("The sea is", max_tokens=8))
     for _ in range(SLOTS + 2):
-        desk.submit(raw("The sea is", max_tokens=2))
+        desk.submit(raw("The sea is", max_tokens=400))
     desk.step()
-    assert desk.told[SLOTS + 1] == [Queued(0, 8 * STEP_S / SLOTS)]
-    assert desk.told[SLOTS + 2] == [Queued(1, 2 * 8 * STEP_S / SLOTS)]
+    usual = 8 * STEP_S
+    assert desk.told[SLOTS + 1] == [Queued(0, usual - STEP_S)]
+    assert desk.told[SLOTS + 2] == [Queued(1, usual - STEP_S)]
+
+
+def test_nobody_is_expected_to_run_beyond_the_last_token_that_was_asked_for(desk: Desk) -> None:
+    desk.ask(raw("The sea is", max_tokens=40))
+    for count in (2, 30, 30, 30, 30, 30):
+        desk.submit(raw("The sea is", max_tokens=count))
+    desk.step()
+    assert [event.wait_s for ticket in (5, 6) for event in desk.told[ticket] if isinstance(event, Queued)] == [
+        pytest.approx(SLOTS * STEP_S, rel=0.8),
+        pytest.approx(39 * STEP_S, rel=0.3),
+    ]
 
 
 def test_a_client_with_many_requests_does_not_keep_another_waiting(desk: Desk) -> None:
@@ -714,7 +785,7 @@ def test_a_request_that_is_cancelled_in_the_queue_costs_nothing_and_hears_nothin
     desk.step()
     desk.batcher.cancel(waiting)
     desk.finish()
-    assert desk.told[waiting] == [Queued(0, 0.5)]
+    assert [type(event) for event in desk.told[waiting]] == [Queued]
     evaluated = sum(map(len, desk.model.batches))
     usages = [desk.result(ticket).usage for ticket in range(SLOTS)]
     assert evaluated == sum(usage["prompt_tokens"] + usage["completion_tokens"] - 1 for usage in usages)
@@ -770,7 +841,7 @@ def test_a_deadline_passes_in_the_queue(desk: Desk) -> None:
         desk.submit(raw("The sea is", max_tokens=5))
     late = desk.submit(raw("The sea is", timeout_s=1.5 * STEP_S))
     desk.finish()
-    assert [type(event) for event in desk.told[late]] == [Queued, qmesh.DeadlineExceeded]
+    assert [type(event) for event in desk.told[late]] == [Queued, Queued, qmesh.DeadlineExceeded]
     assert "within 3 s" in str(desk.told[late][-1])
     assert [len(desk.ids(ticket)) for ticket in range(SLOTS)] == [5] * SLOTS
     assert desk.ask(raw("The sea is", max_tokens=1)).finish_reason == "length"

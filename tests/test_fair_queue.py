@@ -111,9 +111,22 @@ def test_nobody_is_served_twice_while_another_waits_for_the_first_time(requests:
 
 
 @pytest.mark.parametrize(
-    ("position", "slots", "mean", "wait"), [(0, 1, 8.0, 8.0), (0, 4, 8.0, 2.0), (3, 4, 8.0, 8.0), (9, 2, 1.0, 5.0)]
+    ("remaining", "service", "waits"),
+    [
+        ([8.0], 8.0, [8.0, 16.0, 24.0]),
+        ([3.0, 1.0], 10.0, [1.0, 3.0, 11.0]),
+        ([0.0, 0.0, 5.0], 2.0, [0.0, 0.0, 2.0, 2.0, 4.0, 4.0, 5.0]),
+    ],
 )
-def test_the_wait_is_a_share_of_the_mean_for_each_place_in_line(
-    position: int, slots: int, mean: float, wait: float
+def test_a_wait_ends_when_a_slot_is_done_with_all_that_come_before(
+    remaining: list[float], service: float, waits: list[float]
 ) -> None:
-    assert qmesh.expected_wait_s(position, slots, mean) == wait
+    assert qmesh.expected_waits(remaining, service, len(waits)) == waits
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.floats(0, 100), st.integers(0, 20))
+def test_who_is_further_back_never_waits_less(remaining: list[float], service: float, count: int) -> None:
+    waits = qmesh.expected_waits(remaining, service, count)
+    assert waits == sorted(waits)
+    assert not waits or waits[0] == min(remaining)
