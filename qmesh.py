@@ -3755,11 +3755,13 @@ class LlamaModel:
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         data = text.encode()
         room = len(data) + 8
-        tokens = (self._llama.llama_token * room)()
-        count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, True)
-        if count < 0:
-            raise InvalidRequest("the prompt cannot be turned into tokens")
-        return list(tokens[:count])
+        for _ in range(2):  # some vocabularies need several tokens for one byte of text; llama.cpp then says how many
+            tokens = (self._llama.llama_token * room)()
+            count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, True)
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count
+        raise InvalidRequest("the prompt cannot be turned into tokens")
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for: perhaps half a character, nothing for a control token."""

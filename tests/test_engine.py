@@ -20,18 +20,27 @@ from typing import Any
 import harness
 import llama_cpp
 import pytest
+from desk import (
+    CONTEXT,
+    SLOTS,
+    STEP_S,
+    THREADS,
+    TOKEN_S,
+    Answer,
+    Desk,
+    Event,
+    WatchedModel,
+    chat,
+    is_last,
+    plan_for,
+    raw,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import qmesh
-from qmesh import InvalidRequest, Job, Message, ModelError, Queued, Result, Sampling, TextStream, Token
+from qmesh import InvalidRequest, Job, Message, ModelError, Queued, Result, TextStream, Token
 
-SLOTS = 4
-CONTEXT = 512
-THREADS = 1  # two would spin while they wait for each other, and on a busy machine they wait long
-STEP_S = 2.0  # what a step takes on the tests' clock
-TOKEN_S = 1 / 250  # and a token, where steps are to take as long as what they evaluate
-MAX_STEPS = 500
 PATIENCE_S = 60
 
 POEM = "Write a short poem about the sea."
@@ -44,177 +53,6 @@ QUESTIONS = {POEM: 44, EMOJI: 42, CHINESE: 40, FRUITS: 40}
 NAMED = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
-
-Event = Queued | Token | Result | qmesh.QMeshError
-
-
-# --- The model, watched ---
-
-
-@dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class WatchedModel(qmesh.LlamaModel):
-    """The real model, which checks what llama.cpp leaves to its caller; time passes with each step that evaluates.
-
-    token_s: what a token takes; without it a step takes STEP_S, whatever is in it.
-    """
-
-    def __init__(self, plan: qmesh.EnginePlan) -> None:
-        super().__init__(plan)
-        self.plan = plan
-        self.clock = Clock()
-        self.cuttable = True
-        self.resting = True
-        self.token_s = 0.0
-        self.samplers: dict[int, qmesh.Sampler] = {}
-        self.freed: dict[int, qmesh.Sampler] = {}
-        self.memory: list[list[int]] = [[] for _ in range(plan.slots)]
-        self.batches: list[tuple[qmesh.BatchEntry, ...]] = []
-
-    def keep(self, slot: int, length: int) -> bool:
-        if length and not self.cuttable:
-            return False
-        del self.memory[slot][length:]
-        return super().keep(slot, length)
-
-    def decode(self, entries: Sequence[qmesh.BatchEntry]) -> bool:
-        for entry in entries:
-            assert entry.position == len(self.memory[entry.slot]), "a slot's memory has a gap, or two users"
-            self.memory[entry.slot].append(entry.token)
-        self.batches.append(tuple(entries))
-        self.clock.now += self.token_s * len(entries) or (STEP_S if self.resting else 0)
-        self.resting = False
-        return super().decode(entries)
-
-    def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> qmesh.Sampler:
-        sampler = super().make_sampler(sampling, prompt, answer)
-        self.samplers[id(sampler)] = sampler
-        return sampler
-
-    def sample(self, sampler: qmesh.Sampler, index: int) -> int:
-        assert id(sampler) in self.samplers, "a sampler is used after it was freed"
-        return super().sample(sampler, index)
-
-    def free_sampler(self, sampler: qmesh.Sampler) -> None:
-        assert id(sampler) not in self.freed, "a sampler is freed again"
-        self.freed[id(sampler)] = sampler
-        self.samplers.pop(id(sampler), None)  # one whose making failed was never handed out
-        super().free_sampler(sampler)
-
-    def forget(self) -> None:
-        self.cuttable = True
-        self.token_s = 0.0
-        for slot in range(self.plan.slots):
-            self.keep(slot, 0)
-        self.batches.clear()
-
-
-class Desk:
-    """A batcher on the model, whose slots are emptied first; it keeps what each ticket is told."""
-
-    def __init__(self, model: WatchedModel) -> None:
-        model.forget()
-        self.model = model
-        self.batcher = qmesh.Batcher(model, model.plan, "worker-1", model.clock)
-        self.told: dict[int, list[Event]] = {}
-        self.begun: list[int] = []  # tickets in the order of their first tokens
-
-    def submit(self, job: Job, client: str = "ann") -> int:
-        ticket = len(self.told)
-        self.told[ticket] = []
-        self.batcher.submit(ticket, client, job)
-        self._listen()
-        return ticket
-
-    def step(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.model.resting = True
-            self.batcher.step()
-            self._listen()
-
-    def finish(self) -> None:
-        """Step until nothing is left to do."""
-        for _ in range(MAX_STEPS):
-            if self.batcher.idle:
-                break
-            self.step()
-        assert self.batcher.idle
-        assert not self.model.samplers, "a sampler was never freed"
-
-    def _listen(self) -> None:
-        for ticket, event in self.batcher.take_events():
-            assert not any(map(is_last, self.told[ticket])), "an event after a ticket's last one"
-            self.told[ticket].append(event)
-            if isinstance(event, Token) and ticket not in self.begun:
-                self.begun.append(ticket)
-
-    def tokens(self, ticket: int) -> list[Token]:
-        return [event for event in self.told[ticket] if isinstance(event, Token)]
-
-    def ids(self, ticket: int) -> list[int]:
-        return [token for event in self.tokens(ticket) for token in event.tokens]
-
-    def positions(self, ticket: int) -> list[int]:
-        return [event.position for event in self.told[ticket] if isinstance(event, Queued)]
-
-    def result(self, ticket: int) -> Result:
-        last = self.told[ticket][-1]
-        assert isinstance(last, Result)
-        return last
-
-    def error(self, ticket: int) -> qmesh.QMeshError:
-        """The only thing that a refused ticket was told."""
-        (last,) = self.told[ticket]
-        assert isinstance(last, qmesh.QMeshError)
-        return last
-
-    def ask(self, job: Job) -> Result:
-        ticket = self.submit(job)
-        self.finish()
-        return self.result(ticket)
-
-
-def is_last(event: Event) -> bool:
-    return isinstance(event, (Result, qmesh.QMeshError))
-
-
-def plan_for(path: Path, *, slots: int = SLOTS, context: int = CONTEXT, threads: int = THREADS) -> qmesh.EnginePlan:
-    return qmesh.EnginePlan(qmesh.read_model(path), slots, context, threads, qmesh.GpuChoice(0, None, "for a test"))
-
-
-def chat(*turns: str, resume: Sequence[int] = (), **params: Any) -> Job:
-    """A conversation, greedy unless said otherwise; the user has the first turn."""
-    roles = itertools.cycle(("user", "assistant"))
-    messages = tuple(Message(role, turn) for role, turn in zip(roles, turns, strict=False))
-    return Job("r", messages=messages, params=Sampling(**{"temperature": 0, **params}), resume=tuple(resume))
-
-
-def raw(prompt: str, *, resume: Sequence[int] = (), timeout_s: float = 1e4, **params: Any) -> Job:
-    """A text that goes on, greedy unless said otherwise; few tokens, and so cheap."""
-    sampling = Sampling(**{"temperature": 0, **params})
-    return Job("r", prompt=prompt, params=sampling, resume=tuple(resume), timeout_s=timeout_s)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one request was told from first to last."""
-
-    tokens: list[Token]
-    result: Result
-
-    @property
-    def ids(self) -> list[int]:
-        return [token for event in self.tokens for token in event.tokens]
-
-    @property
-    def text(self) -> str:
-        return self.result.text
 
 
 @pytest.fixture(scope="module")
@@ -532,6 +370,19 @@ def test_a_second_turn_evaluates_only_what_is_new(desk: Desk, answer: Callable[[
     second = desk.ask(raw(longer, max_tokens=12))
     assert second.usage["cached_tokens"] > asked.usage["prompt_tokens"]
     assert (second.text, cold.result.usage["cached_tokens"]) == (cold.text, 0)
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=["poem", "emoji", "chinese", "fruits"])
+def test_a_conversation_on_a_warm_slot_goes_as_on_a_cold_one(
+    desk: Desk, answer: Callable[[Job], Answer], question: str
+) -> None:
+    first = answer(chat(question, max_tokens=QUESTIONS[question])).text
+    turns = (question, first, "Say that again in other words.")
+    cold = answer(chat(*turns, max_tokens=24))
+    asked = desk.ask(chat(question, max_tokens=QUESTIONS[question]))
+    warm = desk.ask(chat(*turns, max_tokens=24))
+    assert warm.usage["cached_tokens"] >= asked.usage["prompt_tokens"]
+    assert (warm.text, cold.result.usage["cached_tokens"]) == (cold.text, 0)
 
 
 def test_the_same_request_again_evaluates_only_the_end_of_its_prompt(desk: Desk) -> None:
@@ -863,14 +714,14 @@ def test_an_answer_within_its_deadline_is_not_cut_off(desk: Desk) -> None:
     assert desk.ask(raw("The sea is", max_tokens=3, timeout_s=3.5 * STEP_S)).finish_reason == "length"
 
 
-def test_after_a_hundred_random_operations_all_is_idle_and_every_answer_was_right(
+def test_after_two_hundred_random_operations_all_is_idle_and_every_answer_was_right(
     desk: Desk, answer: Callable[[Job], Answer]
 ) -> None:
     prompts = ("The sea is", "The sea was", "Once upon a time", "1 2 3")
     whole = {prompt: answer(raw(prompt, max_tokens=12)).ids for prompt in prompts}
     rng = random.Random(1)
     wanted: dict[int, list[int]] = {}
-    for _ in range(100):
+    for _ in range(200):
         operation = rng.choices(("submit", "cancel", "step"), (4, 2, 3))[0]
         if operation == "submit":
             prompt, count = rng.choice(prompts), rng.randint(1, 4)
@@ -902,17 +753,28 @@ def test_closing_frees_what_runs_and_what_waits(desk: Desk) -> None:
 # --- Going on behind tokens that the client has ---
 
 
-@pytest.mark.parametrize("job", [raw(COUNTING, max_tokens=12), chat(EMOJI, max_tokens=10)], ids=["numbers", "emoji"])
-@pytest.mark.parametrize("cut", [1, 2, 5, 9])
-def test_an_answer_goes_on_where_another_worker_left_it(
-    desk: Desk, answer: Callable[[Job], Answer], job: Job, cut: int
+RESUMED = {
+    "numbers": raw(COUNTING, max_tokens=14),
+    "emoji": chat(EMOJI, max_tokens=12),
+    "poem": chat(POEM, max_tokens=18),
+    "drawn": raw("Once upon a time", temperature=1.2, seed=7, max_tokens=20),
+    "drawn with a penalty": raw("The sea is", temperature=0.9, seed=3, top_k=0, repeat_penalty=1.2, max_tokens=14),
+    "drawn to a schema": raw("A name:", temperature=1.0, seed=1, json_schema=NAMED, max_tokens=14),
+}
+
+
+@pytest.mark.parametrize("job", RESUMED.values(), ids=RESUMED)
+def test_an_answer_goes_on_where_another_worker_left_it_at_whatever_token(
+    model: WatchedModel, answer: Callable[[Job], Answer], job: Job
 ) -> None:
     whole = answer(job)
-    result = desk.ask(replace(job, resume=tuple(whole.ids[:cut])))
-    assert desk.tokens(0) == whole.tokens[cut:]
-    assert result.text == whole.text
-    assert result.finish_reason == whole.result.finish_reason
-    assert result.usage == whole.result.usage
+    for cut in range(1, len(whole.ids)):
+        desk = Desk(model)
+        result = desk.ask(replace(job, resume=tuple(whole.ids[:cut])))
+        assert desk.tokens(0) == whole.tokens[cut:], f"behind {cut} tokens"
+        assert result.text == whole.text
+        assert result.finish_reason == whole.result.finish_reason
+        assert result.usage == whole.result.usage
 
 
 def test_an_answer_that_was_whole_but_for_its_end_only_ends(desk: Desk, answer: Callable[[Job], Answer]) -> None:

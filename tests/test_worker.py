@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import signal
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -650,3 +652,97 @@ def test_whatever_is_said_each_reader_is_told_it_in_as_few_pieces_as_can_be(said
     assert [entry for entry in joined if not isinstance(entry[1], Token)] == [
         entry for entry in said if not isinstance(entry[1], Token)
     ]
+
+
+# --- Coming and going ---
+
+GOING_ON = ("The sea is", "The sea was", "Once upon a time", "1 2 3")
+SEVERAL = 4  # clients at once
+OUTSTANDING = 24  # requests at once: well over the slots, and under what the queue takes
+
+
+class Crowd:
+    """Clients of one worker that ask, cancel and vanish at random, and check each answer that comes to its end."""
+
+    def __init__(self, address: qmesh.Address, whole: dict[str, str], rng: random.Random) -> None:
+        self.checked = 0
+        self._address = address
+        self._whole = whole
+        self._rng = rng
+        self._clients: list[tuple[contextlib.AsyncExitStack, RawClient, dict[str, str]]] = []
+        self._asked = 0
+
+    @property
+    def outstanding(self) -> int:
+        return sum(len(asked) for _, _, asked in self._clients)
+
+    async def ask(self) -> None:
+        if self.outstanding >= OUTSTANDING:
+            return
+        if len(self._clients) < SEVERAL:
+            stack = contextlib.AsyncExitStack()
+            self._clients.append((stack, await stack.enter_async_context(connected(self._address)), {}))
+        _, client, asked = self._rng.choice(self._clients)
+        self._asked += 1
+        prompt = self._rng.choice(GOING_ON)
+        asked[str(self._asked)] = prompt
+        params = {"max_tokens": self._rng.randint(1, 9), "temperature": 0}
+        await client.ask(str(self._asked), prompt=prompt, params=params)
+
+    async def cancel(self) -> None:
+        _, client, asked = self._rng.choice(self._clients)
+        if asked:
+            request_id = self._rng.choice(list(asked))
+            del asked[request_id]
+            await client.send({"type": "cancel", "request_id": request_id})
+
+    async def vanish(self) -> None:
+        stack, client, _ = self._clients.pop(self._rng.randrange(len(self._clients)))
+        client.abort()
+        await stack.aclose()
+
+    async def listen(self) -> None:
+        """Hear one client until one of its answers is whole."""
+        _, client, asked = self._rng.choice(self._clients)
+        while asked:
+            body = await client.receive()
+            assert body["type"] != "inference_error", body
+            if body["type"] == "inference_result" and body["request_id"] in asked:
+                prompt = asked.pop(body["request_id"])
+                assert self._whole[prompt].startswith(body["text"])
+                assert body["text"]
+                self.checked += 1
+                return
+
+    async def finish(self) -> None:
+        while self.outstanding:
+            await self.listen()
+        for stack, _, _ in self._clients:
+            await stack.aclose()
+        self._clients.clear()
+
+
+@in_a_loop
+async def test_two_hundred_requests_cancels_and_disconnects_leave_nothing_behind(mesh: harness.Mesh) -> None:
+    worker = mesh.start_worker("--slots", "4", "--queue", "64")
+    process = psutil.Process(worker.popen.pid)
+    rng = random.Random(1)
+    memory = []
+    async with asking(worker) as client:
+        whole = {}
+        for prompt in GOING_ON:
+            await client.ask("w", prompt=prompt, params={"max_tokens": 10, "temperature": 0})
+            whole[prompt] = str((await client.receive_kind("inference_result"))["text"])
+        crowd = Crowd(address_of(worker), whole, rng)
+        await crowd.ask()
+        for _ in range(2):
+            for _ in range(100):
+                chosen = rng.choices((crowd.ask, crowd.cancel, crowd.vanish, crowd.listen), (8, 3, 1, 4))[0]
+                await (chosen() if crowd.outstanding else crowd.ask())
+            await crowd.finish()
+            await until_queue(client, active=0, waiting=0)
+            memory.append(process.memory_info().rss)
+            await crowd.ask()
+        await crowd.finish()
+    assert crowd.checked > 40
+    assert memory[1] - memory[0] < 8e6, "the worker's memory grows"
