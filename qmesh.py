@@ -2660,6 +2660,12 @@ PEERS_FILE: Final = "peers.json"
 LOCK_FILE: Final = "lock"
 LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
 CLIENT_INSTANCE: Final = "client"
+NVIDIA_QUERY: Final = (
+    "--query-gpu=name,memory.used,memory.total,utilization.gpu",  # MiB, and per cent
+    "--format=csv,noheader,nounits",
+)
+GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
+GPU_SAMPLE_PERIOD_S: Final = 10.0
 MAX_INSTANCES: Final = 256  # workers on one machine
 
 
@@ -2846,6 +2852,65 @@ class SystemMonitor:
             process.nice(self._psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nice)
         except (self._psutil.Error, OSError) as error:
             log.warning("the priority cannot be set to %s: %s", nice, error)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLoad:
+    """One card as `nvidia-smi` sees it: memory in bytes; per cent in use, None where the card does not say."""
+
+    name: str
+    memory_used: int
+    memory_total: int
+    utilization: float | None
+
+    def to_json(self) -> Json:
+        return {
+            "name": self.name,
+            "memory_used": self.memory_used,
+            "memory_total": self.memory_total,
+            "utilization": self.utilization,
+        }
+
+
+def parse_gpu_load(text: str) -> list[GpuLoad]:
+    """Read the lines of NVIDIA_QUERY; one that makes no sense is left out.
+
+    >>> parse_gpu_load("NVIDIA T4, 300, 15360, 7\\n")
+    [GpuLoad(name='NVIDIA T4', memory_used=314572800, memory_total=16106127360, utilization=7.0)]
+    """
+    cards = []
+    for line in text.splitlines():
+        name, *cells = (cell.strip() for cell in line.split(","))
+        numbers = [float(cell) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", cell) else None for cell in cells]
+        if len(numbers) == 3 and numbers[0] is not None and numbers[1] is not None:
+            used, total = int(numbers[0] * 2**20), int(numbers[1] * 2**20)
+            cards.append(GpuLoad(printable(name), used, total, numbers[2]))
+    return cards
+
+
+async def read_gpu_load() -> list[GpuLoad]:
+    """Ask `nvidia-smi`; an empty list where it is not there, fails, or does not answer in time."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        process = await asyncio.create_subprocess_exec(
+            program, *NVIDIA_QUERY, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+    except OSError as error:
+        log.info("nvidia-smi cannot be run: %s", error)
+        return []
+    try:
+        async with asyncio.timeout(GPU_TIMEOUT_S):
+            out, _ = await process.communicate()
+    except TimeoutError:
+        log.info("nvidia-smi did not answer within %g s", GPU_TIMEOUT_S)
+        return []
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    return parse_gpu_load(out.decode("utf-8", "replace")) if process.returncode == 0 else []
 
 
 # ======================================================================================================
@@ -3152,8 +3217,8 @@ def choose_gpu_layers(setting: int | None, *, system: str, machine: str, nvidia_
 
 
 def gpu_install_command(backend: str) -> str:
-    """The command that builds llama-cpp-python for this GPU."""
-    flag = {"Metal": "-DGGML_METAL=on", "CUDA": "-DGGML_CUDA=on"}[backend]
+    """The command that builds llama-cpp-python for this GPU: Metal, CUDA, or Vulkan, which most others speak."""
+    flag = {"Metal": "-DGGML_METAL=on", "CUDA": "-DGGML_CUDA=on", "Vulkan": "-DGGML_VULKAN=on"}[backend]
     return f'CMAKE_ARGS="{flag}" {install_command("llama-cpp-python")} --force-reinstall --no-cache-dir'
 
 
@@ -3544,7 +3609,10 @@ def load_llama() -> Any:
 
 
 class LlamaLog:
-    """llama.cpp's log, passed on to ours; its last errors and its word on offloading are kept."""
+    """llama.cpp's log, passed on to ours; its last errors, and its word on offloading, are kept.
+
+    devices: the GPUs that the model is put on, as in "CUDA0 (NVIDIA T4)": their names tell the builds apart.
+    """
 
     # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before.
     _LEVELS: ClassVar = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.DEBUG, 4: logging.INFO}
@@ -3553,23 +3621,26 @@ class LlamaLog:
     def __init__(self, library: Any) -> None:
         self.errors: deque[str] = deque(maxlen=3)
         self.offloaded: tuple[int, int] | None = None
+        self.devices: list[str] = []
         self._level = logging.DEBUG
-        self._callback = library.llama_log_callback(self._on_line)
+        self._callback = library.llama_log_callback(self.on_line)
         library.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def begin(self) -> None:
         """Forget what earlier models said."""
         self.errors.clear()
         self.offloaded = None
+        self.devices = []
 
-    def _on_line(self, level: int, text: bytes, _: Any) -> None:
+    def on_line(self, level: int, text: bytes, _: Any) -> None:
         line = text.decode("utf-8", "replace").rstrip()
         self._level = self._LEVELS.get(level, self._level)
         if level == self._ERROR and line:
             self.errors.append(line)
-        match = re.search(r"offloaded (\d+)/(\d+) layers", line)
-        if match:
+        if match := re.search(r"offloaded (\d+)/(\d+) layers", line):
             self.offloaded = int(match[1]), int(match[2])
+        if match := re.search(r"using device (\S+ \(.+?\))", line):
+            self.devices.append(printable(match[1]))
         if line:
             log.log(self._level, "llama.cpp: %s", line)
 
@@ -4271,6 +4342,7 @@ class Engine:
         self.plan = plan
         self.speed = SpeedMeter()
         self.offloaded: tuple[int, int] | None = None
+        self.devices: list[str] = []
         self.can_offload = False
         self.slot_tokens = plan.context
         self.has_template = False
@@ -4314,6 +4386,7 @@ class Engine:
             return
         try:
             self.can_offload, self.offloaded = model.can_offload(), model.log.offloaded
+            self.devices = model.log.devices
             self.slot_tokens, self.has_template = model.slot_tokens, model.has_template
             batcher = Batcher(model, self.plan, self._worker_id, time.monotonic)
             self.speed = batcher.speed
@@ -4348,16 +4421,17 @@ class Engine:
 def offload_warning(engine: Engine) -> str | None:
     """What to tell the user when a GPU should be used and is not."""
     gpu = engine.plan.gpu
-    if gpu.backend is None or gpu.layers == 0:
+    if gpu.layers == 0:
         return None
+    wanted = "all" if gpu.layers < 0 else gpu.layers
     if not engine.can_offload:
+        why = f"this machine has a GPU ({gpu.backend})" if gpu.backend else f"{wanted} layers were to run on a GPU"
         return (
-            f"this machine has a GPU ({gpu.backend}), but this build of llama-cpp-python cannot use it and runs "
-            f"on the CPU. To mend it: {gpu_install_command(gpu.backend)}"
+            f"{why}, but this build of llama-cpp-python cannot use it and runs "
+            f"on the CPU. To mend it: {gpu_install_command(gpu.backend or 'Vulkan')}"
         )
     if engine.offloaded is not None and engine.offloaded[0] == 0:
-        wanted = "all" if gpu.layers < 0 else gpu.layers
-        return f"{wanted} layers were to run on {gpu.backend}, and llama.cpp put none there"
+        return f"{wanted} layers were to run on {gpu.backend or 'a GPU'}, and llama.cpp put none there"
     return None
 
 
@@ -4952,6 +5026,7 @@ class Worker:
         self._next_ticket = 0
         self._started = time.monotonic()
         self._remember_at = 0.0
+        self._gpus: list[GpuLoad] = []
         self._stamp = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -4971,6 +5046,7 @@ class Worker:
             self.node = await self._join()
             self._upkeep = asyncio.create_task(self._keep_up())
             self._resources.push_async_callback(_cancelled, self._upkeep)
+            self._resources.push_async_callback(_cancelled, asyncio.create_task(self._watch_gpus()))
         except BaseException:
             await self._resources.aclose()
             raise
@@ -5055,6 +5131,11 @@ class Worker:
                 self._remember_peers()
             await asyncio.sleep(SAMPLE_PERIOD_S)
 
+    async def _watch_gpus(self) -> None:
+        while shutil.which("nvidia-smi") is not None:
+            self._gpus = await read_gpu_load()
+            await asyncio.sleep(GPU_SAMPLE_PERIOD_S)
+
     def _end_overdue_jobs(self) -> None:
         """Keep deadlines also while the engine is in a step that does not end."""
         now = time.monotonic()
@@ -5101,6 +5182,7 @@ class Worker:
         model = {"name": plan.model.name, "architecture": plan.model.architecture}
         model |= {"quantization": plan.model.quantization, "fingerprint": plan.model.fingerprint.hex()}
         layers = self.engine.offloaded[0] if self.engine.offloaded else 0
+        cards = [card.to_json() for card in self._gpus]
         return {
             "type": "status_response",
             "worker_id": str(self.worker_id),
@@ -5109,7 +5191,7 @@ class Worker:
             "slots": plan.slots,
             "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.options.queue},
             "speed": round(self.engine.speed.tokens_per_s, 1),
-            "gpu": {"backend": plan.gpu.backend, "layers": layers},
+            "gpu": {"layers": layers, "devices": self.engine.devices if layers else [], "cards": cards},
             "agent": AGENT,
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
@@ -5777,7 +5859,10 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
     plan = worker.engine.plan
     if as_json:
         print_json(worker.ready())
-    place = f"{plan.gpu.layers} GPU layers ({plan.gpu.backend})" if plan.gpu.layers else plural(plan.threads, "thread")
+    layers = worker.engine.offloaded[0] if worker.engine.offloaded else 0
+    place = plural(plan.threads, "thread")
+    if layers:
+        place = f"{plural(layers, 'layer')} on {', '.join(worker.engine.devices) or plan.gpu.backend}"
     terminal.say(f"🚀 Worker {worker.worker_id.short} serves {plan.model.name} ({plural(plan.slots, 'slot')}, {place})")
     udp, tcp = format_address(worker.node.address), format_address(worker.address)
     terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp}, topic {worker.settings.topic!r}; Ctrl-C stops it")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -95,3 +97,19 @@ def test_a_worker_keeps_its_id_over_a_restart_and_a_second_one_has_its_own(mesh:
     assert first.worker_id != second.worker_id
     first.stop()
     assert mesh.start_worker().worker_id == first.worker_id
+
+
+def test_status_tells_how_busy_the_graphics_cards_are(mesh: harness.Mesh, tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'NVIDIA T4, 300, 15360, 7'\n")
+    program.chmod(0o755)
+    mesh.start_worker("--gpu-layers", "0", env={"PATH": f"{program.parent}:{os.environ['PATH']}"})
+    cards: list[Any] = []
+    while not cards:  # it is asked for once the worker is ready
+        (worker,) = mesh.json("status")["workers"]
+        cards = worker["gpu"]["cards"]
+    assert cards == [
+        {"name": "NVIDIA T4", "memory_used": 300 * 2**20, "memory_total": 15360 * 2**20, "utilization": 7.0}
+    ]
+    assert worker["gpu"]["layers"] == 0

@@ -1277,6 +1277,32 @@ def test_a_gpu_that_is_used_needs_no_warning(backend: str, layers: int) -> None:
     assert warning(backend, layers, offloaded=(1, 31)) is None
 
 
+def test_layers_that_were_asked_for_where_no_gpu_is_known_are_spoken_of_too() -> None:
+    said = warning(None, 12, can_offload=False, offloaded=None)
+    assert said is not None
+    assert said.startswith("12 layers were to run on a GPU")
+    assert 'CMAKE_ARGS="-DGGML_VULKAN=on"' in said
+    assert warning(None, 12) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "device"),
+    [
+        ("llama_model_load: using device CUDA0 (NVIDIA T4) (0000:00:1e.0) - 14918 MiB free", "CUDA0 (NVIDIA T4)"),
+        ("llama_model_load: using device Vulkan1 (AMD Radeon) (unknown id) - 8192 MiB free", "Vulkan1 (AMD Radeon)"),
+        ("llama_model_load: using device MTL0 (Apple M2) (unknown id) - 10922 MiB free", "MTL0 (Apple M2)"),
+    ],
+)
+def test_the_log_tells_the_devices_that_a_model_is_put_on(line: str, device: str) -> None:
+    log = qmesh.llama_log()
+    log.begin()
+    log.on_line(2, line.encode() + b"\n", None)
+    log.on_line(2, b"load_tensors: offloaded 31/31 layers to GPU\n", None)
+    assert (log.devices, log.offloaded) == ([device], (31, 31))
+    log.begin()
+    assert (log.devices, log.offloaded) == ([], None)
+
+
 def test_without_a_gpu_or_a_wish_for_it_there_is_no_warning() -> None:
     assert warning(None, 0, can_offload=False, offloaded=None) is None
     assert warning("CUDA", 0, can_offload=False, offloaded=(0, 31)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -483,3 +484,56 @@ def test_an_install_command_can_be_pasted_into_a_shell(monkeypatch: pytest.Monke
 def test_an_interpreter_that_does_not_know_its_path_is_called_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "")
     assert qmesh.install_command("psutil") == 'python -m pip install "psutil"'
+
+
+# --- The graphics card ---
+
+TWO_CARDS = "NVIDIA T4, 300, 15360, 7\nNVIDIA A100-SXM4, 1024.5, 40960, [N/A]\n"
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a program of that name on the path, with this shell script."""
+
+    def install(script: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return install
+
+
+def test_cards_are_read_from_nvidia_smi(nvidia_smi: Callable[[str], None]) -> None:
+    nvidia_smi(f"[ \"$1\" = {qmesh.NVIDIA_QUERY[0]} ] && printf '{TWO_CARDS}'")
+    t4, a100 = asyncio.run(qmesh.read_gpu_load())
+    assert t4 == qmesh.GpuLoad("NVIDIA T4", 300 * 2**20, 15360 * 2**20, 7.0)
+    assert (a100.memory_used, a100.utilization) == (1024 * 2**20 + 2**19, None)
+
+
+NONSENSE = ("echo 'NVIDIA-SMI has failed'", "printf 'T4, many, 15360, 7\\n'", "printf '\\377\\n'", "printf 'T4, 1\\n'")
+
+
+@pytest.mark.parametrize("script", ["exit 9", *NONSENSE])
+def test_an_nvidia_smi_that_fails_or_talks_nonsense_means_no_cards(
+    nvidia_smi: Callable[[str], None], script: str
+) -> None:
+    nvidia_smi(script)
+    assert asyncio.run(qmesh.read_gpu_load()) == []
+
+
+def test_an_nvidia_smi_that_hangs_is_ended(
+    nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(qmesh, "GPU_TIMEOUT_S", 1.5)
+    nvidia_smi(f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    assert asyncio.run(qmesh.read_gpu_load()) == []
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def test_without_nvidia_smi_there_are_no_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert asyncio.run(qmesh.read_gpu_load()) == []
+    (tmp_path / "nvidia-smi").write_text("no program")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert asyncio.run(qmesh.read_gpu_load()) == []

@@ -55,6 +55,7 @@ class Setup:
     slots: int
     context: int  # tokens per slot
     threads: int
+    gpu: bool = False  # all layers on it, or none
 
 
 @dataclass
@@ -171,8 +172,8 @@ class BuiltLlamaServer(LlamaServer):
         self.port = free_port()
         sizes = ["-np", str(setup.slots), "-c", str(setup.slots * setup.context)]
         threads = ["-t", str(setup.threads), "-tb", str(setup.threads)]
-        where = ["--host", "127.0.0.1", "--port", str(self.port)]
-        super().__init__([str(server_binary()), "-m", str(setup.model), *sizes, *threads, *where])
+        where = ["--host", "127.0.0.1", "--port", str(self.port), "-ngl", "999" if setup.gpu else "0"]
+        super().__init__([str(server_binary(gpu=setup.gpu)), "-m", str(setup.model), *sizes, *threads, *where])
 
 
 class PrebuiltLlamaServer(LlamaServer):
@@ -234,9 +235,10 @@ class QmeshWorker(Peer):
     name = "QMesh worker"
 
     def __init__(self, setup: Setup, directory: Path) -> None:
-        program = Path(qmesh.__file__)
+        program = [str(gpu_python() if setup.gpu else sys.executable), qmesh.__file__]
         sizes = ["--slots", str(setup.slots), "--ctx", str(setup.context), "--threads", str(setup.threads)]
-        command = [sys.executable, str(program), "worker", "--model", str(setup.model), *sizes, "--nice", "0", "--json"]
+        sizes += ["--gpu-layers", "-1" if setup.gpu else "0"]
+        command = [*program, "worker", "--model", str(setup.model), *sizes, "--nice", "0", "--json"]
         self._settings = qmesh.Settings(host="127.0.0.1", topic=f"bench-{os.getpid()}", state_dir=str(directory))
         own = {"QMESH_HOST": "127.0.0.1", "QMESH_TOPIC": self._settings.topic, "QMESH_STATE_DIR": str(directory)}
         super().__init__([*command, "--port", "0"], own, pipes=True)
@@ -287,15 +289,27 @@ def peer_python() -> Path:
     return python
 
 
+def gpu_python() -> Path:
+    """An interpreter with our own packages, llama.cpp built for CUDA."""
+    python = CACHE / "venv-cuda" / "bin" / "python"
+    if not (CACHE / "venv-cuda" / "done").exists():
+        _run(sys.executable, "-m", "venv", str(CACHE / "venv-cuda"))
+        no_wheel = ["--no-binary", "llama-cpp-python", "--no-cache-dir"]
+        _run(str(python), "-m", "pip", "install", "-q", *no_wheel, LLAMA_SOURCE, "psutil", CMAKE_ARGS="-DGGML_CUDA=on")
+        (CACHE / "venv-cuda" / "done").touch()
+    return python
+
+
 def node_package() -> None:
     """node-llama-cpp with its prebuilt library, beside the script that drives it."""
     if not (CACHE / "node_modules" / "node-llama-cpp").exists():
         _run("npm", "install", "--prefix", str(CACHE), "--silent", "node-llama-cpp")
 
 
-def server_binary() -> Path:
+def server_binary(*, gpu: bool = False) -> Path:
     """llama.cpp's server, built from the source that llama-cpp-python's package brings, with the same flags."""
-    binary = CACHE / "server" / "bin" / "llama-server"
+    folder = CACHE / ("server-cuda" if gpu else "server")
+    binary = folder / "bin" / "llama-server"
     if not binary.exists():
         download = ["download", "-q", "--no-deps", "--no-binary", "llama-cpp-python", "-d", str(CACHE), LLAMA_SOURCE]
         _run(sys.executable, "-m", "pip", *download)
@@ -309,11 +323,12 @@ def server_binary() -> Path:
             "-DLLAMA_OPENSSL=OFF",
             "-DBUILD_SHARED_LIBS=OFF",
         ]
-        _run("cmake", "-S", str(source), "-B", str(CACHE / "server"), *options)
-        _run("cmake", "--build", str(CACHE / "server"), "--target", "llama-server", "--parallel")
+        options += ["-DGGML_CUDA=ON"] if gpu else []
+        _run("cmake", "-S", str(source), "-B", str(folder), *options)
+        _run("cmake", "--build", str(folder), "--target", "llama-server", "--parallel")
     return binary
 
 
-def _run(*command: str) -> None:
-    print("  $", " ".join(command), flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def _run(*command: str, **env: str) -> None:
+    print("  $", *(f"{name}={value}" for name, value in env.items()), *command, flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **env})

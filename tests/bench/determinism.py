@@ -1,0 +1,124 @@
+"""How far an answer is the same whatever else runs: beside others, on a warm slot, resumed, and again with its seed.
+
+    python tests/bench/determinism.py [MODEL ...] [--quantize TYPE ...] [--prompts N] [--tokens N]
+
+Each prompt is answered alone and cold first; then the same answers are asked for in the other ways, and those that
+are equal to the last token are counted. `--quantize` makes further models of the first one, in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import llama_cpp
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from desk import Desk, WatchedModel, chat, plan_for  # noqa: E402
+
+import qmesh  # noqa: E402
+
+SLOTS = 8
+TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K_M": 15, "Q6_K": 18}  # enum llama_ftype
+SUBJECTS = ("the sea", "a lost key", "winter", "an old clock", "two brothers", "the last train", "bread", "a storm")
+FORMS = ("Write a short poem about {}.", "Explain {} to a child.", "List five facts about {}.", "Tell a joke about {}.")
+
+
+def jobs(count: int, tokens: int, temperature: float) -> list[qmesh.Job]:
+    questions = [form.format(subject) for form in FORMS for subject in SUBJECTS][:count]
+    return [chat(text, temperature=temperature, seed=at, max_tokens=tokens) for at, text in enumerate(questions)]
+
+
+def alone(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
+    answers = []
+    for job in asked:
+        desk = Desk(model)  # with empty slots
+        desk.ask(job)
+        answers.append(desk.ids(0))
+    return answers
+
+
+def together(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
+    """All at once, so that prompts fill and others write beside each answer."""
+    desk = Desk(model)
+    for job in asked:
+        desk.submit(job)
+    while not desk.batcher.idle:
+        desk.step()
+    return [desk.ids(ticket) for ticket in desk.told]
+
+
+def warm(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
+    """Each on a slot that holds all of its prompt and answer, and so evaluates one token at a time."""
+    answers = []
+    for job in asked:
+        desk = Desk(model)
+        desk.ask(job)
+        desk.ask(job)
+        answers.append(desk.ids(1))
+    return answers
+
+
+def resumed(model: WatchedModel, asked: Sequence[qmesh.Job], whole: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Each behind a random number of its tokens, which are evaluated together with the prompt."""
+    rng = random.Random(1)
+    answers = []
+    for job, ids in zip(asked, whole, strict=True):
+        cut = rng.randrange(1, max(len(ids), 2))
+        desk = Desk(model)
+        desk.ask(replace(job, resume=tuple(ids[:cut])))
+        answers.append([*ids[:cut], *desk.ids(0)])
+    return answers
+
+
+def measure(path: Path, count: int, tokens: int, threads: int) -> None:
+    with contextlib.closing(WatchedModel(plan_for(path, slots=SLOTS, context=1024, threads=threads))) as model:
+        for name, temperature in (("likeliest", 0.0), ("drawn", 0.8)):
+            asked = jobs(count, tokens, temperature)
+            whole = alone(model, asked)
+            ways: dict[str, Callable[[], list[list[int]]]] = {
+                "again": lambda: alone(model, asked),  # noqa: B023 - called within the turn
+                "together": lambda: together(model, asked),  # noqa: B023
+                "warm": lambda: warm(model, asked),  # noqa: B023
+                "resumed": lambda: resumed(model, asked, whole),  # noqa: B023
+            }
+            cells = []
+            for way in ways.values():
+                equal = sum(a == b for a, b in zip(way(), whole, strict=True))
+                cells.append(f"{equal}/{count}")
+            print(f"| {path.stem} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", type=Path, default=[ROOT / "models" / qmesh.DEFAULT_MODEL.file_name])
+    parser.add_argument("--quantize", nargs="*", choices=TYPES, default=[])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    arguments = parser.parse_args()
+    qmesh.llama_log()  # llama.cpp's own chatter goes into it
+    print("| model | tokens | again | together | warm | resumed |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as directory:
+        models = list(arguments.models)
+        for kind in arguments.quantize:
+            params = llama_cpp.llama_model_quantize_default_params()
+            params.ftype, params.allow_requantize = TYPES[kind], True
+            models.append(Path(directory) / f"{kind}.gguf")
+            source, target = str(models[0]).encode(), str(models[-1]).encode()
+            if llama_cpp.llama_model_quantize(source, target, params):
+                sys.exit(f"llama.cpp cannot make {kind} of {models[0]}")
+        for path in models:
+            measure(path, arguments.prompts, arguments.tokens, psutil.cpu_count(logical=False) or 1)
+
+
+if __name__ == "__main__":
+    main()
