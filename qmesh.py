@@ -204,9 +204,9 @@ SAMPLE_PERIOD_S: Final = 1.0
 SAMPLE_WINDOW: Final = 5  # samples averaged: long enough to pass over a spike, short enough to react
 
 # --- The worker ---
-DEFAULT_QUEUE: Final = 16  # requests running and waiting; a person at the end of it waits minutes
-MAX_QUEUE: Final = 4096
 DEFAULT_SLOTS: Final = 4  # requests that run at once
+QUEUE_PER_SLOT: Final = 4  # requests running and waiting; a person at the end of them waits minutes
+MAX_QUEUE: Final = 4096
 MAX_SLOTS: Final = 64
 DEFAULT_CONTEXT: Final = 4096  # tokens per slot, when the model and the memory allow
 MIN_CONTEXT: Final = 256
@@ -3639,7 +3639,7 @@ class LlamaLog:
             self.errors.append(line)
         if match := re.search(r"offloaded (\d+)/(\d+) layers", line):
             self.offloaded = int(match[1]), int(match[2])
-        if match := re.search(r"using device (\S+ \(.+?\))", line):
+        if match := re.search(r": using device (\S+ \(.*\)) \([^()]*\) - ", line):
             self.devices.append(printable(match[1]))
         if line:
             log.log(self._level, "llama.cpp: %s", line)
@@ -3723,6 +3723,7 @@ class LlamaModel:
             raise
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self._memory = self._llama.llama_get_memory(self._context)
+        self._window = int(self._llama.llama_model_n_swa(self._model))  # of attention, in tokens; 0 for all
         self._numpy = importlib.import_module("numpy")  # llama_cpp brings it along
         self._candidates = self._numpy.zeros(
             int(self._llama.llama_vocab_n_tokens(self._vocab)), dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")]
@@ -3741,11 +3742,13 @@ class LlamaModel:
             raise ModelError(f"llama.cpp cannot load {plan.model.path}: {self._last_error()}")
 
     def _make_context(self, plan: EnginePlan) -> None:
-        for uniform in (True, False) if plan.gpu.layers == 0 else (False,):
-            self._context = self._llama.llama_init_from_model(self._model, self._context_params(plan, uniform=uniform))
-            if self._context:
-                break
-        else:
+        uniform = plan.gpu.layers == 0
+        self._context = self._llama.llama_init_from_model(self._model, self._context_params(plan, uniform=uniform))
+        if not self._context and uniform:
+            log.info("llama.cpp cannot evaluate %s alike in every batch: %s", plan.model.name, self._last_error())
+            self.log.errors.clear()
+            self._context = self._llama.llama_init_from_model(self._model, self._context_params(plan, uniform=False))
+        if not self._context:
             raise ModelError(
                 f"llama.cpp cannot make {plan.slots} x {plan.context} tokens of context for {plan.model.name} "
                 f"({self._last_error()}); lower --slots or --ctx"
@@ -3758,6 +3761,7 @@ class LlamaModel:
         params.n_ctx = plan.slots * plan.context
         params.n_seq_max = plan.slots
         params.n_batch = params.n_ubatch = MAX_CHUNK_TOKENS + plan.slots
+        params.n_outputs_max = plan.slots  # one choice per slot and step; room for more costs hundreds of megabytes
         params.n_threads = params.n_threads_batch = plan.threads
         params.no_perf = True
         if uniform:
@@ -3766,6 +3770,7 @@ class LlamaModel:
             # beside others, after a reused prefix or resumed is that of a cold run alone. Some models cannot be run so.
             params.flash_attn_type = FLASH_ATTENTION_ON
             params.type_k, params.type_v = UNIFORM_CACHE
+            params.op_offload = False  # a build for a GPU would take large batches there
         return params
 
     def _last_error(self) -> str:
@@ -3857,11 +3862,12 @@ class LlamaModel:
     def keep(self, slot: int, length: int) -> bool:
         """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut there."""
         cut = bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
-        # A sliding window may have dropped what stood before the cut.
-        return cut and (length == 0 or int(self._llama.llama_memory_seq_pos_min(self._memory, slot)) == 0)
+        # A sliding window may have dropped what stood just before the cut.
+        needed_from = max(length - self._window, 0) if self._window else 0
+        return cut and (length == 0 or self._llama.llama_memory_seq_pos_min(self._memory, slot) <= needed_from)
 
     def decode(self, entries: Sequence[BatchEntry]) -> bool:
-        """Evaluate a batch; False when llama.cpp fails, after which the slots' memory is undefined."""
+        """Evaluate a batch to its end; False when llama.cpp fails, after which the slots' memory is undefined."""
         batch = self._batch
         batch.n_tokens = len(entries)
         for index, entry in enumerate(entries):
@@ -3870,7 +3876,9 @@ class LlamaModel:
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = entry.slot
             batch.logits[index] = entry.wants_logits
-        return int(self._llama.llama_decode(self._context, batch)) == 0
+        done = int(self._llama.llama_decode(self._context, batch)) == 0
+        self._llama.llama_synchronize(self._context)  # a GPU may be at it still, and steps are timed
+        return done
 
     def sample(self, sampler: Sampler, index: int) -> int:
         """Choose the successor of entry `index` of the last batch. Raises InvalidRequest when a schema allows none."""
@@ -4090,9 +4098,9 @@ class StepPacer:
         fits = int(seconds / self.token_s) if self.token_s else FIRST_CHUNK_TOKENS
         return min(max(fits, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
 
-    def stepped(self, tokens: int, seconds: float) -> None:
-        """A step with this many tokens took so long. Those with next to no prompt in them do not count."""
-        if tokens >= MIN_CHUNK_TOKENS:
+    def stepped(self, tokens: int, seconds: float, *, filling: int) -> None:
+        """A step with so many tokens took so long; it counts when enough of them, `filling`, were of prompts."""
+        if filling >= MIN_CHUNK_TOKENS:
             latest = seconds / tokens
             self.token_s = (self.token_s + latest) / 2 if self.token_s else latest
 
@@ -4189,16 +4197,19 @@ class Batcher:
         started = self._clock()
         self._expire(started)
         self._fill_slots(started)
-        entries, chosen = self._next_batch()
+        writing = sum(len(slot.pending) == 1 for slot in self._slots)
+        entries, chosen = self._next_batch(writing)
+        filling = len(entries) - writing
         if not entries:
             return
         if not self._model.decode(entries):
             self._recover()
             return
-        self._pacer.stepped(len(entries), self._clock() - started)
+        self._pacer.stepped(len(entries), self._clock() - started, filling=filling)
         for index, slot in chosen:
             self._choose_token(slot, index)
-        self.speed.stepped(len(chosen), self._clock() - started)
+        if chosen:
+            self.speed.stepped(len(chosen), self._clock() - started)
         self._tell_places()
 
     def _expire(self, now: float) -> None:
@@ -4230,12 +4241,14 @@ class Batcher:
         task.started_at = task.first_token_at = now
         slot.task, slot.tokens, slot.pending = task, wanted[:keep], wanted[keep:]
 
-    def _next_batch(self) -> tuple[list[BatchEntry], list[tuple[int, Slot]]]:
-        """The batch, and (index of the entry, slot) for each slot whose next token comes out of it."""
+    def _next_batch(self, writing: int) -> tuple[list[BatchEntry], list[tuple[int, Slot]]]:
+        """The batch, and (index of the entry, slot) for each slot whose next token comes out of it.
+
+        writing: how many slots have only their last token to evaluate.
+        """
         entries: list[BatchEntry] = []
         chosen: list[tuple[int, Slot]] = []
         working = [slot for slot in self._slots if slot.task is not None]
-        writing = sum(len(slot.pending) == 1 for slot in working)
         room = max(self._pacer.tokens(SHARED_STEP_S if writing else STEP_S) - writing, MIN_CHUNK_TOKENS)
         for slot in sorted(working, key=lambda slot: len(slot.pending)):
             take = 1 if len(slot.pending) == 1 else min(len(slot.pending), room)
@@ -4326,8 +4339,9 @@ class Batcher:
             return 0.0
         busy = sum(slot.task is not None for slot in self._slots)
         step_s = busy / self.speed.tokens_per_s if self.speed.tokens_per_s else 0.0
+        room = self._model.slot_tokens - len(task.prompt) - len(task.answer)
         longest = len(slot.pending) * self._pacer.token_s
-        longest += (task.job.params.max_tokens - len(task.answer)) * step_s
+        longest += min(task.job.params.max_tokens - len(task.answer), room) * step_s
         usual = self.speed.mean_service_s - (now - task.started_at)
         return min(usual, longest) if usual > 0 else longest
 
@@ -4406,8 +4420,7 @@ class Engine:
                 if command is None:
                     return
                 command(batcher)
-            events = batcher.take_events()
-            if events:
+            if events := batcher.take_events():
                 self._publish(events)
 
     def _step(self, batcher: Batcher) -> None:
@@ -4689,6 +4702,7 @@ class Connection:
         self._writer = writer
         self._frames = FrameReader()
         self._draining = asyncio.Lock()
+        writer.transport.set_write_buffer_limits(high=0)  # so that drain waits for all of it
 
     @property
     def address(self) -> Address:
@@ -4927,11 +4941,11 @@ class WorkerLink:
                 await self._connection.drain()
                 while not ended:
                     said = await inbox.get()
-                    ended = not self.alive or (isinstance(said, dict) and said["type"] in LAST_FRAMES)
+                    ended = isinstance(said, dict) and said["type"] in LAST_FRAMES
                     yield _parse_answer(self._expect(said))
             finally:
                 alarm.cancel()
-                if not ended:
+                if not ended and self.alive:
                     self._connection.write({"type": "cancel", "request_id": job.request_id})
 
     @contextlib.contextmanager
@@ -5004,7 +5018,7 @@ class WorkerOptions:
 
     slots: int | None = None
     context: int | None = None
-    queue: int = DEFAULT_QUEUE
+    queue: int | None = None
     threads: int | None = None
     nice: int = DEFAULT_NICE
 
@@ -5112,7 +5126,12 @@ class Worker:
     # --- Health ---
 
     def health(self) -> HealthReport:
-        return self._window.report(len(self._jobs), self.options.queue)
+        return self._window.report(len(self._jobs), self.capacity)
+
+    @property
+    def capacity(self) -> int:
+        """How many requests may run and wait."""
+        return self.options.queue or QUEUE_PER_SLOT * self.engine.plan.slots
 
     async def _keep_up(self) -> None:
         before: HealthState | None = None
@@ -5189,7 +5208,7 @@ class Worker:
             "health": self.health().to_json(),
             "models": [{**model, "context": self.engine.slot_tokens}],
             "slots": plan.slots,
-            "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.options.queue},
+            "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.capacity},
             "speed": round(self.engine.speed.tokens_per_s, 1),
             "gpu": {"layers": layers, "devices": self.engine.devices if layers else [], "cards": cards},
             "agent": AGENT,
@@ -5208,8 +5227,8 @@ class Worker:
             raise ModelNotFound(f"this worker has no model {job.model}; it has {name}")
         if self.draining:
             raise Refused("this worker is being shut down", "draining")
-        if len(self._jobs) >= self.options.queue:
-            raise Refused(f"this worker's queue is full ({self.options.queue} requests)")
+        if len(self._jobs) >= self.capacity:
+            raise Refused(f"this worker's queue is full ({self.capacity} requests)")
         if self.health().state is HealthState.OVERLOADED:
             raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
         self._next_ticket += 1
@@ -5268,7 +5287,7 @@ class Session:
         self._connection = connection
         self._tickets: dict[str, int] = {}
         self._outbox: list[tuple[str, Said]] = []
-        self._something_to_say = asyncio.Event()
+        self._client_lags = asyncio.Event()
 
     async def run(self) -> None:
         """Serve until the client closes, breaks the protocol, or stops reading."""
@@ -5293,23 +5312,23 @@ class Session:
 
     def speak(self) -> None:
         """Send what was queued: at once, or where the client lags, when it has taken what was sent before."""
+        if not self._connection.lagging:
+            try:
+                self._flush()
+            except QMeshError as error:  # nothing that this client says may strike others
+                log.error("a message cannot be sent: %s", error)
+                self._connection.abort()
         if self._connection.lagging:
-            self._something_to_say.set()
-            return
-        try:
-            self._flush()
-        except QMeshError as error:  # nothing that this client says may strike others
-            log.error("a message cannot be sent: %s", error)
-            self._connection.abort()
+            self._client_lags.set()
 
     async def _write(self) -> None:
         while True:
-            await self._something_to_say.wait()
-            self._flush()
+            await self._client_lags.wait()
             await self._connection.drain()
+            self.speak()
 
     def _flush(self) -> None:
-        self._something_to_say.clear()
+        self._client_lags.clear()
         outbox, self._outbox = self._outbox, []
         for request_id, said in join_tokens(outbox):
             self._connection.write(self._frame(request_id, said))
@@ -6236,10 +6255,7 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
         "--ctx", type=whole(MIN_CONTEXT, MAX_TOKENS_LIMIT), help=f"tokens of context per slot ({DEFAULT_CONTEXT})"
     )
     parser.add_argument(
-        "--queue",
-        type=whole(1, MAX_QUEUE),
-        default=DEFAULT_QUEUE,
-        help=f"requests running and waiting ({DEFAULT_QUEUE})",
+        "--queue", type=whole(1, MAX_QUEUE), help=f"requests running and waiting ({QUEUE_PER_SLOT} per slot)"
     )
     parser.add_argument("--threads", type=whole(1, 1024), help="threads for llama.cpp (physical cores)")
     parser.add_argument("--gpu-layers", metavar="N", help="layers on the GPU: -1 all, 0 none (as detected)")

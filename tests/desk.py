@@ -16,7 +16,7 @@ CONTEXT = 512
 THREADS = 1  # two would spin while they wait for each other, and on a busy machine they wait long
 STEP_S = 2.0  # what a step takes on the tests' clock
 TOKEN_S = 1 / 250  # and a token, where steps are to take as long as what they evaluate
-MAX_STEPS = 500
+MAX_STEPS = 5000
 
 Event = Queued | Token | Result | qmesh.QMeshError
 
@@ -40,7 +40,6 @@ class WatchedModel(qmesh.LlamaModel):
         self.plan = plan
         self.clock = Clock()
         self.cuttable = True
-        self.resting = True
         self.token_s = 0.0
         self.samplers: dict[int, qmesh.Sampler] = {}
         self.freed: dict[int, qmesh.Sampler] = {}
@@ -58,8 +57,7 @@ class WatchedModel(qmesh.LlamaModel):
             assert entry.position == len(self.memory[entry.slot]), "a slot's memory has a gap, or two users"
             self.memory[entry.slot].append(entry.token)
         self.batches.append(tuple(entries))
-        self.clock.now += self.token_s * len(entries) or (STEP_S if self.resting else 0)
-        self.resting = False
+        self.clock.now += self.token_s * len(entries) or STEP_S
         return super().decode(entries)
 
     def make_sampler(self, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> qmesh.Sampler:
@@ -104,7 +102,6 @@ class Desk:
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
-            self.model.resting = True
             self.batcher.step()
             self._listen()
 

@@ -504,7 +504,7 @@ def test_a_step_evaluates_what_its_time_allows_for_on_fast_and_slow_machines(tok
     pacer = qmesh.StepPacer()
     for _ in range(30):
         count = pacer.tokens(1.0)
-        pacer.stepped(count, count * token_s)
+        pacer.stepped(count, count * token_s, filling=count)
     assert pacer.tokens(1.0) == pytest.approx(tokens, abs=1)
 
 
@@ -512,13 +512,13 @@ def test_what_a_step_costs_besides_its_tokens_does_not_keep_it_small() -> None:
     pacer = qmesh.StepPacer()
     for _ in range(30):
         count = pacer.tokens(1.0)
-        pacer.stepped(count, 0.5 + count * 0.002)
+        pacer.stepped(count, 0.5 + count * 0.002, filling=count)
     assert pacer.tokens(1.0) == pytest.approx(250, abs=3)
 
 
 def test_steps_with_next_to_no_prompt_say_nothing_about_its_speed() -> None:
     pacer = qmesh.StepPacer()
-    pacer.stepped(qmesh.MIN_CHUNK_TOKENS - 1, 60.0)
+    pacer.stepped(64, 60.0, filling=qmesh.MIN_CHUNK_TOKENS - 1)
     assert pacer.tokens(1.0) == qmesh.FIRST_CHUNK_TOKENS
 
 
@@ -1289,7 +1289,7 @@ def test_layers_that_were_asked_for_where_no_gpu_is_known_are_spoken_of_too() ->
     ("line", "device"),
     [
         ("llama_model_load: using device CUDA0 (NVIDIA T4) (0000:00:1e.0) - 14918 MiB free", "CUDA0 (NVIDIA T4)"),
-        ("llama_model_load: using device Vulkan1 (AMD Radeon) (unknown id) - 8192 MiB free", "Vulkan1 (AMD Radeon)"),
+        ("load: using device Vulkan1 (AMD (RADV)) (unknown id) - 8192 MiB free", "Vulkan1 (AMD (RADV))"),
         ("llama_model_load: using device MTL0 (Apple M2) (unknown id) - 10922 MiB free", "MTL0 (Apple M2)"),
     ],
 )
@@ -1297,6 +1297,7 @@ def test_the_log_tells_the_devices_that_a_model_is_put_on(line: str, device: str
     log = qmesh.llama_log()
     log.begin()
     log.on_line(2, line.encode() + b"\n", None)
+    log.on_line(2, b"load: skipping device V (a) with id 1 - already using device C (b) with the same id\n", None)
     log.on_line(2, b"load_tensors: offloaded 31/31 layers to GPU\n", None)
     assert (log.devices, log.offloaded) == ([device], (31, 31))
     log.begin()

@@ -116,6 +116,20 @@ def test_a_model_without_a_template_gets_the_plain_form(subject: Subject) -> Non
     assert chat.text == desk.ask(raw(qmesh.plain_chat([message]), max_tokens=9)).text
 
 
+def test_a_window_that_has_moved_on_is_not_taken_for_what_stood_before_it(tmp_path: Path) -> None:
+    path = tiny_models.write_model("gemma3", tmp_path / "gemma3.gguf")
+    with contextlib.closing(WatchedModel(plan_for(path, context=tiny_models.CONTEXT))) as model:
+        text = "abcdefghij" * 90
+        for kept in (0, 450, 890):
+            other = text[:kept] + "X" * (920 - kept)
+            cold = Desk(model).ask(raw(other, max_tokens=TOKENS))
+            desk = Desk(model)
+            for _ in range(SLOTS):
+                desk.submit(raw(text, max_tokens=TOKENS))
+            desk.finish()
+            assert desk.ask(raw(other, max_tokens=TOKENS)).text == cold.text
+
+
 def test_the_files_are_the_same_each_time(tmp_path: Path) -> None:
     first, second = (tiny_models.write_model("mamba", tmp_path / name) for name in ("a.gguf", "b.gguf"))
     assert first.read_bytes() == second.read_bytes()

@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 from loop import PATIENCE_S, in_a_loop
@@ -592,6 +593,56 @@ async def test_a_request_id_that_is_under_way_cannot_be_used_again() -> None:
         said = await anext(first)
         assert isinstance(said, Result)
         assert said.text == "end"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@in_a_loop
+async def test_what_came_before_a_connection_closed_is_heard_also_by_who_reads_slowly(whole: bool) -> None:
+    async def handler(connection: Connection) -> None:
+        (request_id,) = await prompts(connection, 1)
+        for seq in range(3):
+            connection.write(token(request_id, seq, f"{seq} "))
+        if whole:
+            connection.write(result(request_id, "end"))
+        await connection.drain()
+
+    async with (
+        serving(handler) as (_, address),
+        linked(address) as link,
+        contextlib.aclosing(link.run(job("r"))) as answer,
+    ):
+        said: list[Any] = [await anext(answer)]
+        while link.alive:  # noqa: ASYNC110 - its end makes no event
+            await asyncio.sleep(0)
+        said += [await anext(answer), await anext(answer)]
+        assert [item.text for item in said] == ["0 ", "1 ", "2 "]
+        if whole:
+            last = await anext(answer)
+            assert isinstance(last, Result)
+            assert last.text == "end"
+            with pytest.raises(StopAsyncIteration):
+                await anext(answer)
+        else:
+            with pytest.raises(WorkerLost):
+                await anext(answer)
+
+
+@pytest.mark.parametrize("fault", ["silence", "nonsense"])
+@in_a_loop
+async def test_a_worker_that_is_given_up_is_told_to_stop(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(qmesh, "DEADLINE_GRACE_S", 0.0)
+    told: asyncio.Future[Json | None] = asyncio.get_running_loop().create_future()
+
+    async def script(connection: Connection) -> None:
+        (request_id,) = await prompts(connection, 1)
+        if fault == "nonsense":
+            await connection.send({"type": "inference_token", "request_id": request_id, "seq": "first"})
+        told.set_result(await connection.receive())
+
+    async with serving(scripted(script)) as (_, address), linked(address) as link:
+        with pytest.raises(QMeshError):
+            await text_of(link, job("r", timeout_s=1 if fault == "silence" else 60))
+        assert await told == {"type": "cancel", "request_id": "r"}
 
 
 @in_a_loop

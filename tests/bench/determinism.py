@@ -23,7 +23,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from desk import Desk, WatchedModel, chat, plan_for  # noqa: E402
+from desk import TOKEN_S, Desk, WatchedModel, chat, plan_for  # noqa: E402
 
 import qmesh  # noqa: E402
 
@@ -35,13 +35,20 @@ FORMS = ("Write a short poem about {}.", "Explain {} to a child.", "List five fa
 
 def jobs(count: int, tokens: int, temperature: float) -> list[qmesh.Job]:
     questions = [form.format(subject) for form in FORMS for subject in SUBJECTS][:count]
-    return [chat(text, temperature=temperature, seed=at, max_tokens=tokens) for at, text in enumerate(questions)]
+    asked = [chat(text, temperature=temperature, seed=at, max_tokens=tokens) for at, text in enumerate(questions)]
+    return [replace(job, timeout_s=qmesh.MAX_TIMEOUT_S) for job in asked]
+
+
+def empty_desk(model: WatchedModel) -> Desk:
+    desk = Desk(model)
+    model.token_s = TOKEN_S  # steps take as long as what is in them, so that chunks are of many sizes
+    return desk
 
 
 def alone(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
     answers = []
     for job in asked:
-        desk = Desk(model)  # with empty slots
+        desk = empty_desk(model)
         desk.ask(job)
         answers.append(desk.ids(0))
     return answers
@@ -49,11 +56,10 @@ def alone(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
 
 def together(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
     """All at once, so that prompts fill and others write beside each answer."""
-    desk = Desk(model)
+    desk = empty_desk(model)
     for job in asked:
         desk.submit(job)
-    while not desk.batcher.idle:
-        desk.step()
+    desk.finish()
     return [desk.ids(ticket) for ticket in desk.told]
 
 
@@ -61,7 +67,7 @@ def warm(model: WatchedModel, asked: Sequence[qmesh.Job]) -> list[list[int]]:
     """Each on a slot that holds all of its prompt and answer, and so evaluates one token at a time."""
     answers = []
     for job in asked:
-        desk = Desk(model)
+        desk = empty_desk(model)
         desk.ask(job)
         desk.ask(job)
         answers.append(desk.ids(1))
@@ -74,7 +80,7 @@ def resumed(model: WatchedModel, asked: Sequence[qmesh.Job], whole: Sequence[Seq
     answers = []
     for job, ids in zip(asked, whole, strict=True):
         cut = rng.randrange(1, max(len(ids), 2))
-        desk = Desk(model)
+        desk = empty_desk(model)
         desk.ask(replace(job, resume=tuple(ids[:cut])))
         answers.append([*ids[:cut], *desk.ids(0)])
     return answers

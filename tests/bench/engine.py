@@ -4,14 +4,15 @@
 
 All sides run the same model, threads and context, and take turns within each round. The table shows medians over
 the rounds; ratios are medians of the ratios within a round, since a shared machine changes its mind between two.
-`--out` also writes engine.json, engine.md and engine.svg (that one needs matplotlib). The first run sets the peers
-up under ~/.cache/qmesh-bench (or QMESH_BENCH_DIR), which takes about fifteen minutes, most of it for building.
+`--out` also writes engine.json, engine.md and engine.svg; tests/bench/requirements.txt has what draws that. The first
+run sets the peers up under ~/.cache/qmesh-bench (or QMESH_BENCH_DIR): about fifteen minutes, most of it for building.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import platform
 import statistics
@@ -112,14 +113,13 @@ async def long_prompts(side: peers.Peer, rounds: int) -> dict[str, float]:
     for number in range(10_000, 10_000 + rounds):
         calm = asyncio.create_task(side.load([short_prompt(number)], 2 * TOKENS))
         await asyncio.sleep(0.5)  # it streams by now; a figure, not a condition
-        [disturber] = await side.load([long_prompt(number)], 2)
+        await side.load([long_prompt(number + 50_000)], 2)
         [stream] = await calm
         gaps.append(stream.longest_gap_ms)
-        cold.append(disturber.first_token_ms)
-        [again] = await side.load([long_prompt(number) + " and then?"], 2)
-        warm.append(again.first_token_ms)
-        [alone] = await side.load([long_prompt(number + 50_000)], 2)
-        cold[-1] = alone.first_token_ms
+        [first] = await side.load([long_prompt(number)], 2)
+        cold.append(first.first_token_ms)
+        [second] = await side.load([long_prompt(number) + " and then?"], 2)
+        warm.append(second.first_token_ms)
     middle = statistics.median
     return {
         "gap_beside_long_prompt_ms": round(middle(gaps), 1),
@@ -185,11 +185,11 @@ async def main(arguments: argparse.Namespace) -> None:
     if peers.NodePeer in chosen:
         peers.node_package()
     with tempfile.TemporaryDirectory() as directory:
-        ours = peers.QmeshWorker(setup, Path(directory))
-        sides: list[peers.Peer] = [ours, *(peer(setup) for peer in chosen)]
+        sides: list[peers.Peer] = []
         try:
-            for side in sides:
-                await side.ready()
+            for make in (functools.partial(peers.QmeshWorker, directory=Path(directory)), *chosen):
+                sides.append(make(setup))
+                await sides[-1].ready()
             print(
                 f"{model.stem}, {slots} slots of {setup.context} tokens, {setup.threads} threads; {machine()}",
                 flush=True,
@@ -198,12 +198,11 @@ async def main(arguments: argparse.Namespace) -> None:
             extra: dict[str, dict[str, float]] = {}
             for side in sides:
                 extra[side.name] = {"memory_mb": round(side.memory_mb, 1)}
-                if not isinstance(side, peers.NodePeer):  # its script runs one load at a time
+                if not isinstance(side, (peers.NodePeer, peers.PythonServer)):  # which run one load at a time
                     extra[side.name] |= await long_prompts(side, arguments.rounds)
-            await ours.stop()
         finally:
             for side in sides:
-                side.close()
+                await side.close()
     text = report(figures, arguments.streams, extra)
     print(text)
     if arguments.out is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import shutil
 import sys
 import tempfile
@@ -30,19 +31,18 @@ STREAMS = (1, 8, 32)
 async def main(model: Path, rounds: int) -> None:
     setup = peers.Setup(model, max(STREAMS), 2048, psutil.cpu_count(logical=False) or 1, gpu=True)
     with tempfile.TemporaryDirectory() as directory:
-        ours = peers.QmeshWorker(setup, Path(directory))
-        sides = [ours, peers.BuiltLlamaServer(setup)]
+        sides: list[peers.Peer] = []
         try:
-            for side in sides:
-                await side.ready()
+            for make in (functools.partial(peers.QmeshWorker, directory=Path(directory)), peers.BuiltLlamaServer):
+                sides.append(make(setup))
+                await sides[-1].ready()
             print(f"{model.stem}, {setup.slots} x {setup.context} tokens; {engine.machine()}", flush=True)
             for card in await qmesh.read_gpu_load():
                 print(f"{card.name}, {card.memory_used / 2**30:.1f} of {card.memory_total / 2**30:.1f} GiB in use")
             figures = await engine.streams_in_turn(sides, STREAMS, rounds)
-            await ours.stop()
         finally:
             for side in sides:
-                side.close()
+                await side.close()
     print(engine.report(figures, STREAMS, {}))
 
 

@@ -97,7 +97,7 @@ class Peer:
     def memory_mb(self) -> float:
         return float(psutil.Process(self.popen.pid).memory_info().rss / 1e6)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.popen.terminate()
         try:
             self.popen.wait(20)
@@ -265,8 +265,9 @@ class QmeshWorker(Peer):
                     stream.times += [time.perf_counter()] * len(event.tokens)
         return stream
 
-    async def stop(self) -> None:
+    async def close(self) -> None:
         await self._client.__aexit__(None, None, None)
+        await super().close()
 
 
 # --- Setting up ---
