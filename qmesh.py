@@ -3723,7 +3723,6 @@ class LlamaModel:
             raise
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self._memory = self._llama.llama_get_memory(self._context)
-        self._window = int(self._llama.llama_model_n_swa(self._model))  # of attention, in tokens; 0 for all
         self._numpy = importlib.import_module("numpy")  # llama_cpp brings it along
         self._candidates = self._numpy.zeros(
             int(self._llama.llama_vocab_n_tokens(self._vocab)), dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")]
@@ -3761,6 +3760,7 @@ class LlamaModel:
         params.n_ctx = plan.slots * plan.context
         params.n_seq_max = plan.slots
         params.n_batch = params.n_ubatch = MAX_CHUNK_TOKENS + plan.slots
+        params.swa_full = True  # layers with a sliding window keep what has left it, so that a slot can be cut anywhere
         params.n_outputs_max = plan.slots  # one choice per slot and step; room for more costs hundreds of megabytes
         params.n_threads = params.n_threads_batch = plan.threads
         params.no_perf = True
@@ -3861,10 +3861,7 @@ class LlamaModel:
 
     def keep(self, slot: int, length: int) -> bool:
         """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut there."""
-        cut = bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
-        # A sliding window may have dropped what stood just before the cut.
-        needed_from = max(length - self._window, 0) if self._window else 0
-        return cut and (length == 0 or self._llama.llama_memory_seq_pos_min(self._memory, slot) <= needed_from)
+        return bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
 
     def decode(self, entries: Sequence[BatchEntry]) -> bool:
         """Evaluate a batch to its end; False when llama.cpp fails, after which the slots' memory is undefined."""

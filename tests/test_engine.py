@@ -754,12 +754,12 @@ def test_closing_frees_what_runs_and_what_waits(desk: Desk) -> None:
 
 
 RESUMED = {
-    "numbers": raw(COUNTING, max_tokens=14),
-    "emoji": chat(EMOJI, max_tokens=12),
-    "poem": chat(POEM, max_tokens=18),
-    "drawn": raw("Once upon a time", temperature=1.2, seed=7, max_tokens=20),
-    "drawn with a penalty": raw("The sea is", temperature=0.9, seed=3, top_k=0, repeat_penalty=1.2, max_tokens=14),
-    "drawn to a schema": raw("A name:", temperature=1.0, seed=1, json_schema=NAMED, max_tokens=14),
+    "numbers": raw(COUNTING, max_tokens=10),
+    "emoji": chat(EMOJI, max_tokens=10),
+    "poem": chat(POEM, max_tokens=12),
+    "drawn": raw("Once upon a time", temperature=1.2, seed=7, max_tokens=12),
+    "drawn with a penalty": raw("The sea is", temperature=0.9, seed=3, top_k=0, repeat_penalty=1.2, max_tokens=9),
+    "drawn to a schema": raw("A name:", temperature=1.0, seed=1, json_schema=NAMED, max_tokens=10),
 }
 
 

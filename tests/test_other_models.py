@@ -116,18 +116,17 @@ def test_a_model_without_a_template_gets_the_plain_form(subject: Subject) -> Non
     assert chat.text == desk.ask(raw(qmesh.plain_chat([message]), max_tokens=9)).text
 
 
-def test_a_window_that_has_moved_on_is_not_taken_for_what_stood_before_it(tmp_path: Path) -> None:
+def test_a_slot_can_be_cut_where_a_layers_window_has_long_left(tmp_path: Path) -> None:
     path = tiny_models.write_model("gemma3", tmp_path / "gemma3.gguf")
-    with contextlib.closing(WatchedModel(plan_for(path, context=tiny_models.CONTEXT))) as model:
+    with contextlib.closing(WatchedModel(plan_for(path, slots=1, context=tiny_models.CONTEXT))) as model:
         text = "abcdefghij" * 90
-        for kept in (0, 450, 890):
-            other = text[:kept] + "X" * (920 - kept)
+        for kept in (0, 100, 890):  # long out of the window, and in it
+            other = text[:kept] + "XY"
             cold = Desk(model).ask(raw(other, max_tokens=TOKENS))
             desk = Desk(model)
-            for _ in range(SLOTS):
-                desk.submit(raw(text, max_tokens=TOKENS))
-            desk.finish()
-            assert desk.ask(raw(other, max_tokens=TOKENS)).text == cold.text
+            desk.ask(raw(text, max_tokens=TOKENS))
+            warm = desk.ask(raw(other, max_tokens=TOKENS))
+            assert (warm.text, warm.usage["cached_tokens"]) == (cold.text, kept + 1 if kept else 1)
 
 
 def test_the_files_are_the_same_each_time(tmp_path: Path) -> None:
