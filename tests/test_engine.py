@@ -1121,6 +1121,16 @@ def test_a_context_that_llama_cpp_cannot_make_is_refused_with_its_reason(model_p
         qmesh.LlamaModel(plan_for(model_path, slots=300, context=256))
 
 
+def test_a_model_that_cannot_be_evaluated_alike_in_every_batch_is_served_all_the_same(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(qmesh, "UNIFORM_CACHE", (12, 12))  # Q4_K, whose blocks are larger than the model's heads
+    caplog.set_level("INFO", logger="qmesh")
+    with contextlib.closing(WatchedModel(plan_for(model_path, slots=1))) as model:
+        assert Desk(model).ask(raw("1, 2, 3, 4,", max_tokens=6)).text.startswith(" 5, 6")
+    assert "cannot evaluate SmolLM2-135M-Instruct.Q4_1 alike in every batch" in caplog.text
+
+
 def test_the_reason_is_that_of_the_model_which_failed_last(model_path: Path, tmp_path: Path) -> None:
     plan = plan_for(model_path)
     for name in ("one.gguf", "two.gguf"):
