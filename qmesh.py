@@ -3752,7 +3752,7 @@ class LlamaModel:
                 f"llama.cpp cannot make {plan.slots} x {plan.context} tokens of context for {plan.model.name} "
                 f"({self._last_error()}); lower --slots or --ctx"
             )
-        self._batch = self._llama.llama_batch_init(MAX_CHUNK_TOKENS + plan.slots, 0, 1)
+        self._batch = self._llama.llama_batch_init(self._llama.llama_n_batch(self._context), 0, 1)
 
     def _context_params(self, plan: EnginePlan, *, uniform: bool) -> Any:
         """uniform: let a token's value not depend on what it is evaluated with, as far as llama.cpp can."""
@@ -3879,17 +3879,21 @@ class LlamaModel:
 
     def sample(self, sampler: Sampler, index: int) -> int:
         """Choose the successor of entry `index` of the last batch. Raises InvalidRequest when a schema allows none."""
-        if sampler.grammar is None and not sampler.likeliest:
-            return int(self._llama.llama_sampler_sample(sampler.chain, self._context, index))
-        logits = self._numpy.ctypeslib.as_array(
-            self._llama.llama_get_logits_ith(self._context, index), shape=(self.vocabulary_size,)
-        )
-        if sampler.grammar is None:  # ten times as fast as the chain, which copies all logits first
-            return int(logits.argmax())
+        if sampler.grammar is not None:
+            return self._sample_by_grammar(sampler, index)
+        if sampler.likeliest:  # the chain would copy all logits first
+            return int(self._logits(index).argmax())
+        return int(self._llama.llama_sampler_sample(sampler.chain, self._context, index))
+
+    def _logits(self, index: int) -> Any:
+        logits = self._llama.llama_get_logits_ith(self._context, index)
+        return self._numpy.ctypeslib.as_array(logits, shape=(self.vocabulary_size,))
+
+    def _sample_by_grammar(self, sampler: Sampler, index: int) -> int:
         # llama.cpp ends the process when a grammar is given a token that it does not allow, so it is asked first.
         candidates = self._candidates
         candidates["id"] = range(self.vocabulary_size)
-        candidates["logit"] = logits
+        candidates["logit"] = self._logits(index)
         if not self._restrict(sampler.grammar, candidates):
             raise InvalidRequest("json_schema allows nothing more, and the answer is not finished")
         array = self._token_array(candidates)
@@ -3930,11 +3934,11 @@ class LlamaModel:
         return sampler
 
     def _replay(self, sampler: Sampler, token: int) -> None:
+        only = self._numpy.array([(token, 0, 0)], self._candidates.dtype)
         if sampler.grammar is not None:
-            if not self._restrict(sampler.grammar, self._numpy.array([(token, 0, 0)], self._candidates.dtype)):
+            if not self._restrict(sampler.grammar, only):
                 raise InvalidRequest("resume.tokens does not match json_schema")
             self._llama.llama_sampler_accept(sampler.grammar, token)
-        only = self._numpy.array([(token, 0, 0)], self._candidates.dtype)
         self._llama.llama_sampler_apply(sampler.chain, ctypes.byref(self._token_array(only)))  # one draw a token
         self._llama.llama_sampler_accept(sampler.chain, token)
 
@@ -4119,7 +4123,6 @@ class Batcher:
         self._queue: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
         self._events: list[EngineEvent] = []
-        self._places: list[int] = []  # tickets in the order of the queue, when those who wait were last told
         self._places_told_at = 0.0
 
     @property
@@ -4317,10 +4320,11 @@ class Batcher:
     def _tell_places(self) -> None:
         """Tell those who wait where they stand and how long it will take: when they move, and from time to time."""
         waiting = self._queue.in_order()
-        places, now = [task.ticket for task in waiting], self._clock()
-        if not places or (places == self._places and now - self._places_told_at < QUEUE_NEWS_S):
+        moved = any(task.told is None or task.told.position != place for place, task in enumerate(waiting))
+        now = self._clock()
+        if not waiting or (not moved and now - self._places_told_at < QUEUE_NEWS_S):
             return
-        self._places, self._places_told_at = places, now
+        self._places_told_at = now
         remaining = [self._remaining_s(slot, now) for slot in self._slots]
         service_s = self.speed.mean_service_s or max(remaining)
         for position, wait_s in enumerate(expected_waits(remaining, service_s, len(waiting))):
@@ -4379,6 +4383,10 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def layers_on_gpu(self) -> int:
+        return self.offloaded[0] if self.offloaded else 0
 
     def stop(self) -> None:
         """End the thread after the step it is in, and free the model."""
@@ -4640,9 +4648,7 @@ def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> sock
         try:
             sock.bind((host, attempt))
             if kind == socket.SOCK_STREAM:
-                sock.listen(
-                    MAX_CONNECTIONS
-                )  # only now is the port surely ours: SO_REUSEADDR lets two processes bind it
+                sock.listen(MAX_CONNECTIONS)  # SO_REUSEADDR lets two processes bind a port: only now is it ours
             return sock
         except OSError as error:
             sock.close()
@@ -5113,10 +5119,8 @@ class Worker:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_GRACE_S):
                 await self._idle.wait()
-        for ticket, (session, job) in list(self._jobs.items()):
-            self.cancel(ticket)
-            session.tell(job.request_id, Refused("the worker is being shut down", "draining"))
-            session.speak()
+        for ticket in list(self._jobs):
+            self._end(ticket, Refused("the worker is being shut down", "draining"))
         self._remember_peers()
         await self._resources.aclose()
 
@@ -5148,7 +5152,7 @@ class Worker:
             await asyncio.sleep(SAMPLE_PERIOD_S)
 
     async def _watch_gpus(self) -> None:
-        while shutil.which("nvidia-smi") is not None:
+        while True:
             self._gpus = await read_gpu_load()
             await asyncio.sleep(GPU_SAMPLE_PERIOD_S)
 
@@ -5156,10 +5160,14 @@ class Worker:
         """Keep deadlines also while the engine is in a step that does not end."""
         now = time.monotonic()
         for ticket in [ticket for ticket, deadline in self._deadlines.items() if deadline <= now]:
-            session, job = self._jobs[ticket]
-            self.cancel(ticket)
-            session.tell(job.request_id, DeadlineExceeded(f"no whole answer within {job.timeout_s:g} s"))
-            session.speak()
+            timeout_s = self._jobs[ticket][1].timeout_s
+            self._end(ticket, DeadlineExceeded(f"no whole answer within {timeout_s:g} s"))
+
+    def _end(self, ticket: int, error: QMeshError) -> None:
+        session, job = self._jobs[ticket]
+        self.cancel(ticket)
+        session.tell(job.request_id, error)
+        session.speak()
 
     def _remember_peers(self) -> None:
         self._remember_at = time.monotonic() + REMEMBER_PERIOD_S
@@ -5197,7 +5205,7 @@ class Worker:
         plan, active = self.engine.plan, min(len(self._jobs), self.engine.plan.slots)
         model = {"name": plan.model.name, "architecture": plan.model.architecture}
         model |= {"quantization": plan.model.quantization, "fingerprint": plan.model.fingerprint.hex()}
-        layers = self.engine.offloaded[0] if self.engine.offloaded else 0
+        layers = self.engine.layers_on_gpu
         cards = [card.to_json() for card in self._gpus]
         return {
             "type": "status_response",
@@ -5875,7 +5883,7 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
     plan = worker.engine.plan
     if as_json:
         print_json(worker.ready())
-    layers = worker.engine.offloaded[0] if worker.engine.offloaded else 0
+    layers = worker.engine.layers_on_gpu
     place = plural(plan.threads, "thread")
     if layers:
         place = f"{plural(layers, 'layer')} on {', '.join(worker.engine.devices) or plan.gpu.backend}"

@@ -13,7 +13,7 @@ import contextlib
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,16 +91,8 @@ def measure(path: Path, count: int, tokens: int, threads: int) -> None:
         for name, temperature in (("likeliest", 0.0), ("drawn", 0.8)):
             asked = jobs(count, tokens, temperature)
             whole = alone(model, asked)
-            ways: dict[str, Callable[[], list[list[int]]]] = {
-                "again": lambda: alone(model, asked),  # noqa: B023 - called within the turn
-                "together": lambda: together(model, asked),  # noqa: B023
-                "warm": lambda: warm(model, asked),  # noqa: B023
-                "resumed": lambda: resumed(model, asked, whole),  # noqa: B023
-            }
-            cells = []
-            for way in ways.values():
-                equal = sum(a == b for a, b in zip(way(), whole, strict=True))
-                cells.append(f"{equal}/{count}")
+            ways = [alone(model, asked), together(model, asked), warm(model, asked), resumed(model, asked, whole)]
+            cells = [f"{sum(a == b for a, b in zip(way, whole, strict=True))}/{count}" for way in ways]
             print(f"| {path.stem} | {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,17 +32,11 @@ import qmesh  # noqa: E402
 PEERS = (peers.BuiltLlamaServer, peers.PrebuiltLlamaServer, peers.PythonServer, peers.NodePeer)
 TOKENS = 128
 LONG_PROMPT_TOKENS = 1500
-GOALS = {
-    (peers.BuiltLlamaServer.name, 1): 1.10,
-    (peers.BuiltLlamaServer.name, 4): 1.10,
-    (peers.BuiltLlamaServer.name, 8): 1.10,
-    (peers.PrebuiltLlamaServer.name, 1): 1.10,
-    (peers.PrebuiltLlamaServer.name, 4): 1.10,
-    (peers.PrebuiltLlamaServer.name, 8): 1.10,
-    (peers.PythonServer.name, 4): 2.0,
-    (peers.NodePeer.name, 1): 2.5,
-    (peers.NodePeer.name, 4): 2.5,
-    (peers.NodePeer.name, 8): 2.5,
+GOALS: dict[str, dict[int, float]] = {
+    peers.BuiltLlamaServer.name: {1: 1.10, 4: 1.10, 8: 1.10},
+    peers.PrebuiltLlamaServer.name: {1: 1.10, 4: 1.10, 8: 1.10},
+    peers.PythonServer.name: {4: 2.0},
+    peers.NodePeer.name: {1: 2.5, 4: 2.5, 8: 2.5},
 }
 
 
@@ -139,7 +131,8 @@ def report(figures: dict[tuple[str, int], Figures], counts: Sequence[int], extra
             it = figures[name, count].to_json()
             mine, theirs = figures[ours, count].speeds, figures[name, count].speeds
             ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-            goal = f"{GOALS[name, count]:.2f} x" if (name, count) in GOALS else ""
+            wanted = GOALS.get(name, {}).get(count)
+            goal = f"{wanted:.2f} x" if wanted else ""
             spread = f"{it['tokens_per_s']:.1f} ({it['tokens_per_s_min']:.1f}-{it['tokens_per_s_max']:.1f})"
             waits = f"{it['first_token_ms_p50']:.0f} / {it['first_token_ms_p99']:.0f} ms"
             versus = "" if name == ours else f"{ratio:.2f} x"
@@ -182,27 +175,15 @@ async def main(arguments: argparse.Namespace) -> None:
     slots = max(8, *arguments.streams)
     setup = peers.Setup(model, slots, arguments.context, psutil.cpu_count(logical=False) or 1)
     chosen = [peer for peer in PEERS if not arguments.peers or peer.name in arguments.peers]
-    if peers.NodePeer in chosen:
-        peers.node_package()
-    with tempfile.TemporaryDirectory() as directory:
-        sides: list[peers.Peer] = []
-        try:
-            for make in (functools.partial(peers.QmeshWorker, directory=Path(directory)), *chosen):
-                sides.append(make(setup))
-                await sides[-1].ready()
-            print(
-                f"{model.stem}, {slots} slots of {setup.context} tokens, {setup.threads} threads; {machine()}",
-                flush=True,
-            )
-            figures = await streams_in_turn(sides, arguments.streams, arguments.rounds)
-            extra: dict[str, dict[str, float]] = {}
-            for side in sides:
-                extra[side.name] = {"memory_mb": round(side.memory_mb, 1)}
-                if not isinstance(side, (peers.NodePeer, peers.PythonServer)):  # which run one load at a time
-                    extra[side.name] |= await long_prompts(side, arguments.rounds)
-        finally:
-            for side in sides:
-                await side.close()
+    async with peers.running(setup, *chosen) as sides:
+        sizes = f"{slots} slots of {setup.context} tokens, {setup.threads} threads"
+        print(f"{model.stem}, {sizes}; {machine()}", flush=True)
+        figures = await streams_in_turn(sides, arguments.streams, arguments.rounds)
+        extra: dict[str, dict[str, float]] = {}
+        for side in sides:
+            extra[side.name] = {"memory_mb": round(side.memory_mb, 1)}
+            if not isinstance(side, (peers.NodePeer, peers.PythonServer)):  # which run one load at a time
+                extra[side.name] |= await long_prompts(side, arguments.rounds)
     text = report(figures, arguments.streams, extra)
     print(text)
     if arguments.out is not None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -30,19 +28,11 @@ STREAMS = (1, 8, 32)
 
 async def main(model: Path, rounds: int) -> None:
     setup = peers.Setup(model, max(STREAMS), 2048, psutil.cpu_count(logical=False) or 1, gpu=True)
-    with tempfile.TemporaryDirectory() as directory:
-        sides: list[peers.Peer] = []
-        try:
-            for make in (functools.partial(peers.QmeshWorker, directory=Path(directory)), peers.BuiltLlamaServer):
-                sides.append(make(setup))
-                await sides[-1].ready()
-            print(f"{model.stem}, {setup.slots} x {setup.context} tokens; {engine.machine()}", flush=True)
-            for card in await qmesh.read_gpu_load():
-                print(f"{card.name}, {card.memory_used / 2**30:.1f} of {card.memory_total / 2**30:.1f} GiB in use")
-            figures = await engine.streams_in_turn(sides, STREAMS, rounds)
-        finally:
-            for side in sides:
-                await side.close()
+    async with peers.running(setup, peers.BuiltLlamaServer) as sides:
+        print(f"{model.stem}, {setup.slots} x {setup.context} tokens; {engine.machine()}", flush=True)
+        for card in await qmesh.read_gpu_load():
+            print(f"{card.name}, {card.memory_used / 2**30:.1f} of {card.memory_total / 2**30:.1f} GiB in use")
+        figures = await engine.streams_in_turn(sides, STREAMS, rounds)
     print(engine.report(figures, STREAMS, {}))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -17,9 +18,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,7 @@ class NodePeer(Peer):
     name = "node-llama-cpp"
 
     def __init__(self, setup: Setup) -> None:
+        node_package()
         sizes = [str(setup.slots), str(setup.context), str(setup.threads)]
         shutil.copy(NODE_PEER, CACHE / NODE_PEER.name)  # node looks for packages beside the script
         super().__init__(["node", str(CACHE / NODE_PEER.name), str(setup.model), *sizes], pipes=True)
@@ -266,8 +269,26 @@ class QmeshWorker(Peer):
         return stream
 
     async def close(self) -> None:
-        await self._client.__aexit__(None, None, None)
-        await super().close()
+        try:
+            await self._client.__aexit__(None, None, None)
+        finally:
+            await super().close()
+
+
+@contextlib.asynccontextmanager
+async def running(setup: Setup, *others: Callable[[Setup], Peer]) -> AsyncIterator[list[Peer]]:
+    """Our own worker and the others, set up and started one after another; ended at the end."""
+    sides: list[Peer] = []
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            ours: Callable[[Setup], Peer] = functools.partial(QmeshWorker, directory=Path(directory))
+            for make in (ours, *others):
+                sides.append(make(setup))
+                await sides[-1].ready()
+            yield sides
+        finally:
+            for side in sides:
+                await side.close()
 
 
 # --- Setting up ---
