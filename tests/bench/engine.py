@@ -159,9 +159,11 @@ def plot(figures: dict[tuple[str, int], Figures], counts: Sequence[int], path: P
     for index, name in enumerate(names):
         heights = [statistics.median(figures[name, count].speeds) for count in counts]
         axes.bar([place + index * width for place in range(len(counts))], heights, width, label=name)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(counts))], [f"{count} streams" for count in counts])
+    axes.set_xticks(
+        [place + 0.4 - width / 2 for place in range(len(counts))], [qmesh.plural(count, "stream") for count in counts]
+    )
     axes.set_ylabel("tokens per second, all streams together")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))  # above the bars
     figure.savefig(path, bbox_inches="tight")
 
 
