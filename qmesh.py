@@ -58,6 +58,7 @@ import hmac
 import http.client
 import importlib
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -81,7 +82,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
@@ -127,6 +128,8 @@ MAX_TOPIC_BYTES: Final = 255  # a name for people
 DEFAULT_PORT: Final = 47475  # preferred for UDP and TCP; a free port is taken when it is not to be had
 BEACON_PORT: Final = 47474  # apart from the service port, so that every process of a machine can share it
 BEACON_GROUP: Final = "239.192.77.77"  # organisation-local multicast scope (RFC 2365): never routed outside
+BEACON_GROUP6: Final = "ff12::4d51:4d45"  # link-local scope, not assigned by IANA (RFC 4291): never leaves the link
+MAX_OUTLETS: Final = 20  # interfaces; Linux lets a socket join so many groups, and a container host has hundreds
 MAX_DATAGRAM_BYTES: Final = 1200  # fits the smallest IPv6 path (1,280) with its headers: never fragmented
 MAC_BYTES: Final = 16  # 128 bits cannot be guessed at the rate a network delivers guesses
 TRANSACTION_BYTES: Final = 8  # long enough that an outsider cannot answer in a peer's place
@@ -155,6 +158,8 @@ MAX_RECORDS: Final = 4096  # about 2 MB; far more workers than one topic will se
 MAX_RECORDS_PER_HOST: Final = 64  # one machine runs a handful of workers; a flood is not one
 MAX_TRANSACTIONS: Final = 512  # several lookups' worth; more is a fault of ours
 MAX_LOST: Final = 8  # addresses of nodes that fell silent, asked now and then whether they are back
+MAX_BEACONS_HEARD: Final = 256  # each arrives once per way that it was sent; the copies are not answered
+MAX_STRANGERS: Final = 16  # hosts of other meshes and versions that are named to whoever looks for a fault
 MAX_UNVERIFIED: Final = 32  # newly heard senders being asked to answer, at once
 RATE_BURST: Final = 400.0  # datagrams an address may send at once: a lookup and its retries, with room
 RATE_PER_S: Final = 100.0  # and then per second
@@ -169,6 +174,8 @@ MAX_FRAME_BYTES: Final = 4 * 1024 * 1024  # a long prompt with its history, seve
 MAX_HELLO_BYTES: Final = 4 * 1024  # before `welcome` nobody is owed more memory than a greeting
 HANDSHAKE_TIMEOUT_S: Final = 5.0  # connect, greet and be greeted; a slow link does it in one
 CONNECT_TIMEOUT_S: Final = 3.0  # a machine that is switched off does not refuse, it is silent
+DIAL_BACK_TIMEOUT_S: Final = 8.0  # for a ping and a connection to somebody who may not answer, and the way back
+MAX_DIAL_BACKS: Final = 4  # under way at once, for one connection
 STATUS_TIMEOUT_S: Final = 2.0  # a worker that cannot tell its health by then is not healthy
 SEND_TIMEOUT_S: Final = 30.0  # a reader that takes nothing for this long has gone
 IDLE_TIMEOUT_S: Final = 120.0  # a connection with nothing in flight is closed after this
@@ -882,6 +889,10 @@ class Result:
             raise WireError(f"a result that makes no sense ({error})") from None
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def format_address(address: Address) -> str:
     """ "10.0.0.1:47475" or "[fe80::1%eth0]:47475"."""
     host, port = address
@@ -889,7 +900,18 @@ def format_address(address: Address) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host).is_loopback
+    """Whether a host, an IP address in its usual form, is this machine and nobody else."""
+    return host.startswith("127.") or host == "::1"
+
+
+def link_of(host: str) -> str | None:
+    """The scope of an IPv6 link-local address ("" where it lacks one), None for an address of any other kind."""
+    return host.partition("%")[2] if host.startswith(("fe8", "fe9", "fea", "feb")) else None
+
+
+def reach(address: Address) -> int:
+    """How far an address is of use: 0 on its own machine, 1 on its own link, 2 beyond."""
+    return 0 if is_loopback(address[0]) else 1 if link_of(address[0]) is not None else 2
 
 
 # ======================================================================================================
@@ -916,7 +938,7 @@ DATAGRAMS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "find_workers": (("topic",), ("after",)),
     "announce": (("topic", "token", "record"), ()),
     "withdraw": (("topic", "token"), ()),
-    "beacon": (("topic",), ()),
+    "beacon": (("topic",), ("known",)),
     "pong": ((), ("record",)),
     "nodes": (("nodes", "token"), ()),
     "workers": (("nodes", "records", "total", "token"), ("next",)),
@@ -938,6 +960,8 @@ FRAMES: Final = frozenset(
         "inference_result",
         "inference_error",
         "cancel",
+        "dial_back",
+        "dialled",
     }
 )
 ERROR_CODES: Final = (
@@ -999,19 +1023,22 @@ def dump_json(body: Mapping[str, Any]) -> bytes:
 
 def pack_address(address: Address) -> bytes:
     """Family (4 or 6), address, port. A link-local address loses its scope: it means another wire there."""
-    ip = ipaddress.ip_address(address[0].partition("%")[0])
-    return bytes([ip.version]) + ip.packed + struct.pack(">H", address[1])
+    host = address[0].partition("%")[0]
+    if ":" in host:
+        return b"\x06" + ipaddress.IPv6Address(host).packed + struct.pack(">H", address[1])
+    return b"\x04" + bytes(map(int, host.split("."))) + struct.pack(">H", address[1])
 
 
 def _unpack_address(data: bytes, at: int) -> tuple[Address, int]:
     size = {4: 4, 6: 16}.get(data[at])
     if size is None or len(data) < at + 3 + size:
         raise WireError("an address that is cut off or of no known family")
-    ip = ipaddress.ip_address(data[at + 1 : at + 1 + size])
+    packed = data[at + 1 : at + 1 + size]
+    host = ".".join(map(str, packed)) if size == 4 else str(ipaddress.IPv6Address(packed))
     (port,) = struct.unpack_from(">H", data, at + 1 + size)
     if port == 0:
         raise WireError("an address with port 0")
-    return (str(ip), port), at + 3 + size
+    return (host, port), at + 3 + size
 
 
 def pack_contact(contact: Contact) -> bytes:
@@ -1117,7 +1144,7 @@ _BINARY_FIELDS: Final[dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], 
 def _decode_field(name: str, value: Any) -> Any:
     if name in _BINARY_FIELDS:
         return _BINARY_FIELDS[name][1](_decode_binary(value))
-    if name == "total" and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:
+    if name in ("total", "known") and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:
         return value
     if name == "code" and value in DATAGRAM_ERRORS:
         return value
@@ -1126,6 +1153,9 @@ def _decode_field(name: str, value: Any) -> Any:
 
 class DatagramCodec:
     """Datagrams to bytes and back, under one mesh's MAC key."""
+
+    STRANGER: ClassVar = ("version", "mesh")
+    """Reasons, as `judge` gives them, that tell of somebody else's QMesh rather than of damage."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -1152,19 +1182,29 @@ class DatagramCodec:
             return base64.b64encode(_BINARY_FIELDS[name][0](value)).decode()
         return value
 
+    def judge(self, data: bytes) -> str | None:
+        """Why these bytes are not worth parsing: their "size", "protocol", "version", or "mesh"; None if they are.
+
+        "mesh": the MAC is wrong, so they come from a mesh with another topic or key, or were damaged.
+        """
+        if not DATAGRAM_HEADER_BYTES < len(data) <= MAX_DATAGRAM_BYTES:
+            return "size"
+        if not data.startswith(DATAGRAM_MAGIC):
+            return "version" if data.startswith(DATAGRAM_MAGIC[:-1]) else "protocol"
+        mac = self._mac(data[DATAGRAM_HEADER_BYTES:])
+        return None if hmac.compare_digest(mac, data[len(DATAGRAM_MAGIC) : DATAGRAM_HEADER_BYTES]) else "mesh"
+
     def decode(self, data: bytes) -> Datagram:
         """Raises WireError; the MAC is judged before anything else is looked at."""
-        if not DATAGRAM_HEADER_BYTES < len(data) <= MAX_DATAGRAM_BYTES:
-            raise WireError("a datagram of the wrong size")
-        if not data.startswith(DATAGRAM_MAGIC):
-            raise WireError("a datagram of another protocol or version")
-        text = data[DATAGRAM_HEADER_BYTES:]
-        if not hmac.compare_digest(self._mac(text), data[len(DATAGRAM_MAGIC) : DATAGRAM_HEADER_BYTES]):
-            raise WireError("a datagram of another mesh, or a damaged one")
-        return self._parse(parse_json(text))
+        reason = self.judge(data)
+        if reason is not None:
+            raise WireError(f"a datagram of the wrong {reason}")
+        return self.parse(data)
 
     @staticmethod
-    def _parse(body: Json) -> Datagram:
+    def parse(data: bytes) -> Datagram:
+        """The datagram in bytes that were judged to be ours. Raises WireError."""
+        body = parse_json(data[DATAGRAM_HEADER_BYTES:])
         kind = body.get("t")
         if not isinstance(kind, str) or kind not in DATAGRAMS:
             raise WireError("a datagram of an unknown type")
@@ -1392,7 +1432,9 @@ class RoutingTable:
         bucket = self._bucket(contact.node_id)
         known = bucket.nodes.get(contact.node_id)
         if known is not None:
-            known.contact, known.answered, known.failures = contact, now, 0
+            if known.failures or reach(contact.address) >= reach(known.contact.address):
+                known.contact = contact  # else it was met on a nearer way: more others can use the address we have
+            known.answered, known.failures = now, 0
             bucket.nodes.move_to_end(contact.node_id)
             return False
         return self._insert(KnownNode(contact, now))
@@ -1446,6 +1488,14 @@ class RoutingTable:
         prefix = self._own.distance(node_id).bit_length()  # those it would share a bucket with after splitting
         return sum(self._own.distance(other).bit_length() == prefix for other in bucket.nodes) < self._k
 
+    def worth_asking(self, contact: Contact, now: float) -> bool:
+        """Whether one that we heard from should be asked: for there is room for it, or it seems to have moved."""
+        node = self._nodes.get(contact.node_id)
+        if node is None:
+            return self.wants(contact.node_id)
+        moved = node.contact.address != contact.address and reach(contact.address) >= reach(node.contact.address)
+        return node.failures > 0 or (moved and node.answered < now - ANNOUNCE_PERIOD_S)
+
     def closest(self, target: NodeId, count: int) -> list[Contact]:
         """The `count` known nodes closest to `target`, closest first."""
         nearest = heapq.nsmallest(count, self._nodes, key=target.distance)
@@ -1468,9 +1518,10 @@ class RoutingTable:
 # The iterative search for the nodes closest to an id, as a machine that is told what happened and says
 # whom to ask next. It never waits for a round: each answer may release the next question.
 # Rule 1: at most `concurrency` questions are in flight; one that is slow gives up its place, not its hope.
-# Rule 2: only nodes among the k closest that have not failed are asked.
-# Rule 3: it has ended when each of these has answered or is slow, and not all are slow; or when its
-# deadline has passed.
+# Rule 2: the nodes that matter are the k closest that are neither slow nor failed: who keeps silent, or was
+# made up, holds up nobody.
+# Rule 3: it has ended when each of these has answered; a patient one, when in addition no slow node might
+# still answer; or when its deadline has passed.
 # ======================================================================================================
 
 
@@ -1487,16 +1538,27 @@ class Asked(enum.Enum):
 class Lookup:
     """One search for the k nodes closest to `target` (Kademlia, section 2.3)."""
 
-    def __init__(self, target: NodeId, *, deadline: float, k: int = K, concurrency: int = LOOKUP_CONCURRENCY) -> None:
+    def __init__(
+        self,
+        target: NodeId,
+        *,
+        deadline: float,
+        k: int = K,
+        concurrency: int = LOOKUP_CONCURRENCY,
+        patient: bool = False,
+    ) -> None:
         self.target = target
         self.deadline = deadline
         self.hops = 0
         self._k = k
         self._concurrency = concurrency
+        self._patient = patient
         self._contacts: dict[NodeId, Contact] = {}
         self._state: dict[NodeId, Asked] = {}
         self._depth: dict[NodeId, int] = {}
         self._order: list[tuple[int, NodeId]] = []  # by distance; failed nodes are taken out
+        self._in_flight = 0
+        self._slow = 0
 
     def heard_of(self, contacts: Iterable[Contact], *, source: NodeId | None = None) -> None:
         """Add candidates; `source` is the node whose answer named them."""
@@ -1510,37 +1572,52 @@ class Lookup:
 
     def next_to_ask(self) -> list[Contact]:
         """Nodes to ask now, each counted as in flight from here on."""
-        head = [node_id for _, node_id in self._order[: self._k]]
-        busy = sum(self._state[node_id] is Asked.IN_FLIGHT for _, node_id in self._order)
-        chosen = [node_id for node_id in head if self._state[node_id] is Asked.NOT_YET]
-        chosen = chosen[: max(0, self._concurrency - busy)]
+        free = max(0, self._concurrency - self._in_flight)
+        chosen = [node_id for node_id in self._head() if self._state[node_id] is Asked.NOT_YET][:free]
         for node_id in chosen:
             self._state[node_id] = Asked.IN_FLIGHT
+        self._in_flight += len(chosen)
         return [self._contacts[node_id] for node_id in chosen]
+
+    def _head(self) -> list[NodeId]:
+        """The k closest nodes that are neither slow nor failed."""
+        hopeful = (node_id for _, node_id in self._order if self._state[node_id] is not Asked.SLOW)
+        return list(itertools.islice(hopeful, self._k))
+
+    def _leave(self, node_id: NodeId, state: Asked) -> bool:
+        """Move a node that has not answered so far to `state`. False when there is no such node."""
+        before = self._state.get(node_id)
+        if before is Asked.IN_FLIGHT:
+            self._in_flight -= 1
+        elif before is Asked.SLOW:
+            self._slow -= 1
+        else:
+            return False
+        self._state[node_id] = state
+        return True
 
     def answered(self, node_id: NodeId, contacts: Iterable[Contact]) -> None:
         """A node answered, and named these."""
-        if self._state.get(node_id) in (Asked.IN_FLIGHT, Asked.SLOW):
-            self._state[node_id] = Asked.ANSWERED
+        if self._leave(node_id, Asked.ANSWERED):
             self.hops = max(self.hops, self._depth[node_id])
             self.heard_of(contacts, source=node_id)
 
     def slow(self, node_id: NodeId) -> None:
         """A node's first timeout has passed."""
-        if self._state.get(node_id) is Asked.IN_FLIGHT:
-            self._state[node_id] = Asked.SLOW
+        if self._leave(node_id, Asked.SLOW):
+            self._slow += 1
 
     def failed(self, node_id: NodeId) -> None:
         """A node did not answer at all."""
-        if self._state.get(node_id) in (Asked.IN_FLIGHT, Asked.SLOW):
-            self._state[node_id] = Asked.FAILED
+        if self._leave(node_id, Asked.FAILED):
             self._order.remove((self.target.distance(node_id), node_id))
 
     def ended(self, now: float) -> bool:
-        states = [self._state[node_id] for _, node_id in self._order[: self._k]]
-        if now >= self.deadline or not states:
+        head = self._head()
+        if now >= self.deadline or not (head or self._slow):
             return True
-        return Asked.ANSWERED in states and all(state in (Asked.ANSWERED, Asked.SLOW) for state in states)
+        waits = not head or (self._patient and self._slow)
+        return not waits and all(self._state[node_id] is Asked.ANSWERED for node_id in head)
 
     def closest(self) -> list[Contact]:
         """The k closest nodes that answered, closest first."""
@@ -1593,11 +1670,11 @@ class RecordStore:
         return len(self._expiry)
 
     def put(self, topic: NodeId, record: WorkerRecord, now: float) -> bool:
-        """Keep a record for RECORD_TTL_S, unless a later one is known. False when a quota forbids it."""
+        """Keep a record for RECORD_TTL_S, unless it is no news. False when a quota forbids it."""
         key = (topic, record.worker_id)
         known = self._topics.get(topic, {}).get(record.worker_id)
-        if known is not None and known.stamp > record.stamp:
-            return True  # a repetition that was overtaken on its way
+        if known is not None and known.stamp >= record.stamp:
+            return True  # overtaken on its way, or repeated: by a retry, or by somebody who recorded it
         host = record.address[0]
         if known is None and len(self._expiry) >= self._capacity:
             return False
@@ -1666,7 +1743,8 @@ class RecordStore:
 # done (`find_workers`, `announce`, `withdraw`, `meet`) only queues datagrams and arms the timer.
 # Rule 1: bad datagrams are dropped in silence and counted, and so is what exceeds a sender's rate.
 # Rule 2: no reply is larger than its request, so that nobody can be flooded through us.
-# Rule 3: a record or contact on the loopback is told to nobody outside this machine.
+# Rule 3: an address is told only to those who can use it: one on the loopback to nobody outside this
+# machine, a link-local one to nobody outside its link.
 # ======================================================================================================
 
 BEACON: Final[Address] = ("", BEACON_PORT)
@@ -1711,7 +1789,14 @@ class Finished:
     requests: int
 
 
-Event = Joined | Found | Finished
+@dataclass(frozen=True, slots=True)
+class Cloned:
+    """Somebody at this address uses our id, or did when the machine was started from a copy of this one."""
+
+    address: Address
+
+
+Event = Joined | Found | Finished | Cloned
 
 
 class RateLimiter:
@@ -1730,11 +1815,59 @@ class RateLimiter:
         level, since = self._buckets.get(sender, (self._burst, now))
         level = min(self._burst, level + (now - since) * self._per_s)
         allowed = level >= 1
-        self._buckets[sender] = (level - allowed, now)
-        self._buckets.move_to_end(sender)
-        if len(self._buckets) > MAX_RATED_ADDRESSES:
-            self._buckets.popitem(last=False)
+        _remember(self._buckets, sender, (level - allowed, now), MAX_RATED_ADDRESSES)
         return allowed
+
+
+class Gate:
+    """Decides what is taken in from the wire, and counts what is not.
+
+    dropped: datagrams by reason. received: "datagrams" and "bytes" in all. strangers: hosts whose datagrams
+    are of another "mesh" or "version", the latest last.
+    """
+
+    def __init__(self, codec: DatagramCodec) -> None:
+        self.dropped: Counter[str] = Counter()
+        self.received: Counter[str] = Counter()
+        self.strangers: OrderedDict[str, str] = OrderedDict()
+        self._codec = codec
+        self._limiter = RateLimiter()
+        self._beacons: OrderedDict[tuple[Address, bytes], None] = OrderedDict()
+
+    def admit(self, data: bytes, address: Address, now: float) -> Datagram | None:
+        """The datagram, when its sender keeps to its rate and it is ours, whole, and not a beacon's second copy."""
+        self.received["datagrams"] += 1
+        self.received["bytes"] += len(data)
+        reason = self._codec.judge(data) if self._limiter.allow(address, now) else "rate"
+        try:
+            datagram = self._codec.parse(data) if reason is None else None
+        except WireError:
+            datagram, reason = None, "malformed"
+        if datagram is not None and datagram.kind == "beacon" and self._heard_before(datagram, address):
+            datagram, reason = None, "copy"
+        if reason is not None:
+            self.dropped[reason] += 1
+        if reason in DatagramCodec.STRANGER:
+            _remember(self.strangers, address[0], reason, MAX_STRANGERS)
+        return datagram
+
+    def _heard_before(self, beacon: Datagram, address: Address) -> bool:
+        """A beacon is sent by every way there is and never repeated: what comes twice came by two ways."""
+        heard = (address, beacon.transaction) in self._beacons
+        _remember(self._beacons, (address, beacon.transaction), None, MAX_BEACONS_HEARD)
+        return heard
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def _remember(known: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> None:
+    """Note a value as the latest; beyond `most`, the one longest not noted is forgotten."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > most:
+        known.popitem(last=False)
 
 
 class Responder:
@@ -1751,14 +1884,14 @@ class Responder:
         self._table = table
         self._rng = rng
         self._tokens = AnnounceTokens(rng.randbytes(32))
+        # What the largest reply takes without its lists; ids and tokens always have the same size.
+        widest = {"nodes": (), "records": (), "total": 0xFFFFFFFF, "token": bytes(TOKEN_BYTES), "next": NodeId(0)}
+        self._fixed_bytes = len(codec.encode(Datagram("workers", bytes(TRANSACTION_BYTES), own, widest)))
 
     def reply(self, request: Datagram, address: Address, size: int, now: float) -> tuple[str, bytes]:
         """The type and bytes of the reply to a request of `size` bytes: its lists hold what that allows."""
-        # The reply's fixed part is measured with empty lists, so that what is left is exact.
-        widest = {"nodes": (), "records": (), "total": 0xFFFFFFFF, "token": bytes(TOKEN_BYTES), "next": NodeId(0)}
-        fixed = len(self._codec.encode(Datagram("workers", request.transaction, self._own, widest)))
         self.store.expire(now)
-        kind, body = _ANSWERS[request.kind](self, request, address, max(0, size - fixed), now)
+        kind, body = _ANSWERS[request.kind](self, request, address, max(0, size - self._fixed_bytes), now)
         return kind, self._codec.encode(Datagram(kind, request.transaction, self._own, body))
 
     def _ping(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
@@ -1798,7 +1931,7 @@ class Responder:
             return "error", {"code": "token"}
         if record.worker_id != request.sender or record.address[0] != UNSPECIFIED:
             return "error", {"code": "record"}
-        if not self.store.put(request.body["topic"], _located(record, address), now):
+        if not self.store.put(request.body["topic"], replace(record, address=(address[0], record.address[1])), now):
             return "error", {"code": "quota"}
         return "ok", {"token": self._tokens.issue(address, now)}
 
@@ -1822,15 +1955,27 @@ _ANSWERS: Final = {
 
 
 def _may_tell(address: Address, asker: Address) -> bool:
-    """A loopback address means another machine to whoever is not on this one."""
-    return not is_loopback(address[0]) or is_loopback(asker[0])
+    """A loopback address means another machine to whoever is not on this one; so does a link-local one."""
+    if is_loopback(address[0]):
+        return is_loopback(asker[0])
+    link = link_of(address[0])
+    return link is None or link == link_of(asker[0])
 
 
-def _located(record: WorkerRecord, source: Address) -> WorkerRecord:
-    """A record about its own sender, with the address it was heard from."""
-    if record.address[0] != UNSPECIFIED:
-        return record
-    return replace(record, address=(source[0], record.address[1]))
+def _as_told(address: Address, source: Address) -> Address | None:
+    """An address that `source` named, as it is written here; None if it is of no use here."""
+    link = link_of(source[0])
+    if link is not None and link_of(address[0]) == "":
+        return f"{address[0]}%{link}" if link else address[0], address[1]  # the wire carries no scope
+    return address if _may_tell(address, source) else None
+
+
+def _located(record: WorkerRecord, source: Address) -> WorkerRecord | None:
+    """A record with an address of use here; one about its own sender gets that where it was heard from."""
+    if record.address[0] == UNSPECIFIED:
+        return replace(record, address=(source[0], record.address[1]))
+    address = _as_told(record.address, source)
+    return record if address == record.address else None if address is None else replace(record, address=address)
 
 
 class SearchPurpose(enum.Enum):
@@ -1859,7 +2004,9 @@ class Search:
         purpose: SearchPurpose = SearchPurpose.OWNER,
     ) -> None:
         self.number = 0
-        self.lookup = Lookup(target, deadline=now + LOOKUP_DEADLINE_S)
+        # A slow holder is waited for: its record may be the only one that a client near it finds.
+        patient = purpose is SearchPurpose.HOLDERS
+        self.lookup = Lookup(target, deadline=now + LOOKUP_DEADLINE_S, patient=patient)
         self.purpose = purpose
         self.records: dict[NodeId, WorkerRecord] = {}
         self.tokens: dict[NodeId, bytes] = {}
@@ -1938,10 +2085,6 @@ class Requests:
     def __iter__(self) -> Iterator[Transaction]:
         return iter(list(self._pending.values()))
 
-    @property
-    def full(self) -> bool:
-        return len(self._pending) >= MAX_TRANSACTIONS
-
     def addresses(self, kind: str | None = None) -> set[Address]:
         """Where replies are awaited from, to requests of one kind or of all."""
         return {waiting.address for waiting in self._pending.values() if kind in (None, waiting.kind)}
@@ -1950,9 +2093,16 @@ class Requests:
         return Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
 
     def begin(
-        self, request: Datagram, address: Address, now: float, node_id: NodeId | None, search: Search | None
-    ) -> None:
-        """Send a request, and wait for its reply."""
+        self,
+        request: Datagram,
+        address: Address,
+        now: float,
+        node_id: NodeId | None = None,
+        search: Search | None = None,
+    ) -> bool:
+        """Send a request, and wait for its reply. False when too many are under way already."""
+        if len(self._pending) >= MAX_TRANSACTIONS:
+            return False
         kind = request.kind
         size = MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else SMALL_REQUEST_BYTES
         data = self._codec.encode(request, pad_to=size)
@@ -1961,6 +2111,14 @@ class Requests:
         transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
         self._pending[request.transaction] = transaction
         self.send(kind, data, address)
+        return True
+
+    def ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
+        """Ask whether somebody is there, where no answer is awaited from."""
+        asked = self.addresses()
+        for address in addresses:
+            if address not in asked:
+                self.begin(self.make("ping", {}), address, now)
 
     def _timeout(self, node_id: NodeId | None) -> float:
         node = self._table.get(node_id) if node_id is not None else None
@@ -1994,12 +2152,16 @@ class Requests:
             if transaction.kind == kind:
                 self.drop(transaction)
 
-    def drop_own(self, heard: Datagram) -> Address | None:
-        """If a request that we heard is one of ours, forget it; returns where it was sent: to ourselves."""
+    def came_back(self, heard: Datagram) -> Address | None:
+        """Where a request that we heard was sent, if it is one of ours: to ourselves. None if it is not.
+
+        It is done with, unless it is a beacon, which others heard too.
+        """
         transaction = self._pending.get(heard.transaction)
-        if transaction is None or transaction.kind == "beacon":
+        if transaction is None:
             return None
-        self.drop(transaction)
+        if transaction.kind != "beacon":
+            self.drop(transaction)
         return transaction.address
 
     def match(self, reply: Datagram, address: Address) -> Transaction | None:
@@ -2055,8 +2217,9 @@ class Searches:
     def named(self, search: Search, reply: Datagram, source: Contact, now: float) -> None:
         """A node answered with nodes, and a token for announcing to it."""
         search.tokens[source.node_id] = reply.body["token"]
-        told = [c for c in reply.body["nodes"] if c.node_id != self._own and _may_tell(c.address, source.address)]
-        search.lookup.answered(source.node_id, told)
+        told = ((c.node_id, _as_told(c.address, source.address)) for c in reply.body["nodes"])
+        of_use = [Contact(node_id, at) for node_id, at in told if at is not None and node_id != self._own]
+        search.lookup.answered(source.node_id, of_use)
         self.go_on(search, now)
 
     def listed(self, asked: Transaction, reply: Datagram, source: Contact, now: float) -> tuple[WorkerRecord, ...]:
@@ -2064,8 +2227,8 @@ class Searches:
         search = asked.search
         if search is None or search not in self:
             return ()  # it has ended; this answer came too late
-        told = [record for record in reply.body["records"] if _may_tell(record.address, source.address)]
-        fresh = search.learned(_located(record, source.address) for record in told)
+        told = (_located(record, source.address) for record in reply.body["records"])
+        fresh = search.learned(record for record in told if record is not None)
         search.pages_open -= is_later_page(asked.request)
         question = search.next_page(asked, reply)
         if question is not None:
@@ -2095,32 +2258,47 @@ class Announcement:
         self.tell_at = math.inf
         self.search_at = -math.inf
         self._topic = topic
+        self._stamp = 0
+        self._former: list[tuple[float, tuple[Contact, bytes]]] = []  # still hold the record, until then
 
     def change(self, record: WorkerRecord, now: float, *, at_once: bool) -> None:
         """Say this from now on; it is told at the next round, or now when `at_once` or new."""
         if self.record is None or at_once:
             self.tell_at = now
-        self.record = replace(record, address=(UNSPECIFIED, record.address[1]))
+        self._stamp = max(self._stamp, record.stamp)
+        self.record = replace(record, address=(UNSPECIFIED, record.address[1]), stamp=self._stamp)
 
-    def end(self) -> list[tuple[Contact, bytes]]:
+    def end(self, now: float) -> list[tuple[Contact, bytes]]:
         """Forget the record; returns those who have to be told so."""
-        told = list(self.holders.values())
+        told = list(self.holders.values()) + [holder for until, holder in self._former if until > now]
         self.record, self.tell_at, self.search_at = None, math.inf, -math.inf
         self.holders.clear()
+        self._former.clear()
         return told
 
     def next_round(self, now: float, rng: random.Random) -> bool:
-        """Set the time of the next round; returns whether holders have to be looked up in this one."""
+        """Set the time of the next round; returns whether holders have to be looked up in this one.
+
+        Each round has a later stamp, so that nobody keeps a record alive by repeating what we once said.
+        """
         self.tell_at = now + ANNOUNCE_PERIOD_S * rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
+        if self.record is not None:
+            self._stamp += 1
+            self.record = replace(self.record, stamp=self._stamp)
         if self.search_at > now:
             return False
         self.search_at = now + HOLDER_SEARCH_PERIOD_S
         return True
 
-    def found_holders(self, contacts: Iterable[Contact], tokens: Mapping[NodeId, bytes]) -> list[tuple[Contact, bytes]]:
+    def found_holders(
+        self, contacts: Iterable[Contact], tokens: Mapping[NodeId, bytes], now: float
+    ) -> list[tuple[Contact, bytes]]:
         """Take over the nodes a lookup found; returns those who do not hold the record yet."""
         held = self.holders
         self.holders = {c.node_id: (c, tokens[c.node_id]) for c in contacts if c.node_id in tokens}
+        displaced = [holder for node_id, holder in held.items() if node_id not in self.holders]
+        self._former = [entry for entry in self._former if entry[0] > now]
+        self._former += [(now + RECORD_TTL_S, holder) for holder in displaced]
         if not self.holders:
             self.search_at = -math.inf
         return [holder for node_id, holder in self.holders.items() if node_id not in held]
@@ -2140,6 +2318,34 @@ class Announcement:
         if self.record is not None:
             self.search_at = -math.inf
             self.tell_at = min(self.tell_at, now + ANNOUNCE_DEBOUNCE_S)
+
+
+class Whereabouts:
+    """Addresses where a node may be: those we were told, for ever, and those where one lately fell silent."""
+
+    def __init__(self) -> None:
+        self._told: dict[Address, bool] = {}  # whether a node has answered there
+        self._lost: OrderedDict[Address, None] = OrderedDict()
+
+    def told(self, address: Address) -> None:
+        self._told.setdefault(address, False)
+
+    def forget(self, address: Address) -> None:
+        """Nobody but ourselves is there."""
+        self._told.pop(address, None)
+
+    def answered(self, address: Address) -> None:
+        self._lost.pop(address, None)
+        if address in self._told:
+            self._told[address] = True
+
+    def lost(self, address: Address) -> None:
+        _remember(self._lost, address, None, MAX_LOST)
+
+    def to_ask(self, *, all_of_them: bool) -> list[Address]:
+        """Where to ask whether somebody is there: all, or only where nobody has answered yet."""
+        told = [address for address, answered in self._told.items() if all_of_them or not answered]
+        return list(dict.fromkeys([*told, *self._lost])) if all_of_them else told
 
 
 class BeaconSchedule:
@@ -2165,13 +2371,13 @@ class DhtEngine:
     """
 
     def __init__(self, *, keys: MeshKeys, own: NodeId | None, rng: random.Random, now: float) -> None:
-        self.dropped: Counter[str] = Counter()
         self.table = RoutingTable(own if own is not None else NodeId.random(rng))
         self._topic = keys.topic
         self._own = own
         self._rng = rng
         self._codec = DatagramCodec(keys.udp_key)
-        self._limiter = RateLimiter()
+        self.gate = Gate(self._codec)
+        self.dropped = self.gate.dropped
         self._responder = Responder(
             codec=self._codec, own=own or NodeId(0), topic=keys.topic, table=self.table, rng=rng
         )
@@ -2180,8 +2386,7 @@ class DhtEngine:
         self._announcement = Announcement(keys.topic)
         self._searches = Searches(own=own, table=self.table, ask=self._request)
         self._events: deque[Event] = deque()
-        self._meeting: dict[Address, None] = {}
-        self._lost: OrderedDict[Address, None] = OrderedDict()
+        self._whereabouts = Whereabouts()
         self._refresh_at = now + REFRESH_PERIOD_S
         self._last_tick = now
         self._beacons = BeaconSchedule(now)
@@ -2190,20 +2395,15 @@ class DhtEngine:
 
     def receive_datagram(self, data: bytes, address: Address, now: float) -> None:
         """Take in a datagram from `address`."""
-        if not self._limiter.allow(address, now):
-            self.dropped["rate"] += 1
-            return
-        try:
-            datagram = self._codec.decode(data)
-        except WireError:
-            self.dropped["malformed"] += 1
+        datagram = self.gate.admit(data, address, now)
+        if datagram is None:
             return
         if datagram.kind not in REQUESTS:
             self._on_reply(datagram, address, now)
         elif self._own is None:
             self.dropped["client"] += 1
         elif datagram.sender == self._own:
-            self._meeting.pop(self._requests.drop_own(datagram) or BEACON, None)
+            self._on_own(datagram, address)
         else:
             self._on_request(datagram, address, len(data), now)
 
@@ -2220,7 +2420,7 @@ class DhtEngine:
     def handle_timer(self, now: float) -> None:
         """Do what has come due."""
         if now - self._last_tick > SLEEP_GAP_S:
-            self._woke(now)
+            self.restart(now)
         self._last_tick = now
         for transaction in self._requests.due(now):
             self._on_timeout(transaction, now)
@@ -2238,9 +2438,12 @@ class DhtEngine:
     # --- What the owner wants done ---
 
     def meet(self, addresses: Iterable[Address], now: float) -> None:
-        """Ask these addresses whether a node is there, now and with every beacon until one answers."""
+        """Ask these addresses whether a node is there, now and with every beacon until one answers.
+
+        Each is asked again whenever nobody is known any more.
+        """
         for address in addresses:
-            self._meeting[address] = None
+            self._whereabouts.told(address)
             self._request("ping", {}, address, now)
 
     def find_workers(self, now: float, *, everything: bool = False) -> int:
@@ -2265,10 +2468,17 @@ class DhtEngine:
             return False
         self._requests.drop_kind("announce")
         self._responder.store.remove(self._topic, self._own)
-        for contact, token in self._announcement.end():
+        for contact, token in self._announcement.end(now):
             self._request("withdraw", {"topic": self._topic, "token": token}, contact.address, now, contact.node_id)
         self._responder.own_record = None
         return True
+
+    def restart(self, now: float) -> None:
+        """What we know may be old, as the machine slept or its network changed: ask everyone, beacon as if new."""
+        self._beacons = BeaconSchedule(now)
+        for contact in list(self.table)[:MAX_UNVERIFIED]:
+            self._request("ping", {}, contact.address, now, contact.node_id)
+        self._announcement.search_soon(now)
 
     @property
     def settled(self) -> bool:
@@ -2277,16 +2487,27 @@ class DhtEngine:
 
     # --- Requests of others ---
 
+    def _on_own(self, request: Datagram, address: Address) -> None:
+        """A request under our own id: one of ours that came back, or one of somebody who has our id too."""
+        asked = self._requests.came_back(request)
+        if asked is not None:
+            self._whereabouts.forget(asked)
+        else:
+            self.dropped["clone"] += 1
+            self._events.append(Cloned(address))
+
     def _on_request(self, request: Datagram, address: Address, size: int, now: float) -> None:
+        news = request.sender is None or self.table.worth_asking(Contact(request.sender, address), now)
+        if request.kind == "beacon" and request.body.get("known") and not news:
+            return  # its sender has company, and has us, or needs us no more than we need it
         kind, data = self._responder.reply(request, address, size, now)
         if len(data) > size:
             self.dropped["unpadded"] += 1
             return
         self._requests.send(kind, data, address)
-        if request.sender is not None and self.table.wants(request.sender):
-            asked = self._requests.addresses("ping")  # those we only heard from are to answer, but not all at once
-            if address not in asked and len(asked) < MAX_UNVERIFIED:
-                self._request("ping", {}, address, now, request.sender)
+        asked = self._requests.addresses("ping")  # those we only heard from are to answer, but not all at once
+        if request.sender is not None and news and address not in asked and len(asked) < MAX_UNVERIFIED:
+            self._request("ping", {}, address, now, request.sender)
 
     # --- Our requests ---
 
@@ -2300,8 +2521,7 @@ class DhtEngine:
         search: Search | None = None,
     ) -> None:
         request = self._requests.make(kind, body)
-        if not self._requests.full:
-            self._requests.begin(request, address, now, node_id, search)
+        if self._requests.begin(request, address, now, node_id, search):
             return
         self.dropped["transactions"] += 1
         if search is not None and node_id is not None:
@@ -2321,8 +2541,7 @@ class DhtEngine:
             if node_id is not None:
                 self._announcement.lost(node_id)
                 if self.table.failed(node_id):
-                    self._lost[transaction.address] = None
-                    self._lost = OrderedDict(list(self._lost.items())[-MAX_LOST:])
+                    self._whereabouts.lost(transaction.address)
             self._searches.no_answer(transaction, now)
 
     def _on_reply(self, reply: Datagram, address: Address, now: float) -> None:
@@ -2340,11 +2559,7 @@ class DhtEngine:
         self._finish_searches(now)
 
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
-        self._meeting.pop(contact.address, None)
-        self._lost.pop(contact.address, None)
-        known = self.table.get(contact.node_id)
-        if known is not None and not known.failures and not _may_tell(contact.address, known.contact.address):
-            contact = known.contact  # met on the loopback too: the address that others can use is kept
+        self._whereabouts.answered(contact.address)
         joined = self.table.answered(contact, now)
         node = self.table.get(contact.node_id)
         if node is not None:
@@ -2369,7 +2584,9 @@ class DhtEngine:
 
     def _on_pong(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         if "record" in reply.body and reply.body["record"].worker_id == source.node_id:
-            self._events.append(Found(None, (_located(reply.body["record"], source.address),)))
+            record = _located(reply.body["record"], source.address)
+            if record is not None:
+                self._events.append(Found(None, (record,)))
 
     def _on_nodes(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         if transaction.search is not None:
@@ -2400,7 +2617,7 @@ class DhtEngine:
         for search in self._searches.pop_ended(now):
             contacts = tuple(search.lookup.closest())
             if search.purpose is SearchPurpose.HOLDERS:
-                for contact, token in self._announcement.found_holders(contacts, search.tokens):
+                for contact, token in self._announcement.found_holders(contacts, search.tokens, now):
                     self._announce_to(contact, token, now)
             elif search.purpose is SearchPurpose.OWNER:
                 found = contacts, tuple(search.records.values())
@@ -2429,15 +2646,9 @@ class DhtEngine:
     # --- Beacons and upkeep ---
 
     def _send_beacon(self, now: float) -> None:
-        self._request("beacon", {"topic": self._topic}, BEACON, now)
-        self._ping_unless_asked([*self._meeting, *(self._lost if not len(self.table) else ())], now)
+        self._request("beacon", {"topic": self._topic, "known": len(self.table)}, BEACON, now)
+        self._requests.ping_unless_asked(self._whereabouts.to_ask(all_of_them=not len(self.table)), now)
         self._beacons.sent(now)
-
-    def _ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
-        asked = self._requests.addresses()
-        for address in dict.fromkeys(addresses):
-            if address not in asked:
-                self._request("ping", {}, address, now)
 
     def _refresh(self, now: float) -> None:
         """Ask those who were silent whether they live, those who were lost whether they are back."""
@@ -2446,15 +2657,8 @@ class DhtEngine:
             return
         for contact in self.table.silent_since(now - REFRESH_PERIOD_S)[:K]:
             self._request("ping", {}, contact.address, now, contact.node_id)
-        self._ping_unless_asked(self._lost, now)
+        self._requests.ping_unless_asked(self._whereabouts.to_ask(all_of_them=True), now)
         self._start(Search(self._own, now, purpose=SearchPurpose.TABLE), now)
-
-    def _woke(self, now: float) -> None:
-        """The machine slept: what we know is old, so ask everyone, announce and beacon as if new."""
-        self._beacons = BeaconSchedule(now)
-        for contact in list(self.table)[:MAX_UNVERIFIED]:
-            self._request("ping", {}, contact.address, now, contact.node_id)
-        self._announcement.search_soon(now)
 
 
 _REPLY_HANDLERS: Final = {
@@ -2667,6 +2871,7 @@ NVIDIA_QUERY: Final = (
 GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
 GPU_SAMPLE_PERIOD_S: Final = 10.0
 MAX_INSTANCES: Final = 256  # workers on one machine
+LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -2826,6 +3031,125 @@ def install_command(requirement: str) -> str:
     python = sys.executable or "python"
     quoted = f'"{python}"' if " " in python else python
     return f'{quoted} -m pip install "{requirement}"'
+
+
+def uptime_s() -> float:
+    """Seconds of a clock that goes on while the machine sleeps, as that of asyncio does not everywhere."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    elif sys.platform == "darwin":  # noqa: RET505 - else mypy takes the rest for unreachable
+        return time.clock_gettime(time.CLOCK_MONOTONIC)  # goes on there, where time.monotonic does not
+    else:
+        return time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """One address of a network interface that is up. broadcast: where all of an IPv4 network are reached."""
+
+    name: str
+    index: int
+    address: str
+    broadcast: str | None = None
+
+
+_BSD_SOCKADDR: Final = sys.platform not in ("linux", "win32")  # the family is one byte, after a length
+_IF_UP: Final = 0x1
+_IF_BROADCAST: Final = 0x2
+_IF_POINT_TO_POINT: Final = 0x10  # a tunnel: whoever is at its other end is on no LAN of ours
+
+
+class _IfAddrs(ctypes.Structure):
+    """One entry of getifaddrs(3)."""
+
+    _fields_: ClassVar = [
+        ("next", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("flags", ctypes.c_uint),
+        ("address", ctypes.c_void_p),
+        ("netmask", ctypes.c_void_p),
+        ("broadcast", ctypes.c_void_p),
+        ("data", ctypes.c_void_p),
+    ]
+
+
+def list_interfaces() -> list[Interface]:
+    """The addresses of this machine's interfaces that are up, tunnels left out; [] where they cannot be told.
+
+    POSIX systems are asked directly: importing psutil for it would double a client's start. On Windows
+    psutil tells them, or where a client lacks it, the addresses of the machine's own name.
+    """
+    try:
+        found = _interfaces_of_psutil(load_psutil()) if sys.platform == "win32" else _interfaces_of_posix()
+        return [item for item in found if link_of(item.address) != ""]
+    except MissingPackage:
+        hosts = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+        return [Interface("", 0, host, None if ":" in host else LIMITED_BROADCAST) for host in sorted(hosts)]
+    except (OSError, AttributeError) as error:
+        log.info("the network interfaces cannot be listed: %s", error)
+        return []
+
+
+def _interfaces_of_posix() -> list[Interface]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    first = ctypes.c_void_p()
+    if libc.getifaddrs(ctypes.byref(first)):
+        raise OSError(ctypes.get_errno(), "getifaddrs failed")
+    found, at = [], first.value
+    try:
+        while at:
+            entry = _IfAddrs.from_address(at)
+            with contextlib.suppress(OSError):  # one that has gone meanwhile
+                found += _interface_of(entry)
+            at = entry.next
+    finally:
+        libc.freeifaddrs(first)
+    return found
+
+
+def _interface_of(entry: _IfAddrs) -> list[Interface]:
+    """The one interface address that an entry holds, or none."""
+    host = _host_of(entry.address)
+    if host is None or not entry.flags & _IF_UP or entry.flags & _IF_POINT_TO_POINT:
+        return []
+    name = os.fsdecode(entry.name)
+    broadcast = _host_of(entry.broadcast) if entry.flags & _IF_BROADCAST and ":" not in host else None
+    return [Interface(name, socket.if_nametoindex(name), host, broadcast)]
+
+
+def _host_of(sockaddr: int | None) -> str | None:
+    """The IP address in a C `struct sockaddr`; None if it holds one of another family, or there is none."""
+    if not sockaddr:
+        return None
+    family = ctypes.string_at(sockaddr, 2)
+    number = family[1] if _BSD_SOCKADDR else int.from_bytes(family, sys.byteorder)
+    if number == socket.AF_INET:
+        return socket.inet_ntop(socket.AF_INET, ctypes.string_at(sockaddr + 4, 4))
+    if number != socket.AF_INET6:
+        return None
+    packed, scope = ctypes.string_at(sockaddr + 8, 16), ctypes.string_at(sockaddr + 24, 4)
+    if packed[0] == 0xFE and packed[1] & 0xC0 == 0x80:  # BSD keeps the scope within the address too
+        name = socket.if_indextoname(int.from_bytes(scope, sys.byteorder))
+        return f"{socket.inet_ntop(socket.AF_INET6, packed[:2] + bytes(2) + packed[4:])}%{name}"
+    return socket.inet_ntop(socket.AF_INET6, packed)
+
+
+def _interfaces_of_psutil(psutil: Any) -> list[Interface]:
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    indexes = {name: index for index, name in socket.if_nameindex()}
+    found = []
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries if name in up else ():
+            if entry.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            index = indexes.get(name, 0)
+            broadcast = None
+            if entry.family == socket.AF_INET and entry.netmask:
+                network = ipaddress.IPv4Network((entry.address, entry.netmask), strict=False)
+                broadcast = str(network.broadcast_address)
+            host = f"{entry.address}%{index}" if index and link_of(entry.address) == "" else entry.address
+            found.append(Interface(name, index, host, None if is_loopback(host) else broadcast))
+    return found
 
 
 class SystemMonitor:
@@ -4457,31 +4781,256 @@ def offload_warning(engine: Engine) -> str | None:
 # 15  UDP shell
 #
 # Moves datagrams between sockets and a `DhtEngine`, and keeps its one timer; it decides nothing.
-# Rule 1: all datagrams leave from one socket, whose address is what peers know us by. The socket that
-# hears beacons only listens.
+# Rule 1: all datagrams leave from the node's own port, which is what peers know us by; the sockets that hear
+# beacons only listen.
 # Rule 2: with a host given, nothing is sent from or heard on any other interface.
+# Rule 3: interfaces and names come and go: interfaces are listed anew for every beacon, a name that cannot be
+# resolved is resolved again.
 # ======================================================================================================
 
 UDP_BUFFER_BYTES: Final = 1024 * 1024  # a beacon is answered by every worker of the LAN at once
+UDP_BACKLOG_BYTES: Final = 256 * 1024  # what a jammed network may keep waiting here; more is lost, as on any wire
 GOODBYE_TIMEOUT_S: Final = 0.5  # to take our record back before we leave
+CLOCK_CHECK_S: Final = 2.0  # a machine that slept is noticed this soon after it wakes
+RESOLVE_TIMEOUT_S: Final = 20.0  # resolvers give up sooner by themselves
+DEAF_AFTER: Final = 2  # beacons in a row at which a socket did not hear itself
+FREE_PORT_ATTEMPTS: Final = 16  # a port that is free for IPv4 may be taken for IPv6
+PING_ATTEMPTS: Final = 3
+PING_WAIT_S: Final = 0.3  # for each attempt: a LAN answers in a few milliseconds
 LOOPBACK: Final = "127.0.0.1"
+LOOPBACK6: Final = "::1"
+UNSPECIFIED6: Final = "::"
+
+# Linux's numbers, which Python does not name: hear only the groups that this very socket joined.
+_IP_MULTICAST_ALL: Final = 49
+_IPV6_MULTICAST_ALL: Final = 29
 
 
-class UdpNode(asyncio.DatagramProtocol):
-    """A DHT engine with sockets. Use `open`, and `close` at the end."""
+class UdpSocket(asyncio.DatagramProtocol):
+    """One bound socket. It sends itself a datagram now and then: some systems stop delivering without a word."""
 
-    def __init__(self, engine: DhtEngine, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, receive: Callable[[bytes, Address], None]) -> None:
+        self.closed = asyncio.Event()
+        self.sent: Counter[str] = Counter()  # datagrams and bytes
+        self._receive = receive
+        self._transport: Any = None  # typeshed knows of no get_write_buffer_size
+        self._own: tuple[Any, ...] = ()
+        self._probe = secrets.token_bytes(MAC_BYTES)
+        self._unheard = 0
+
+    async def open(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        self._own = sock.getsockname()
+        self._transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, sock=sock)
+
+    @property
+    def bound(self) -> Address:
+        """Where it is bound, also after it was closed."""
+        return address_of(self._own)
+
+    def test(self) -> bool:
+        """Whether it still hears, as far as is known; each call sends itself another datagram."""
+        deaf = self._transport is None or self._transport.is_closing() or self._unheard >= DEAF_AFTER
+        self._unheard += 1
+        host, port = self.bound
+        self.send(self._probe, ({UNSPECIFIED: LOOPBACK, UNSPECIFIED6: LOOPBACK6}.get(host, host), port))
+        return not deaf
+
+    def send(self, data: bytes, address: Address) -> None:
+        """Send, or lose it where the network is jammed or the address cannot be reached, as any wire may."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size() > UDP_BACKLOG_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            transport.sendto(data, _sockaddr(address))
+            self.sent.update(datagrams=1, bytes=len(data))
+
+    def beacon(self, data: bytes, outlet: Interface) -> None:
+        """Send to everybody who may listen behind an interface, by every way there is."""
+        self.multicast(data, outlet)
+        self.broadcast(data, outlet)
+        if is_loopback(outlet.address):  # whoever has the preferred port answers for a machine without multicast
+            self.send(data, (outlet.address, DEFAULT_PORT))
+
+    def multicast(self, data: bytes, outlet: Interface) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        sock = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            if ":" in outlet.address:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, outlet.index)
+                self.send(data, (f"{BEACON_GROUP6}%{outlet.index}", BEACON_PORT))
+            else:
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(outlet.address))
+                self.send(data, (BEACON_GROUP, BEACON_PORT))
+
+    def broadcast(self, data: bytes, outlet: Interface) -> None:
+        """IPv4's directed broadcast, which passes where switches or firewalls swallow multicast."""
+        if outlet.broadcast is not None:
+            self.send(data, (outlet.broadcast, BEACON_PORT))
+
+    def close(self) -> None:
+        if self._transport is None:
+            self.closed.set()
+        else:
+            self._transport.abort()
+
+    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
+        if data == self._probe:
+            self._unheard = 0
+        else:
+            self._receive(data, address_of(addr))
+
+    def error_received(self, exc: Exception) -> None:
+        log.debug("UDP: %s", exc)  # an unreachable peer: its request will time out
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set()
+
+
+def address_of(sockaddr: tuple[Any, ...]) -> Address:
+    """The address in what the socket module says; a link-local one gets its scope, by name."""
+    host = str(sockaddr[0])
+    if len(sockaddr) == 4 and sockaddr[3] and link_of(host) == "":
+        host = f"{host}%{_scope_name(sockaddr[3])}"
+    return host, int(sockaddr[1])
+
+
+def _scope_name(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return str(index)  # the interface has just gone; on Windows numbers are used as well
+
+
+def _sockaddr(address: Address) -> tuple[Any, ...]:
+    """What the socket module wants. Raises OSError for a scope that is no interface here."""
+    host, _, scope = address[0].partition("%")
+    if not scope:
+        return address
+    return host, address[1], 0, int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
+
+
+def outlets(host: str) -> list[Interface]:
+    """The interfaces on which beacons are sent and heard by a node that is bound to `host`; "" is all.
+
+    Each IPv4 address counts; of IPv6 the link-local one of each interface, which every machine has.
+    """
+    found = list_interfaces()
+    if host not in ("", UNSPECIFIED, UNSPECIFIED6):
+        return [item for item in found if item.address == host] or [Interface("", 0, host)]
+    if not found:
+        found = [Interface("", 0, LOOPBACK), Interface("", 0, UNSPECIFIED, LIMITED_BROADCAST)]
+    ipv4 = [item for item in found if ":" not in item.address and host != UNSPECIFIED6]
+    ipv6 = [item for item in found if link_of(item.address) and host != UNSPECIFIED]
+    return (ipv4 + ipv6)[:MAX_OUTLETS]
+
+
+class BeaconListener:
+    """Hears what is sent to everybody, and hands it on. Many processes of a machine can do so at once."""
+
+    def __init__(self, host: str, receive: Callable[[bytes, Address], None]) -> None:
+        self.failure: str | None = None
+        self._host = host
+        self._receive = receive
+        self._open: dict[str, tuple[socket.socket, UdpSocket]] = {}  # by the address that is bound
+
+    async def follow(self, outlets: Sequence[Interface]) -> None:
+        """Listen on these interfaces; done again and again, since one that comes back has to be joined anew."""
+        for place in self._places(outlets):
+            if place not in self._open:
+                try:
+                    await self._bind(place)
+                except OSError as error:
+                    if place not in (UNSPECIFIED6, BEACON_GROUP6):  # a machine without IPv6 is none the worse
+                        self._failed(error)
+        for outlet in outlets:
+            for sock, _ in self._open.values():
+                if (sock.family == socket.AF_INET6) == (":" in outlet.address):
+                    self._join(sock, outlet)
+
+    def _places(self, outlets: Sequence[Interface]) -> list[str]:
+        """What has to be bound: everything, or where one host is wanted, only what is sent to everybody there."""
+        if self._host == "":
+            return [UNSPECIFIED, UNSPECIFIED6]
+        if self._host in (UNSPECIFIED, UNSPECIFIED6) or sys.platform == "win32":
+            return [self._host]
+        group = BEACON_GROUP6 if ":" in self._host else BEACON_GROUP
+        return [group, *(outlet.broadcast for outlet in outlets if outlet.broadcast is not None)]
+
+    async def _bind(self, place: str) -> None:
+        family = socket.AF_INET6 if ":" in place else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_DGRAM)
+        try:
+            share_port(sock)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if sys.platform == "linux":
+                level, option = socket.IPPROTO_IP, _IP_MULTICAST_ALL
+                if family == socket.AF_INET6:
+                    level, option = socket.IPPROTO_IPV6, _IPV6_MULTICAST_ALL
+                sock.setsockopt(level, option, 0)
+            scope = link_of(self._host) if place == BEACON_GROUP6 else None
+            sock.bind(_sockaddr((f"{place}%{scope}" if scope else place, BEACON_PORT)))
+            sock.setblocking(False)
+            listening = UdpSocket(self._receive)
+            await listening.open(sock)
+        except OSError:
+            sock.close()
+            raise
+        self._open[place] = sock, listening
+
+    def _failed(self, error: OSError) -> None:
+        if self.failure is None:
+            log.warning("beacons cannot be heard (%s): peers find this machine by --peer only", error)
+        self.failure = error.strerror or str(error)
+
+    @staticmethod
+    def _join(sock: socket.socket, outlet: Interface) -> None:
+        try:
+            if sock.family == socket.AF_INET6:
+                group = socket.inet_pton(socket.AF_INET6, BEACON_GROUP6) + struct.pack("@I", outlet.index)
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
+            else:
+                membership = socket.inet_aton(BEACON_GROUP) + socket.inet_aton(outlet.address)
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # joined already
+                log.debug("no multicast on %s: %s", outlet.address, error)
+
+    def close(self) -> None:
+        for _, listening in self._open.values():
+            listening.close()
+
+
+class UdpNode:
+    """A DHT engine with sockets. Use `open`, and `close` at the end.
+
+    clock: seconds, as `uptime_s` gives them; the engine's times are of the same clock.
+    unresolved: names given to `meet` that are not resolved yet, with the reason.
+    """
+
+    def __init__(
+        self, engine: DhtEngine, host: str, on_event: Callable[[Event], None], clock: Callable[[], float]
+    ) -> None:
         self.engine = engine
         self.address: Address = (LOOPBACK, 0)
+        self.unresolved: dict[str, str] = {}
+        self._host = host
         self._on_event = on_event
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.DatagramTransport | None = None
-        self._listener: asyncio.DatagramTransport | None = None
+        self._sockets: dict[bool, UdpSocket] = {}  # by whether it is for IPv6
+        self._listener: BeaconListener | None = None
+        self._outlets: list[Interface] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._mending = False
         self._timer: asyncio.TimerHandle | None = None
-        self._outlets: list[str] = []  # interfaces, by their addresses, on which beacons are sent
         self._progress: asyncio.Future[None] | None = None
         self._pumping = False
-        self._closed = asyncio.Event()
 
     @classmethod
     async def open(
@@ -4492,43 +5041,24 @@ class UdpNode(asyncio.DatagramProtocol):
         port: int | None,
         listen: bool,
         on_event: Callable[[Event], None],
+        clock: Callable[[], float] = uptime_s,
     ) -> UdpNode:
         """Bind and begin. listen: whether to hear beacons. Raises UsageError when `port` is taken."""
-        node = cls(engine, on_event)
-        sock = bind_preferred(socket.SOCK_DGRAM, host, port)
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
-        node._transport, _ = await node._loop.create_datagram_endpoint(lambda: node, sock=sock)
-        node.address = sock.getsockname()[:2]
-        if sock.family == socket.AF_INET:
-            node._outlets = [host] if host else [LOOPBACK, UNSPECIFIED]
-            if listen:
-                node._listener = await node._listen_to_beacons(host)
+        node = cls(engine, host, on_event, clock)
+        for sock in bind_preferred(socket.SOCK_DGRAM, host, port):
+            await node._attach(sock)
+        node.address = next(iter(node._sockets.values())).bound
+        node._outlets = outlets(host)
+        if listen:
+            node._listener = BeaconListener(host, node._receive)
+            await node._listener.follow(node._outlets)
         node._pump()
         return node
 
-    async def _listen_to_beacons(self, host: str) -> asyncio.DatagramTransport | None:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        try:
-            share_port(sock)
-            sock.bind(("" if not host else host if sys.platform == "win32" else BEACON_GROUP, BEACON_PORT))
-            sock.setblocking(False)
-            for outlet in self._outlets:
-                self._join_group(sock, outlet)
-            transport, _ = await self._loop.create_datagram_endpoint(lambda: _BeaconListener(self), sock=sock)
-            return transport
-        except OSError as error:
-            log.warning("beacons cannot be heard (%s): peers find this machine by --peer only", error)
-            sock.close()
-            return None
-
-    @staticmethod
-    def _join_group(sock: socket.socket, outlet: str) -> None:
-        try:
-            membership = socket.inet_aton(BEACON_GROUP) + socket.inet_aton(outlet)
-            sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
-        except OSError as error:
-            log.info("no multicast on %s: %s", outlet, error)
+    async def _attach(self, sock: socket.socket) -> None:
+        opened = UdpSocket(self._receive)
+        await opened.open(sock)
+        self._sockets[sock.family == socket.AF_INET6] = opened
 
     async def close(self) -> None:
         """Take our record back from its holders, and stop."""
@@ -4539,10 +5069,29 @@ class UdpNode(asyncio.DatagramProtocol):
                     await self._settled()
         if self._timer is not None:
             self._timer.cancel()
-        for transport in (self._listener, self._transport):
-            if transport is not None:
-                transport.close()
-        await self._closed.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+        for opened in self._sockets.values():
+            opened.close()
+            await opened.closed.wait()
+
+    def report(self) -> Json:
+        """What passed over this node, for `status` and for whoever looks for a fault."""
+        sent: Counter[str] = Counter()
+        for own in self._sockets.values():
+            sent.update(own.sent)
+        gate = self.engine.gate
+        return {
+            "peers": len(self.engine.table),
+            "sent": dict(sent),
+            "received": dict(gate.received),
+            "dropped": dict(gate.dropped),
+            "strangers": dict(gate.strangers),
+            "interfaces": [outlet.address for outlet in self._outlets],
+        }
 
     async def _settled(self) -> None:
         while not self.engine.settled:
@@ -4551,25 +5100,57 @@ class UdpNode(asyncio.DatagramProtocol):
 
     def run(self, action: Callable[[DhtEngine, float], T]) -> T:
         """Do something with the engine now, and move what comes of it."""
-        result = action(self.engine, self._loop.time())
+        result = action(self.engine, self._clock())
         self._pump()
         return result
 
-    # --- asyncio's side ---
+    def meet(self, names: Iterable[str], known: Iterable[Address] = ()) -> None:
+        """Ask at these places whether a node is there, again and again: `names` as in --peer, known addresses."""
+        places = {name: parse_address(name, DEFAULT_PORT) for name in names}
+        numeric = [place for place in places.values() if _is_numeric(place[0])]
+        self.run(lambda engine, now: engine.meet(dict.fromkeys([*numeric, *known]), now))
+        named = {name: place for name, place in places.items() if not _is_numeric(place[0])}
+        if named:
+            self._own_task(self._resolve(named))
 
-    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
-        self.engine.receive_datagram(data, addr[:2], self._loop.time())
+    async def _resolve(self, places: dict[str, Address]) -> None:
+        """Resolve names until each has been; then only while nobody is known, as a machine's address may change."""
+        waiting = dict(places)
+        while True:
+            await asyncio.gather(*(self._resolve_one(name, place) for name, place in waiting.items()))
+            await asyncio.sleep(BEACON_PERIOD_S)
+            waiting = {name: places[name] for name in places if name in self.unresolved or not len(self.engine.table)}
+
+    async def _resolve_one(self, name: str, place: Address) -> None:
+        try:
+            found = await resolve(*place)
+        except QMeshError as error:
+            if name not in self.unresolved:
+                log.warning("the peer %s cannot be resolved (%s); it is tried again", name, error)
+            self.unresolved[name] = str(error)
+        else:
+            self.unresolved.pop(name, None)
+            self.run(lambda engine, now: engine.meet(found, now))
+
+    def _own_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("the UDP node's upkeep failed", exc_info=task.exception())
+
+    # --- Moving datagrams, events and the timer ---
+
+    def _receive(self, data: bytes, address: Address) -> None:
+        self.engine.receive_datagram(data, address, self._clock())
         self._pump()
-
-    def error_received(self, exc: Exception) -> None:
-        log.debug("UDP: %s", exc)  # an unreachable peer: its request will time out
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._closed.set()
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.engine.handle_timer(self._loop.time())
+        self.engine.handle_timer(self._clock())
         self._pump()
 
     def _pump(self) -> None:
@@ -4587,7 +5168,7 @@ class UdpNode(asyncio.DatagramProtocol):
         self._arm_timer()
 
     def _move(self) -> bool:
-        datagrams = self.engine.datagrams_to_send(self._loop.time())
+        datagrams = self.engine.datagrams_to_send(self._clock())
         for data, address in datagrams:
             self._send(data, address)
         event = self.engine.next_event()
@@ -4596,65 +5177,105 @@ class UdpNode(asyncio.DatagramProtocol):
         return bool(datagrams) or event is not None
 
     def _arm_timer(self) -> None:
-        due = self.engine.get_timer()
-        if self._timer is not None and self._timer.when() == due:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_at(due, self._on_timer)
+        # The engine is asked often, as the loop's own clock stands still while the machine sleeps.
+        due = self._loop.time() + min(max(0.0, self.engine.get_timer() - self._clock()), CLOCK_CHECK_S)
+        if self._timer is None or due < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._on_timer)
 
     def _send(self, data: bytes, address: Address) -> None:
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        if address != BEACON:
-            transport.sendto(data, address)
-            return
-        sock = transport.get_extra_info("socket")
+        if address == BEACON:
+            self._send_beacon(data)
+        elif (own := self._sockets.get(":" in address[0])) is not None:
+            own.send(data, address)
+
+    # --- Beacons ---
+
+    def _send_beacon(self, data: bytes) -> None:
+        """Beacon on every interface there is now, and see to it that the sockets still do their work."""
+        before, self._outlets = self._outlets, outlets(self._host)
+        if not set(self._outlets) <= set(before):
+            log.info("the network has changed: looking for peers anew")
+            self.run(lambda engine, now: engine.restart(now))
         for outlet in self._outlets:
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(outlet))
-                transport.sendto(data, (BEACON_GROUP, BEACON_PORT))
-            if outlet == LOOPBACK:  # whoever has the preferred port answers for a machine without multicast
-                transport.sendto(data, (LOOPBACK, DEFAULT_PORT))
+            own = self._sockets.get(":" in outlet.address)
+            if own is not None:
+                own.beacon(data, outlet)
+        deaf = [own for own in self._sockets.values() if not own.test()]
+        if not self._mending:
+            self._own_task(self._mend(deaf))
 
-
-class _BeaconListener(asyncio.DatagramProtocol):
-    """Hands what it hears to the node, which answers from its own socket."""
-
-    def __init__(self, node: UdpNode) -> None:
-        self._node = node
-
-    def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
-        self._node.datagram_received(data, addr)
+    async def _mend(self, deaf: Sequence[UdpSocket]) -> None:
+        """Listen on interfaces that have come, and bind anew the sockets that hear nothing any more."""
+        self._mending = True
+        try:
+            if self._listener is not None:
+                await self._listener.follow(self._outlets)
+            for own in deaf:
+                log.info("the socket at %s hears nothing any more: it is bound anew", format_address(own.bound))
+                own.close()
+                await own.closed.wait()
+                try:
+                    await self._attach(bind_one(socket.SOCK_DGRAM, *own.bound))
+                except OSError as error:
+                    log.info("%s; tried again at the next beacon", _bind_failure(*own.bound, error))
+        finally:
+            self._mending = False
 
 
 def share_port(sock: socket.socket) -> None:
-    """Let every process of this machine hear the same multicast port."""
+    """Let every process of this machine hear the same port. Windows needs no more for that, and has no more."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if sys.platform == "darwin":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> socket.socket:
-    """A bound socket. port None: DEFAULT_PORT, else a free one. Raises UsageError when it cannot be had."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    attempts = [DEFAULT_PORT, 0] if port is None else [port]
-    for attempt in attempts:
-        sock = socket.socket(family, kind)
+def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> list[socket.socket]:
+    """Bound sockets with one port: for `host`, or where that is "" for IPv4 and, where there is it, IPv6.
+
+    port None: DEFAULT_PORT, else a free one. Raises UsageError when it cannot be had.
+    """
+    attempts = [DEFAULT_PORT if port is None else port] if port != 0 else []
+    attempts += [0] * FREE_PORT_ATTEMPTS if not port else []
+    for left, attempt in zip(reversed(range(len(attempts))), attempts, strict=True):
+        try:
+            return _bind_all(kind, host, attempt)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not left:
+                raise UsageError(_bind_failure(host, attempt, error)) from None
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _bind_all(kind: socket.SocketKind, host: str, port: int) -> list[socket.socket]:
+    first = bind_one(kind, host or UNSPECIFIED, port)
+    if host:
+        return [first]
+    try:
+        return [first, bind_one(kind, UNSPECIFIED6, first.getsockname()[1])]
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return [first]  # a machine without IPv6
+        first.close()
+        raise
+
+
+def bind_one(kind: socket.SocketKind, host: str, port: int) -> socket.socket:
+    """A bound socket, listening if it is for TCP. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
+    try:
+        if sock.family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if kind == socket.SOCK_STREAM and sys.platform != "win32":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setblocking(False)
-        try:
-            sock.bind((host, attempt))
-            if kind == socket.SOCK_STREAM:
-                sock.listen(MAX_CONNECTIONS)  # SO_REUSEADDR lets two processes bind a port: only now is it ours
-            return sock
-        except OSError as error:
-            sock.close()
-            if error.errno != errno.EADDRINUSE or attempt == attempts[-1]:
-                raise UsageError(_bind_failure(host, attempt, error)) from None
-    raise AssertionError("unreachable: the last attempt returns or raises")
+        sock.bind(_sockaddr((host, port)))
+        if kind == socket.SOCK_STREAM:
+            sock.listen(MAX_CONNECTIONS)  # SO_REUSEADDR lets two processes bind a port: only now is it ours
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _bind_failure(host: str, port: int, error: OSError) -> str:
@@ -4666,18 +5287,71 @@ def _bind_failure(host: str, port: int, error: OSError) -> str:
     return f"{place} cannot be bound: {error.strerror or error}"
 
 
-async def resolve_peers(names: Iterable[str], port: int) -> list[Address]:
-    """The addresses of --peer names. Raises UsageError for one that cannot be resolved."""
+def _is_numeric(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+async def resolve(host: str, port: int) -> list[Address]:
+    """The addresses of a name, or of an IP address itself. Raises QMeshError when there is none."""
     loop = asyncio.get_running_loop()
-    addresses: list[Address] = []
-    for name in names:
-        host, peer_port = parse_address(name, port)
+    found: asyncio.Future[list[Any] | Exception] = loop.create_future()
+
+    def tell(outcome: list[Any] | Exception) -> None:
+        if not found.done():
+            found.set_result(outcome)
+
+    def look_up() -> None:
         try:
-            found = await loop.getaddrinfo(host, peer_port, type=socket.SOCK_DGRAM)
+            outcome: list[Any] | Exception = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
         except (OSError, UnicodeError) as error:
-            raise UsageError(f"the peer {name} cannot be resolved: {getattr(error, 'strerror', error)}") from None
-        addresses += [(str(info[4][0]), int(info[4][1])) for info in found]
-    return list(dict.fromkeys(addresses))
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+            loop.call_soon_threadsafe(tell, outcome)
+
+    # A thread of its own, as a resolver without an answer must not hold up the end of the program.
+    threading.Thread(target=look_up, name="resolve", daemon=True).start()
+    try:
+        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+            outcome = await found
+    except TimeoutError:
+        raise QMeshError(f"no answer in {RESOLVE_TIMEOUT_S:g} s") from None
+    if isinstance(outcome, Exception):
+        raise QMeshError(str(getattr(outcome, "strerror", None) or outcome))
+    return list(dict.fromkeys(address_of(info[4]) for info in outcome))
+
+
+async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId | None:
+    """The id of the node that answers a ping at `address`, None if none does.
+
+    It is sent from a socket of its own, bound to `host`, as by somebody who was never heard of there.
+    """
+    codec, transaction = DatagramCodec(keys.udp_key), secrets.token_bytes(TRANSACTION_BYTES)
+    answered: asyncio.Future[NodeId | None] = asyncio.get_running_loop().create_future()
+
+    def receive(data: bytes, source: Address) -> None:
+        with contextlib.suppress(WireError):
+            reply = codec.decode(data)
+            if reply.transaction == transaction and reply.kind == "pong" and not answered.done():
+                answered.set_result(reply.sender)
+
+    own = UdpSocket(receive)
+    try:
+        await own.open(bind_one(socket.SOCK_DGRAM, host or (UNSPECIFIED6 if ":" in address[0] else UNSPECIFIED), 0))
+        for _ in range(PING_ATTEMPTS):
+            own.send(codec.encode(Datagram("ping", transaction), pad_to=SMALL_REQUEST_BYTES), address)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PING_WAIT_S):
+                    return await asyncio.shield(answered)
+    except OSError as error:
+        log.info("no ping to %s: %s", format_address(address), error)
+    finally:
+        own.close()
+        await own.closed.wait()
+    return None
 
 
 # ======================================================================================================
@@ -4709,8 +5383,7 @@ class Connection:
 
     @property
     def address(self) -> Address:
-        name = self._writer.get_extra_info("peername") or (UNSPECIFIED, 0)
-        return str(name[0]), int(name[1])
+        return address_of(self._writer.get_extra_info("peername") or (UNSPECIFIED, 0))
 
     def write(self, body: Mapping[str, Any]) -> None:
         """Put a frame into the outgoing buffer; call `drain` after one or more."""
@@ -4834,23 +5507,24 @@ class TcpServer:
         self._handler = handler
         self._own = own
         self._tls = tls
-        self._server: asyncio.Server | None = None
+        self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._hosts: Counter[str] = Counter()
 
     async def start(self, host: str, port: int | None) -> Address:
         """Listen; returns the address. Raises UsageError when `port` is taken."""
-        sock = bind_preferred(socket.SOCK_STREAM, host, port)
-        self._server = await asyncio.start_server(
-            self._accept, sock=sock, limit=STREAM_BUFFER_BYTES, ssl=self._tls, backlog=MAX_CONNECTIONS
-        )
-        address: tuple[Any, ...] = sock.getsockname()
-        return str(address[0]), int(address[1])
+        socks = bind_preferred(socket.SOCK_STREAM, host, port)
+        for sock in socks:
+            server = await asyncio.start_server(
+                self._accept, sock=sock, limit=STREAM_BUFFER_BYTES, ssl=self._tls, backlog=MAX_CONNECTIONS
+            )
+            self._servers.append(server)
+        return address_of(socks[0].getsockname())
 
     async def stop(self) -> None:
         """Accept no more, and end every connection."""
-        if self._server is not None:
-            self._server.close()
+        for server in self._servers:
+            server.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -4920,14 +5594,21 @@ class WorkerLink:
 
     async def status(self) -> Json:
         """The worker's `status_response`, within STATUS_TIMEOUT_S. Raises WorkerLost."""
+        return await self._ask({"type": "status"}, "status_response", STATUS_TIMEOUT_S)
+
+    async def _ask(self, body: Json, kind: str, timeout_s: float) -> Json:
         request_id = secrets.token_hex(8)
         try:
-            async with asyncio.timeout(STATUS_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 with self._inbox(request_id) as inbox:
-                    await self._connection.send({"type": "status", "request_id": request_id})
-                    return self._expect(await inbox.get(), "status_response")
+                    await self._connection.send(body | {"request_id": request_id})
+                    return self._expect(await inbox.get(), kind)
         except TimeoutError:
-            raise WorkerLost(f"{self._connection.peer_name} gave no status in {STATUS_TIMEOUT_S:g} s") from None
+            raise WorkerLost(f"{self._connection.peer_name} gave no {body['type']} in {timeout_s:g} s") from None
+
+    async def dial_back(self, udp: int, tcp: int) -> Json:
+        """Have the worker ping and dial these ports of ours: `dialled`, see `Worker.dial_back`. Raises WorkerLost."""
+        return await self._ask({"type": "dial_back", "udp": udp, "tcp": tcp}, "dialled", DIAL_BACK_TIMEOUT_S)
 
     async def run(self, job: Job) -> AsyncGenerator[Queued | Token | Result, None]:
         """Send a job and yield what the worker says of it; a Result is the last. Leaving early cancels it.
@@ -5042,9 +5723,11 @@ class Worker:
         self._deadlines: dict[int, float] = {}
         self._next_ticket = 0
         self._started = time.monotonic()
+        self._run_id = secrets.token_hex(8)  # tells this process from a copy of it with the same worker id
         self._remember_at = 0.0
         self._gpus: list[GpuLoad] = []
         self._stamp = 0
+        self._clones: set[str] = set()  # hosts that were spoken of; no more than there are on the LAN
         self._idle = asyncio.Event()
         self._idle.set()
         self._resources = contextlib.AsyncExitStack()
@@ -5057,9 +5740,9 @@ class Worker:
             self._monitor = SystemMonitor()
             self._monitor.lower_priority(self.options.nice)
             self.engine = await self._start_engine()
-            server = TcpServer(self._serve, self.worker_id)
-            self.address = await server.start(self.settings.host, self.settings.port)
-            self._resources.push_async_callback(server.stop)
+            self._server = TcpServer(self._serve, self.worker_id)
+            self.address = await self._server.start(self.settings.host, self.settings.port)
+            self._resources.push_async_callback(self._server.stop)
             self.node = await self._join()
             self._upkeep = asyncio.create_task(self._keep_up())
             self._resources.push_async_callback(_cancelled, self._upkeep)
@@ -5094,19 +5777,24 @@ class Worker:
             log.warning("llama.cpp is still busy; the process ends without it")
 
     async def _join(self) -> UdpNode:
-        settings, loop = self.settings, asyncio.get_running_loop()
-        peers = await resolve_peers(settings.peers, DEFAULT_PORT)
-        keys = MeshKeys.derive(settings.topic)
-        dht = DhtEngine(keys=keys, own=self.worker_id, rng=random.SystemRandom(), now=loop.time())
+        settings, keys = self.settings, MeshKeys.derive(self.settings.topic)
+        dht = DhtEngine(keys=keys, own=self.worker_id, rng=random.SystemRandom(), now=uptime_s())
         node = await UdpNode.open(dht, host=settings.host, port=settings.port, listen=True, on_event=self._on_dht_event)
         self._resources.push_async_callback(node.close)
-        known = remembered_peers(self._host_dir)
-        node.run(lambda engine, now: engine.meet([*peers, *known], now))
+        node.meet(settings.peers, remembered_peers(self._host_dir))
         return node
 
     def _on_dht_event(self, event: Event) -> None:
         if isinstance(event, Joined):
             log.info("met %s at %s", event.contact.node_id.short, format_address(event.contact.address))
+        elif isinstance(event, Cloned) and event.address[0] not in self._clones:
+            self._clones.add(event.address[0])
+            log.warning(
+                "%s uses this worker's id: its state directory is a copy of %s. Delete the copy's %s and restart it",
+                format_address(event.address),
+                self.state.path,
+                WORKER_ID_FILE,
+            )
 
     async def wait(self) -> None:
         """Return only with an error: the upkeep of a healthy worker never ends."""
@@ -5216,9 +5904,27 @@ class Worker:
             "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.capacity},
             "speed": round(self.engine.speed.tokens_per_s, 1),
             "gpu": {"layers": layers, "devices": self.engine.devices if layers else [], "cards": cards},
+            "network": self.node.report() | {"connections_refused": self._server.refused},
+            "run_id": self._run_id,
             "agent": AGENT,
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
+
+    async def dial_back(self, host: str, udp: int, tcp: int) -> Json:
+        """Ping and dial two ports of a host: the ids of the nodes that answered there, None where none did."""
+
+        async def greeted() -> str | None:
+            try:
+                connection = await dial((host, tcp), self.worker_id)
+            except QMeshError:
+                return None
+            connection.abort()
+            return connection.peer_id
+
+        pinged, dialled = await asyncio.gather(
+            udp_ping(MeshKeys.derive(self.settings.topic), (host, udp), self.settings.host), greeted()
+        )
+        return {"udp": str(pinged) if pinged is not None else None, "tcp": dialled}
 
     # --- Requests ---
 
@@ -5293,6 +5999,7 @@ class Session:
         self._tickets: dict[str, int] = {}
         self._outbox: list[tuple[str, Said]] = []
         self._client_lags = asyncio.Event()
+        self._dialling: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serve until the client closes, breaks the protocol, or stops reading."""
@@ -5305,7 +6012,7 @@ class Session:
         finally:
             for ticket in self._tickets.values():
                 self._worker.cancel(ticket)
-            for task in (reading, writing):
+            for task in (reading, writing, *self._dialling):
                 await _cancelled(task)
             self._flush()
 
@@ -5369,6 +6076,27 @@ class Session:
             answer["request_id"] = _request_id(body)
         self._connection.write(answer)
 
+    def _on_dial_back(self, body: Json) -> None:
+        """Who asks is dialled at its own address and nowhere else."""
+        request_id = _request_id(body)
+        try:
+            udp, tcp = (_integer(name, body.get(name)) for name in ("udp", "tcp"))
+        except InvalidRequest as error:
+            raise WireError(str(error)) from None
+        if not (0 < udp < 65536 and 0 < tcp < 65536):
+            raise WireError("a port is a number from 1 to 65535")
+        if len(self._dialling) >= MAX_DIAL_BACKS:
+            busy = Refused(f"{MAX_DIAL_BACKS} calls back are under way on this connection")
+            self._connection.write(error_frame(request_id, busy))
+            return
+        task = asyncio.create_task(self._dial_back(request_id, udp, tcp))
+        self._dialling.add(task)
+        task.add_done_callback(self._dialling.discard)
+
+    async def _dial_back(self, request_id: str, udp: int, tcp: int) -> None:
+        outcome = await self._worker.dial_back(self._connection.address[0], udp, tcp)
+        self._connection.write({"type": "dialled", "request_id": request_id, **outcome})
+
     def _on_prompt(self, body: Json) -> None:
         request_id = _request_id(body)
         try:
@@ -5398,6 +6126,7 @@ def _request_id(body: Json) -> str:
 
 _SESSION_HANDLERS: Final = {
     "status": Session._on_status,
+    "dial_back": Session._on_dial_back,
     "prompt": Session._on_prompt,
     "cancel": Session._on_cancel,
 }
@@ -5494,18 +6223,16 @@ class Client:
         self._first_found_at = math.inf
         self._changed = asyncio.Event()
         self._node: UdpNode | None = None
-        self._tried: list[str] = []
+        self._remembered: list[Address] = []
 
     async def __aenter__(self) -> Client:
         self._loop = asyncio.get_running_loop()
         self._opened_at = self._loop.time()
         keys = MeshKeys.derive(self.settings.topic)
-        dht = DhtEngine(keys=keys, own=None, rng=random.SystemRandom(), now=self._loop.time())
-        named = await resolve_peers(self.settings.peers, DEFAULT_PORT)
+        dht = DhtEngine(keys=keys, own=None, rng=random.SystemRandom(), now=uptime_s())
         self._node = await UdpNode.open(dht, host=self.settings.host, port=0, listen=False, on_event=self._on_event)
-        known = remembered_peers(self._host_dir)
-        self._node.run(lambda engine, now: engine.meet([*named, *known], now))
-        self._tried = self._what_is_tried(named, known)
+        self._remembered = remembered_peers(self._host_dir)
+        self._node.meet(self.settings.peers, self._remembered)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -5516,14 +6243,18 @@ class Client:
             if met:
                 StateDirectory.of_client(self._host_dir).remember(met)
 
-    def _what_is_tried(self, named: Sequence[Address], known: Sequence[Address]) -> list[str]:
+    def _tried(self) -> str:
+        """What was tried to find a worker, for people."""
         place = f"on {self.settings.host}" if self.settings.host else "on this network and this machine"
         tried = [f"beacons {place} (UDP {BEACON_PORT}, topic {self.settings.topic!r})"]
-        if named:
-            tried.append(f"--peer {', '.join(map(format_address, named))}")
-        if known:
-            tried.append(f"{len(known)} peers remembered from earlier")
-        return tried
+        unresolved = self._node.unresolved if self._node is not None else {}
+        for name in self.settings.peers:
+            tried.append(
+                f"--peer {name}" + (f" (cannot be resolved: {unresolved[name]})" if name in unresolved else "")
+            )
+        if self._remembered:
+            tried.append(f"{plural(len(self._remembered), 'peer')} remembered from earlier")
+        return "; ".join(tried)
 
     # --- Discovery ---
 
@@ -5532,7 +6263,7 @@ class Client:
             self._search()
         elif isinstance(event, Found):
             self._heard_of(event.records)
-        else:
+        elif isinstance(event, Finished):
             self._searching, self._searched = False, True
             self._heard_of(event.records)
         self._changed.set()
@@ -5547,7 +6278,8 @@ class Client:
     def _heard_of(self, records: Iterable[WorkerRecord]) -> None:
         for record in records:
             known = self._records.get(record.worker_id)
-            if known is None or known[0].stamp <= record.stamp:
+            order = record.stamp, reach(record.address)  # of two addresses, the one that leads further
+            if known is None or (known[0].stamp, reach(known[0].address)) <= order:
                 self._records[record.worker_id] = record, self._loop.time()
                 self._first_found_at = min(self._first_found_at, self._loop.time())
 
@@ -5576,7 +6308,7 @@ class Client:
                     await self._changed.wait()
         if not self.records():
             waited = self._loop.time() - self._opened_at
-            raise NoWorkerFound(f"no worker was found in {waited:.1f} s; tried: {'; '.join(self._tried)}")
+            raise NoWorkerFound(f"no worker was found in {waited:.1f} s; tried: {self._tried()}")
 
     def _discovery_wait_s(self, everything: bool) -> float:
         """How long discovery should go on, as far as is known now; 0 when it is done."""
@@ -5745,7 +6477,7 @@ class Client:
         unheard = not overloaded and (isinstance(failure, WorkerLost) or not records)
         if unheard and (out_of_time or self._loop.time() - answered_at >= DISCOVERY_TIMEOUT_S):
             why = f" ({failure})" if failure is not None else ""
-            raise NoWorkerFound(f"no worker is left that answers{why}; tried: {'; '.join(self._tried)}")
+            raise NoWorkerFound(f"no worker is left that answers{why}; tried: {self._tried()}")
         if out_of_time:
             raise failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
 
@@ -5824,10 +6556,6 @@ class Terminal:
 
 def print_json(body: Any) -> None:
     print(json.dumps(body, ensure_ascii=False), flush=True)
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def human_bytes(size: int) -> str:

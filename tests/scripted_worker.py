@@ -93,11 +93,19 @@ def record_of(worker_id: NodeId, port: int, *, score: int = 80, model: str = "ti
 
 
 @contextlib.asynccontextmanager
-async def announced(topic: str, record: qmesh.WorkerRecord, *, beacons: bool = True) -> AsyncIterator[qmesh.Address]:
+async def announced(
+    topic: str,
+    record: qmesh.WorkerRecord,
+    *,
+    beacons: bool = True,
+    make_engine: Callable[..., qmesh.DhtEngine] = qmesh.DhtEngine,
+) -> AsyncIterator[qmesh.Address]:
     """A node that tells a mesh of a worker; yields its address."""
-    now = asyncio.get_running_loop().time()
-    engine = qmesh.DhtEngine(
-        keys=qmesh.MeshKeys.derive(topic), own=record.worker_id, rng=random.Random(secrets.randbits(64)), now=now
+    engine = make_engine(
+        keys=qmesh.MeshKeys.derive(topic),
+        own=record.worker_id,
+        rng=random.Random(secrets.randbits(64)),
+        now=qmesh.uptime_s(),
     )
     node = await qmesh.UdpNode.open(engine, host=qmesh.LOOPBACK, port=0, listen=beacons, on_event=lambda event: None)
     node.run(lambda engine, now: engine.announce(record, now))

@@ -75,11 +75,14 @@ def test_an_announcement_that_was_overtaken_on_its_way_changes_nothing() -> None
     assert store.get(TOPIC, NodeId(1)) == worker(1, stamp=9)
 
 
-def test_of_two_announcements_of_one_second_the_one_that_arrives_last_counts() -> None:
-    store = store_of(1)
-    changed = replace(worker(1), state=HealthState.OVERLOADED)
-    store.put(TOPIC, changed, 0.5)
-    assert store.get(TOPIC, NodeId(1)) == changed
+def test_an_announcement_that_is_repeated_keeps_nobody_alive() -> None:
+    """It may have been recorded on the wire, and be sent again and again after the worker's death."""
+    store = RecordStore()
+    store.put(TOPIC, worker(1, stamp=9), 0.0)
+    for repeated_at in range(1, int(RECORD_TTL_S)):
+        assert store.put(TOPIC, worker(1, stamp=9), float(repeated_at))
+    store.expire(RECORD_TTL_S)
+    assert not len(store)
 
 
 def test_a_record_that_is_taken_back_is_gone_and_was_there_once() -> None:

@@ -7,7 +7,7 @@ import contextlib
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from loop import PATIENCE_S, in_a_loop
@@ -25,9 +25,11 @@ class Peer:
     def __init__(self, topic: str, node_id: NodeId | None) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._node_id = node_id
-        now = asyncio.get_running_loop().time()
         self.engine = qmesh.DhtEngine(
-            keys=qmesh.MeshKeys.derive(topic), own=node_id, rng=random.Random(secrets.randbits(64)), now=now
+            keys=qmesh.MeshKeys.derive(topic),
+            own=node_id,
+            rng=random.Random(secrets.randbits(64)),
+            now=qmesh.uptime_s(),
         )
         self.node: UdpNode
 
@@ -183,22 +185,30 @@ async def test_nodes_of_different_topics_hear_each_other_and_stay_apart(topic: s
         assert one.known == {other.node_id}
         assert other.known == {one.node_id}
         assert stranger.known == set()
-        assert one.engine.dropped["malformed"] > 0
+        assert one.engine.dropped["mesh"] > 0
 
 
 # --- Binding ---
 
 
+@contextlib.contextmanager
+def bound(kind: socket.SocketKind, host: str, port: int | None) -> Iterator[socket.socket]:
+    """The one socket that a single host takes."""
+    (sock,) = qmesh.bind_preferred(kind, host, port)
+    with sock:
+        yield sock
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_free_port_is_taken_and_told(kind: socket.SocketKind) -> None:
-    with qmesh.bind_preferred(kind, LOOPBACK, 0) as sock:
+    with bound(kind, LOOPBACK, 0) as sock:
         host, port = sock.getsockname()
         assert (host, port > 0) == (LOOPBACK, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_port_that_was_asked_for_and_is_taken_is_named(kind: socket.SocketKind) -> None:
-    with qmesh.bind_preferred(kind, LOOPBACK, 0) as holder:
+    with bound(kind, LOOPBACK, 0) as holder:
         if kind == socket.SOCK_STREAM:
             holder.listen()
         port = holder.getsockname()[1]
@@ -208,21 +218,21 @@ def test_a_port_that_was_asked_for_and_is_taken_is_named(kind: socket.SocketKind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_when_the_usual_port_is_taken_a_free_one_does(kind: socket.SocketKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    with qmesh.bind_preferred(kind, LOOPBACK, 0) as holder:
+    with bound(kind, LOOPBACK, 0) as holder:
         if kind == socket.SOCK_STREAM:
             holder.listen()
         usual = holder.getsockname()[1]
         monkeypatch.setattr(qmesh, "DEFAULT_PORT", usual)
-        with qmesh.bind_preferred(kind, LOOPBACK, None) as sock:
+        with bound(kind, LOOPBACK, None) as sock:
             assert sock.getsockname()[1] not in (0, usual)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_usual_port_is_taken_when_it_is_free(kind: socket.SocketKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    with qmesh.bind_preferred(kind, LOOPBACK, 0) as sock:
+    with bound(kind, LOOPBACK, 0) as sock:
         usual = sock.getsockname()[1]
     monkeypatch.setattr(qmesh, "DEFAULT_PORT", usual)
-    with qmesh.bind_preferred(kind, LOOPBACK, None) as sock:
+    with bound(kind, LOOPBACK, None) as sock:
         assert sock.getsockname()[1] == usual
 
 
@@ -243,24 +253,45 @@ async def test_a_node_whose_port_is_taken_says_so(topic: str) -> None:
 # --- Names of peers ---
 
 
-def test_a_peer_without_a_port_gets_the_usual_one_and_each_counts_once() -> None:
-    names = ["127.0.0.1", "127.0.0.1:5", "127.0.0.1:7", "[::1]:6"]
-    assert asyncio.run(qmesh.resolve_peers(names, 7)) == [(LOOPBACK, 7), (LOOPBACK, 5), ("::1", 6)]
+@in_a_loop
+async def test_peers_are_met_by_address_and_by_name(topic: str) -> None:
+    async with opened(topic) as one, opened(topic) as other, opened(topic) as asking:
+        ports = one.node.address[1], other.node.address[1]
+        asking.node.meet([f"{LOOPBACK}:{ports[0]}", f"localhost:{ports[1]}"])
+        await asking.joins(one, other)
+        assert asking.node.unresolved == {}
 
 
 @pytest.mark.parametrize("name", ["lab..example", ".lab", f"{'x' * 64}.example"])
-def test_a_peer_whose_name_cannot_be_one_is_named(name: str) -> None:
-    with pytest.raises(UsageError, match=f"the peer {name} cannot be resolved"):
-        asyncio.run(qmesh.resolve_peers([name], 7))
+@in_a_loop
+async def test_a_name_that_is_none_cannot_be_resolved(name: str) -> None:
+    with pytest.raises(qmesh.QMeshError):
+        await qmesh.resolve(name, 7)
 
 
-def test_a_peer_that_cannot_be_resolved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_such_name(*_: object, **__: object) -> list[object]:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+@in_a_loop
+async def test_a_name_that_cannot_be_resolved_yet_is_spoken_of_and_tried_again(
+    topic: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker may start before its machine has found the name server."""
+    tried: list[str] = []
 
-    monkeypatch.setattr(socket, "getaddrinfo", no_such_name)  # a real question would leave this machine
-    with pytest.raises(UsageError, match="the peer nowhere:1 cannot be resolved: Name or service not known"):
-        asyncio.run(qmesh.resolve_peers(["nowhere:1"], 7))
+    def name_server(host: str, port: int, **_: object) -> list[object]:
+        tried.append(host)
+        if len(tried) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_DGRAM, 0, "", (LOOPBACK, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", name_server)  # a real question would leave this machine
+    monkeypatch.setattr(qmesh, "BEACON_PERIOD_S", 0.01)
+    async with opened(topic) as one, opened(topic) as asking:
+        asking.node.meet([f"lab7:{one.node.address[1]}"])
+        await asking.joins(one)
+        assert asking.node.unresolved == {}
+    assert set(tried) == {"lab7"}
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"the peer lab7:{one.node.address[1]} cannot be resolved (Name or service not known); it is tried again"
+    ]
 
 
 # --- Noise ---
@@ -283,7 +314,7 @@ async def test_noise_is_counted_and_does_no_harm(topic: str) -> None:
         friend.meet(target.node.address)  # it arrives behind the noise
         await friend.joins(target)
         await target.joins(friend)
-        assert target.engine.dropped["malformed"] == len(sent)
+        assert sum(target.engine.dropped[reason] for reason in ("size", "protocol", "mesh")) == len(sent)
 
 
 @in_a_loop
@@ -329,7 +360,8 @@ async def test_a_node_that_took_its_record_back_and_closes_at_once_still_hears_t
 async def test_a_closed_node_gives_its_port_back(topic: str) -> None:
     async with opened(topic) as peer:
         port = peer.node.address[1]
-    qmesh.bind_preferred(socket.SOCK_DGRAM, LOOPBACK, port).close()
+    with bound(socket.SOCK_DGRAM, LOOPBACK, port):
+        pass
 
 
 @in_a_loop

@@ -43,6 +43,7 @@ VALUES: dict[str, Any] = {
     "nodes": CONTACTS,
     "records": (worker(1), worker(2, "2001:db8::1", "modèle"), worker(3, model="")),
     "total": 4096,
+    "known": 20,
     "code": "quota",
 }
 
