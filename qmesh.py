@@ -27,7 +27,8 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     16  TCP shell              moves frames, with deadlines and limits
     17  Worker                 serves a model to the mesh
     18  Client                 finds workers, chooses one, follows its answer
-    19  Command line           arguments in, text and exit codes out
+    19  Doctor                 what keeps machines apart, and what to do about it
+    20  Command line           arguments in, text and exit codes out
 
 The journey of one request:
 
@@ -120,6 +121,7 @@ log = logging.getLogger("qmesh")
 # ======================================================================================================
 
 PROTOCOL_VERSION: Final = 1
+MIN_PYTHON: Final = (3, 11)  # the first with asyncio.timeout
 AGENT: Final = f"qmesh/{__version__}"
 
 # --- The network ---
@@ -891,6 +893,10 @@ class Result:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def human_bytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def format_address(address: Address) -> str:
@@ -1823,13 +1829,13 @@ class Gate:
     """Decides what is taken in from the wire, and counts what is not.
 
     dropped: datagrams by reason. received: "datagrams" and "bytes" in all. strangers: hosts whose datagrams
-    are of another "mesh" or "version", the latest last.
+    are of another "mesh" or "version", with the time of the latest.
     """
 
     def __init__(self, codec: DatagramCodec) -> None:
         self.dropped: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
-        self.strangers: OrderedDict[str, str] = OrderedDict()
+        self.strangers: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._codec = codec
         self._limiter = RateLimiter()
         self._beacons: OrderedDict[tuple[Address, bytes], None] = OrderedDict()
@@ -1848,7 +1854,7 @@ class Gate:
         if reason is not None:
             self.dropped[reason] += 1
         if reason in DatagramCodec.STRANGER:
-            _remember(self.strangers, address[0], reason, MAX_STRANGERS)
+            _remember(self.strangers, address[0], (reason, now), MAX_STRANGERS)
         return datagram
 
     def _heard_before(self, beacon: Datagram, address: Address) -> bool:
@@ -5083,13 +5089,17 @@ class UdpNode:
         sent: Counter[str] = Counter()
         for own in self._sockets.values():
             sent.update(own.sent)
-        gate = self.engine.gate
+        gate, now = self.engine.gate, self._clock()
+        strangers = [
+            {"host": host, "reason": reason, "age_s": round(now - heard, 1)}
+            for host, (reason, heard) in gate.strangers.items()
+        ]
         return {
             "peers": len(self.engine.table),
             "sent": dict(sent),
             "received": dict(gate.received),
             "dropped": dict(gate.dropped),
-            "strangers": dict(gate.strangers),
+            "strangers": strangers,
             "interfaces": [outlet.address for outlet in self._outlets],
         }
 
@@ -5219,7 +5229,7 @@ class UdpNode:
                 try:
                     await self._attach(bind_one(socket.SOCK_DGRAM, *own.bound))
                 except OSError as error:
-                    log.info("%s; tried again at the next beacon", _bind_failure(*own.bound, error))
+                    log.info("%s; tried again at the next beacon", bind_failure(*own.bound, error))
         finally:
             self._mending = False
 
@@ -5240,14 +5250,14 @@ def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> list
     attempts += [0] * FREE_PORT_ATTEMPTS if not port else []
     for left, attempt in zip(reversed(range(len(attempts))), attempts, strict=True):
         try:
-            return _bind_all(kind, host, attempt)
+            return bind_all(kind, host, attempt)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not left:
-                raise UsageError(_bind_failure(host, attempt, error)) from None
+                raise UsageError(bind_failure(host, attempt, error)) from None
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _bind_all(kind: socket.SocketKind, host: str, port: int) -> list[socket.socket]:
+def bind_all(kind: socket.SocketKind, host: str, port: int) -> list[socket.socket]:
     first = bind_one(kind, host or UNSPECIFIED, port)
     if host:
         return [first]
@@ -5278,7 +5288,7 @@ def bind_one(kind: socket.SocketKind, host: str, port: int) -> socket.socket:
     return sock
 
 
-def _bind_failure(host: str, port: int, error: OSError) -> str:
+def bind_failure(host: str, port: int, error: OSError) -> str:
     place = format_address((host or "*", port))
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken ({place}); leave --port away to take a free one"
@@ -6247,11 +6257,9 @@ class Client:
         """What was tried to find a worker, for people."""
         place = f"on {self.settings.host}" if self.settings.host else "on this network and this machine"
         tried = [f"beacons {place} (UDP {BEACON_PORT}, topic {self.settings.topic!r})"]
-        unresolved = self._node.unresolved if self._node is not None else {}
         for name in self.settings.peers:
-            tried.append(
-                f"--peer {name}" + (f" (cannot be resolved: {unresolved[name]})" if name in unresolved else "")
-            )
+            why = f" (cannot be resolved: {self.unresolved[name]})" if name in self.unresolved else ""
+            tried.append(f"--peer {name}{why}")
         if self._remembered:
             tried.append(f"{plural(len(self._remembered), 'peer')} remembered from earlier")
         return "; ".join(tried)
@@ -6282,6 +6290,19 @@ class Client:
             if known is None or (known[0].stamp, reach(known[0].address)) <= order:
                 self._records[record.worker_id] = record, self._loop.time()
                 self._first_found_at = min(self._first_found_at, self._loop.time())
+
+    def nodes(self) -> list[Contact]:
+        """The DHT nodes that answered."""
+        return list(self._node.engine.table) if self._node is not None else []
+
+    @property
+    def unresolved(self) -> Mapping[str, str]:
+        """Names given by --peer that could not be resolved so far, with the reason."""
+        return self._node.unresolved if self._node is not None else {}
+
+    def report(self) -> Json:
+        """What passed over this client's socket."""
+        return self._node.report() if self._node is not None else {}
 
     def records(self) -> list[WorkerRecord]:
         """The workers heard of and not expired."""
@@ -6491,7 +6512,534 @@ class _NotStarted(WorkerLost):
 
 
 # ======================================================================================================
-# 19  Command line
+# 19  Doctor
+#
+# Looks for what keeps this machine from serving or from finding the others, and names the cause.
+# Rule 1: a check tells what was tried, what came back and what to do; its cause is a word for programs.
+# Rule 2: a problem is something to be mended; a note is something that may well be meant so.
+# Rule 3: what is said of a firewall rests on both directions, and on how other machines fare.
+# ======================================================================================================
+
+DOCTOR_LISTEN_S: Final = BEACON_PERIOD_S + 1.0  # every node of the network has beaconed by then
+HEAR_ITSELF_S: Final = 0.5  # for what we sent to come back to us
+MAX_EXAMINED: Final = 64  # machines; beyond that the doctor would itself be a load
+EXAMINED_AT_ONCE: Final = 8
+OPEN_PORTS: Final = f"UDP {BEACON_PORT} and {DEFAULT_PORT} and TCP {DEFAULT_PORT}"
+ALLOW_HERE: Final = f"allow incoming {OPEN_PORTS} in this machine's firewall, or Python altogether"
+ALLOW_THERE: Final = f"allow incoming {OPEN_PORTS} in that machine's firewall, or Python altogether"
+
+
+class Verdict(enum.Enum):
+    """What a check came to."""
+
+    WELL = "well"
+    NOTE = "note"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. cause: a word for programs, "" where all is well."""
+
+    name: str
+    found: str
+    verdict: Verdict = Verdict.WELL
+    tried: str = ""
+    remedy: str = ""
+    cause: str = ""
+
+    def to_json(self) -> Json:
+        return {item.name: getattr(self, item.name) for item in fields(self)} | {"verdict": self.verdict.value}
+
+
+def note(name: str, cause: str, found: str, remedy: str, tried: str = "") -> Check:
+    return Check(name, found, Verdict.NOTE, tried, remedy, cause)
+
+
+def problem(name: str, cause: str, found: str, remedy: str, tried: str = "") -> Check:
+    return Check(name, found, Verdict.PROBLEM, tried, remedy, cause)
+
+
+# --- This machine ---
+
+
+def check_python() -> list[Check]:
+    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < MIN_PYTHON:
+        wanted = ".".join(map(str, MIN_PYTHON))
+        return [problem("python", "python_old", found, f"install Python {wanted} or newer")]
+    return [Check("python", found)]
+
+
+def check_tls() -> list[Check]:
+    remedy = "install a Python that comes with OpenSSL 1.1.1 or newer"
+    try:
+        import ssl
+    except ImportError as error:
+        return [problem("tls", "tls_missing", f"this Python has no TLS ({error})", remedy)]
+    if not ssl.HAS_TLSv1_3 or ssl.OPENSSL_VERSION_INFO < (1, 1, 1):
+        return [problem("tls", "tls_missing", f"{ssl.OPENSSL_VERSION} has no TLS 1.3 with Ed25519", remedy)]
+    return [Check("tls", f"{ssl.OPENSSL_VERSION}, TLS 1.3")]
+
+
+def check_engine(gpu_layers: int | None) -> list[Check]:
+    """The packages that a worker needs, and whether llama.cpp can use the GPU that there is."""
+    try:
+        psutil, llama = load_psutil(), load_llama()
+    except MissingPackage as error:
+        found, _, remedy = str(error).partition("; ")
+        return [note("engine", "engine_missing", f"{found}: this machine can ask, not serve", remedy)]
+    found = f"llama-cpp-python {llama.__version__}, psutil {psutil.__version__}"
+    gpu, offloads = detect_gpu(gpu_layers), bool(llama.llama_supports_gpu_offload())
+    if gpu.backend is not None and not offloads:
+        what = f"{found}, built for the CPU alone, though this machine has a GPU ({gpu.backend})"
+        return [problem("engine", "engine_without_gpu", what, gpu_install_command(gpu.backend))]
+    return [Check("engine", f"{found}, {'with' if offloads else 'without'} GPU code; {gpu.reason}")]
+
+
+def check_models() -> list[Check]:
+    paths, checks = list_models(model_dirs()), []
+    for path in paths:
+        try:
+            checks.append(Check("model", f"{read_model(path).name} ({human_bytes(path.stat().st_size)})"))
+        except (ModelError, OSError) as error:
+            checks.append(problem("model", "model_unusable", str(error), f"delete {path} and fetch it again"))
+    tried = f"*.gguf in {', '.join(map(str, model_dirs()))}"
+    return checks or [note("model", "no_model", "no model: this machine can ask, not serve", "qmesh.py pull", tried)]
+
+
+def check_state(host_dir: Path) -> list[Check]:
+    """Whether state can be kept, and no instance's id is another's too, here or on a host that shares the files."""
+    try:
+        host_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=host_dir):
+            pass
+    except OSError as error:
+        found = f"{host_dir} cannot be written ({error.strerror or error})"
+        return [problem("state", "state_unusable", found, "choose another place with --state-dir DIR")]
+    owners: dict[str, list[Path]] = {}
+    for path in sorted(host_dir.parent.glob(f"*/*/{WORKER_ID_FILE}")):
+        with contextlib.suppress(OSError):
+            owners.setdefault(path.read_text("ascii", errors="replace").strip(), []).append(path)
+    for worker_id, paths in owners.items():
+        if len(paths) > 1:
+            found = f"worker {worker_id[:6]} stands in {' and in '.join(map(str, paths))}"
+            return [problem("state", "cloned_identity", found, "delete all but one of them, and restart those workers")]
+    return [Check("state", f"{host_dir} can be written, {plural(len(owners), 'worker id')}")]
+
+
+async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list[Check]:
+    """Whether the preferred port is to be had, and if not, whether a worker has it."""
+    name = f"port {'UDP' if kind == socket.SOCK_DGRAM else 'TCP'} {DEFAULT_PORT}"
+    try:
+        for sock in bind_all(kind, host, DEFAULT_PORT):
+            sock.close()
+        return [Check(name, "is free")]
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            return [problem(name, "port_unusable", bind_failure(host, DEFAULT_PORT, error), "see --host and --port")]
+    own = (host or LOOPBACK, DEFAULT_PORT)
+    holder = await udp_ping(keys, own) if kind == socket.SOCK_DGRAM else await greeted_by(own)
+    if holder is not None:
+        return [Check(name, f"is held by worker {holder.short} of this mesh")]
+    remedy = "nothing, unless others reach this machine by --peer without a port: then stop what holds it"
+    return [note(name, "port_taken", "is held by another program; a worker takes a free port", remedy)]
+
+
+async def greeted_by(address: Address, own: NodeId = NodeId(0)) -> NodeId | None:
+    """The id of the worker that greets over TCP at an address, None if none does."""
+    try:
+        connection = await dial(address, own)
+    except QMeshError:
+        return None
+    connection.abort()
+    return NodeId.from_hex(connection.peer_id)
+
+
+# --- What others hear of us, and we of them ---
+
+
+@dataclass(slots=True)
+class Neighbour:
+    """A node of the mesh on some machine, and how it fared.
+
+    named: given by --peer. heard: its beacons reach us. pinged, greeted: whether it answers over UDP, over TCP.
+    called: its ping reached us when it was asked to call back. back: what its calls to our `ports` came to.
+    """
+
+    node_id: NodeId | None
+    udp: Address | None = None
+    tcp: Address | None = None
+    named: bool = False
+    heard: bool = False
+    pinged: bool = False
+    greeted: bool = False
+    called: bool = False
+    back: Json | None = None
+    status: Json = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def host(self) -> str:
+        return (self.udp or self.tcp or (UNSPECIFIED, 0))[0]
+
+    @property
+    def title(self) -> str:
+        worker = f" (worker {self.node_id.short})" if self.node_id is not None else ""
+        return f"peer {format_address(self.tcp or self.udp or (UNSPECIFIED, 0))}{worker}"
+
+
+def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
+    """What one machine's answers mean.
+
+    deaf: this machine does not hear even itself. udp_elsewhere: UDP passes to and from another machine.
+    """
+    asked = [f"ping to UDP {format_address(peer.udp)}"] if peer.udp is not None else []
+    asked += [f"greeting to TCP {format_address(peer.tcp)}"] if peer.tcp is not None else []
+    tried = ", ".join([*asked, "and was asked to do the same to us" if peer.greeted else ""]).rstrip(", ")
+    if not peer.pinged and not peer.greeted:
+        return _unreachable(peer, tried)
+    if not peer.pinged:
+        if deaf:
+            found = "answers over TCP, not over UDP: a firewall here lets no UDP in"
+            return problem(peer.title, "udp_blocked_here", found, ALLOW_HERE, tried)
+        if udp_elsewhere or peer.called:
+            found = "answers over TCP, not over UDP: a firewall there lets no UDP in"
+            return problem(peer.title, "udp_blocked_there", found, ALLOW_THERE, tried)
+        found = "answers over TCP, and UDP passes neither to it nor back"
+        remedy = f"{ALLOW_HERE}; if that is so, there"
+        return problem(peer.title, "udp_blocked", found, remedy, tried)
+    if not peer.greeted:
+        found = f"answers over UDP, not over TCP ({peer.failure})"
+        return problem(peer.title, "tcp_blocked_there", found, ALLOW_THERE, tried)
+    if peer.back is None:
+        return note(peer.title, "not_called_back", f"answers, but did not call back ({peer.failure})", "", tried)
+    lost = [name for name in ("udp", "tcp") if peer.back.get(name) is None]
+    if not lost:
+        return Check(peer.title, "UDP and TCP pass in both directions", tried=tried)
+    found = f"answers, but its own calls over {' and '.join(lost).upper()} do not reach this machine"
+    return problem(peer.title, f"{lost[0]}_blocked_here", found, ALLOW_HERE, tried)
+
+
+def _unreachable(peer: Neighbour, tried: str) -> Check:
+    if peer.heard:
+        found = "is heard, but answers neither over UDP nor over TCP: something drops what goes there, or its answers"
+        remedy = f"look at the firewall there ({OPEN_PORTS}), and whether the access point keeps its guests apart"
+        return problem(peer.title, "one_way", found, remedy, tried)
+    if peer.named:
+        remedy = "see that a worker runs there, that the address is right, and that no firewall is between"
+        return problem(peer.title, "peer_silent", "answers neither over UDP nor over TCP", remedy, tried)
+    found = "is known to others, but answers neither over UDP nor over TCP here"
+    remedy = f"wait a minute: it may just have stopped. Else look at the firewall there ({OPEN_PORTS})"
+    return problem(peer.title, "peer_unreachable", found, remedy, tried)
+
+
+class Ears:
+    """Sockets that say hello on every interface, and note who hears it: we ourselves, and others.
+
+    heard: senders of beacons, by their address. answers: who answered ours: id and address, with its record.
+    strangers: hosts, and why theirs is another mesh: "topic" (it is the open mesh of the default topic), "mesh"
+    or "version". callers: hosts whose pings arrived.
+    """
+
+    def __init__(self, keys: MeshKeys, host: str) -> None:
+        self.heard: dict[Address, NodeId] = {}
+        self.answers: dict[tuple[NodeId, Address], WorkerRecord | None] = {}
+        self.strangers: dict[str, str] = {}
+        self.callers: set[str] = set()
+        self.outlets = outlets(host)
+        self.listener = BeaconListener(host, self._on_datagram)
+        self.udp_port = 0
+        self._host = host
+        self._id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
+        self._topic = keys.topic
+        self._codec = DatagramCodec(keys.udp_key)
+        self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
+        self._sockets: dict[bool, UdpSocket] = {}
+        self._beacons: dict[bytes, tuple[Interface, str]] = {}
+        self._heard_own: set[tuple[Interface, str]] = set()
+
+    async def open(self) -> None:
+        """Bind, the preferred port if it is free, and listen. Raises UsageError."""
+        for sock in bind_preferred(socket.SOCK_DGRAM, self._host, None):
+            opened = UdpSocket(self._on_datagram)
+            await opened.open(sock)
+            self._sockets[sock.family == socket.AF_INET6] = opened
+            self.udp_port = opened.bound[1]
+        await self.listener.follow(self.outlets)
+
+    def say_hello(self) -> None:
+        """A beacon by each way on each interface."""
+        for outlet in self.outlets:
+            own = self._sockets.get(":" in outlet.address)
+            if own is not None:
+                own.multicast(self._beacon(outlet, "multicast"), outlet)
+                if outlet.broadcast is not None:
+                    own.broadcast(self._beacon(outlet, "broadcast"), outlet)
+
+    def _beacon(self, outlet: Interface, way: str) -> bytes:
+        hello = Datagram("beacon", secrets.token_bytes(TRANSACTION_BYTES), None, {"topic": self._topic})
+        self._beacons[hello.transaction] = outlet, way
+        return self._codec.encode(hello, pad_to=SMALL_REQUEST_BYTES)
+
+    def unheard(self, outlet: Interface) -> tuple[list[str], list[str]]:
+        """The ways that were tried on an interface, and those that did not bring our own beacon back."""
+        tried = [way for known, way in self._beacons.values() if known == outlet]
+        return tried, [way for way in tried if (outlet, way) not in self._heard_own]
+
+    def close(self) -> None:
+        self.listener.close()
+        for own in self._sockets.values():
+            own.close()
+
+    def _on_datagram(self, data: bytes, address: Address) -> None:
+        reason = self._codec.judge(data)
+        if reason in DatagramCodec.STRANGER and address[0] not in self._own_hosts():
+            usual = reason == "mesh" and self._usual.judge(data) is None
+            self.strangers[address[0]] = "topic" if usual else reason
+        if reason is None:
+            with contextlib.suppress(WireError):
+                self._on_own_mesh(self._codec.parse(data), address)
+
+    def _own_hosts(self) -> set[str]:
+        return {outlet.address for outlet in self.outlets}
+
+    def _on_own_mesh(self, datagram: Datagram, address: Address) -> None:
+        if datagram.kind == "beacon":
+            if datagram.transaction in self._beacons:
+                self._heard_own.add(self._beacons[datagram.transaction])
+            elif datagram.sender is not None:
+                self.heard[address] = datagram.sender
+        elif datagram.kind == "pong" and datagram.transaction in self._beacons and datagram.sender is not None:
+            self.answers[datagram.sender, address] = datagram.body.get("record")
+        elif datagram.kind == "ping":
+            self.callers.add(address[0])
+            pong = self._codec.encode(Datagram("pong", datagram.transaction, self._id))
+            self._sockets[":" in address[0]].send(pong, address)
+
+
+class Doctor:
+    """Examines this machine and its network: `async for check in Doctor(settings, environ).examine()`."""
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._keys = MeshKeys.derive(settings.topic)
+        self._ears = Ears(self._keys, settings.host)
+        self._id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
+        self._peers: dict[tuple[str, int], Neighbour] = {}  # by TCP address, or UDP's where that is not known
+        self._tcp_port = 0
+
+    async def examine(self) -> AsyncGenerator[Check, None]:
+        """Every check, as it is done. Takes about DOCTOR_LISTEN_S."""
+        started = asyncio.get_running_loop().time()
+        for check in await asyncio.to_thread(self._check_machine):
+            yield check
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+            for check in await check_port(kind, self._settings.host, self._keys):
+                yield check
+        server = TcpServer(self._hang_up, self._id)
+        _, self._tcp_port = await server.start(self._settings.host, None)
+        try:
+            await self._ears.open()
+            self._ears.say_hello()
+            await asyncio.sleep(HEAR_ITSELF_S)
+            for check in self._check_interfaces():
+                yield check
+            async with Client(self._settings, self._environ) as mesh:
+                unresolved = await self._find_peers(mesh, started + DOCTOR_LISTEN_S)
+            for check in unresolved + await self._check_peers():
+                yield check
+            yield self._check_mesh()
+        finally:
+            self._ears.close()
+            await server.stop()
+
+    @staticmethod
+    async def _hang_up(connection: Connection) -> None:
+        """Who called us back has been greeted; there is nothing else to be had here."""
+
+    def _check_machine(self) -> list[Check]:
+        host_dir = host_state_dir(self._settings.state_dir, self._environ)
+        checks = check_python() + check_tls() + check_engine(self._settings.gpu_layers)
+        return checks + check_models() + check_state(host_dir)
+
+    # --- Interfaces ---
+
+    def _check_interfaces(self) -> list[Check]:
+        if self._ears.listener.failure is not None:
+            found = f"UDP {BEACON_PORT} cannot be bound ({self._ears.listener.failure}): nobody is heard"
+            return [problem("beacons", "beacon_port_taken", found, f"stop the program that holds UDP {BEACON_PORT}")]
+        checks = [self._check_interface(outlet) for outlet in self._ears.outlets]
+        if not self._network() and not is_loopback(self._settings.host or UNSPECIFIED):
+            found = "no interface but the loopback has an address"
+            checks.append(problem("network", "no_network", found, "connect a cable, or join a wireless network"))
+        return checks
+
+    def _network(self) -> list[Interface]:
+        return [outlet for outlet in self._ears.outlets if not is_loopback(outlet.address)]
+
+    def _check_interface(self, outlet: Interface) -> Check:
+        ways, unheard = self._ears.unheard(outlet)
+        name = f"interface {outlet.name or outlet.address} ({outlet.address})"
+        tried = f"{' and '.join(ways)} to UDP {BEACON_PORT}, listening for it"
+        if not unheard:
+            return Check(name, f"{' and '.join(ways)} heard", tried=tried)
+        if len(unheard) < len(ways):
+            found = f"{' and '.join(unheard)} not heard; the other way works, and is enough"
+            return note(name, f"no_{unheard[0]}", found, ALLOW_HERE, tried)
+        found = "what is sent to everybody does not come back: a firewall here lets no UDP in"
+        return problem(name, "udp_blocked_here", found, ALLOW_HERE, tried)
+
+    @property
+    def _deaf(self) -> bool:
+        return any(self._check_interface(outlet).verdict is Verdict.PROBLEM for outlet in self._network())
+
+    # --- Peers ---
+
+    async def _find_peers(self, mesh: Client, until: float) -> list[Check]:
+        """Learn of every node there is, by all ways, listening until others have beaconed; names that failed."""
+        with contextlib.suppress(NoWorkerFound):
+            await mesh.discover(everything=True)
+        await asyncio.sleep(max(0.0, until - asyncio.get_running_loop().time()))
+        for (node_id, udp), record in self._ears.answers.items():
+            tcp = (udp[0], record.address[1]) if record is not None else None
+            self._peer(node_id, udp, tcp)
+        for contact in mesh.nodes():
+            self._peer(contact.node_id, contact.address, None)
+        for found in mesh.records():
+            self._peer(found.worker_id, None, found.address)
+        for udp, node_id in self._ears.heard.items():
+            self._peer(node_id, udp, None).heard = True
+        for name in self._settings.peers:
+            host, port = parse_address(name, DEFAULT_PORT)
+            for address in await self._addresses(host, port):
+                self._peer(None, address, address).named = True
+        return [
+            problem(f"peer {name}", "name_unresolved", f"cannot be resolved ({why})", "correct --peer or QMESH_PEERS")
+            for name, why in mesh.unresolved.items()
+        ]
+
+    @staticmethod
+    async def _addresses(host: str, port: int) -> list[Address]:
+        with contextlib.suppress(QMeshError):
+            return await resolve(host, port)
+        return []
+
+    def _peer(self, node_id: NodeId | None, udp: Address | None, tcp: Address | None) -> Neighbour:
+        """The node at these addresses, met before or new. One node has one entry for each of its hosts."""
+        host = (udp or tcp or (UNSPECIFIED, 0))[0]
+        for known in self._peers.values():
+            same_node = node_id is not None and known.node_id == node_id and known.host == host
+            if same_node or (udp is not None and known.udp == udp) or (tcp is not None and known.tcp == tcp):
+                known.node_id, known.udp, known.tcp = known.node_id or node_id, known.udp or udp, known.tcp or tcp
+                return known
+        peer = Neighbour(node_id, udp, tcp)
+        if len(self._peers) < MAX_EXAMINED:
+            self._peers[tcp or udp or (UNSPECIFIED, 0)] = peer
+        return peer
+
+    async def _check_peers(self) -> list[Check]:
+        here = [peer for peer in self._peers.values() if self._is_here(peer.host)]
+        there = [peer for peer in self._peers.values() if not self._is_here(peer.host)]
+        ports = next(((peer.udp[1], peer.tcp[1]) for peer in here if peer.udp and peer.tcp), None)
+        if ports is None:  # no worker runs here: what one would be asked at stands in for it
+            ports = self._ears.udp_port, self._tcp_port
+        turns = asyncio.Semaphore(EXAMINED_AT_ONCE)
+        await asyncio.gather(*(self._examine_peer(peer, ports, turns) for peer in self._peers.values()))
+        own = dict.fromkeys(peer.node_id for peer in here if peer.greeted and peer.node_id is not None)
+        checks = [Check(f"worker {node_id.short}", "runs on this machine") for node_id in own]
+        for peer in there:
+            elsewhere = any(other.pinged for other in there if other.host != peer.host)
+            checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
+        return checks + self._check_clones()
+
+    def _is_here(self, host: str) -> bool:
+        return is_loopback(host) or any(item.address == host for item in list_interfaces())
+
+    async def _examine_peer(self, peer: Neighbour, ports: tuple[int, int], turns: asyncio.Semaphore) -> None:
+        async with turns:
+            if peer.udp is not None:
+                answered = await udp_ping(self._keys, peer.udp, self._settings.host)
+                peer.pinged = answered is not None
+                peer.node_id = peer.node_id or answered
+            if peer.tcp is None:
+                return
+            try:
+                link = WorkerLink(await dial(peer.tcp, self._id))
+            except QMeshError as error:
+                peer.failure = str(error)
+                return
+            try:
+                peer.greeted, peer.node_id = True, NodeId.from_hex(link.worker_id)
+                peer.status = await link.status()
+                peer.back = await link.dial_back(*ports)
+            except QMeshError as error:
+                peer.failure = str(error)
+            finally:
+                await link.close()
+            peer.called = peer.host in self._ears.callers
+
+    def _check_clones(self) -> list[Check]:
+        """Whether one id is used by several processes; one process may well have several addresses."""
+        users: dict[NodeId, dict[str, str]] = {}
+        for peer in self._peers.values():
+            if peer.node_id is not None and peer.status.get("run_id"):
+                users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = peer.host
+        remedy = f"stop one of them, delete its {WORKER_ID_FILE} in its state directory, and start it again"
+        return [
+            problem(
+                f"worker {node_id.short}",
+                "cloned_identity",
+                f"runs at {' and at '.join(sorted(runs.values()))}",
+                remedy,
+            )
+            for node_id, runs in users.items()
+            if len(runs) > 1
+        ]
+
+    # --- The mesh ---
+
+    def _check_mesh(self) -> Check:
+        workers = {peer.node_id for peer in self._peers.values() if peer.greeted}
+        topic = self._settings.topic
+        strangers = dict(self._ears.strangers)
+        for peer in self._peers.values():
+            told = peer.status.get("network", {}).get("strangers", ())
+            lately = {each["host"]: each["reason"] for each in told if each["age_s"] <= DOCTOR_LISTEN_S}
+            strangers = lately | strangers
+        tried = f"beacons, listening and a search of the DHT for the topic {topic!r}"
+        found = f"{plural(len(workers), 'worker')} found in the open mesh {topic!r}"
+        if not workers and not strangers:
+            remedy = "start one with `qmesh.py worker` here or elsewhere, or name a machine with --peer HOST"
+            return problem("mesh", "no_worker", found, remedy, tried)
+        if not strangers:
+            return Check("mesh", found, tried=tried)
+        kind = next(why for why in ("version", "topic", "mesh") if why in strangers.values())
+        hosts = ", ".join(sorted(host for host, why in strangers.items() if why == kind))
+        what, remedy = _OTHER_MESHES[kind]
+        tell = note if workers else problem
+        return tell("mesh", f"other_{kind}", f"{found}; {hosts} {what}", remedy, tried)
+
+
+_OTHER_MESHES: Final = {
+    "version": (
+        "speaks another version of QMesh",
+        "copy the same qmesh.pyz to all machines that are to work together",
+    ),
+    "topic": (
+        f"belongs to the mesh of the default topic {DEFAULT_TOPIC!r}",
+        "leave --topic and QMESH_TOPIC away here, or set the same there",
+    ),
+    "mesh": (
+        "belongs to a mesh with another topic or key",
+        "give --topic (or QMESH_TOPIC) the same value on all machines that are to work together",
+    ),
+}
+
+
+# ======================================================================================================
+# 20  Command line
 #
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
 # Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
@@ -6511,6 +7059,7 @@ examples:
   qmesh.pyz worker                              serve it on this machine
   qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
   qmesh.pyz status                              see every worker
+  qmesh.pyz doctor                              find out why machines do not find each other
 
 Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_MODEL,
 QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
@@ -6556,10 +7105,6 @@ class Terminal:
 
 def print_json(body: Any) -> None:
     print(json.dumps(body, ensure_ascii=False), flush=True)
-
-
-def human_bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -6761,18 +7306,18 @@ class AnswerPrinter:
 # --- status ---
 
 
-async def ask_all(settings: Settings) -> tuple[list[Json], list[Json]]:
+async def ask_all(settings: Settings) -> tuple[list[Json], list[Json], Json]:
     async with Client(settings) as mesh:
         await mesh.discover(everything=True)
-        return await mesh.statuses()
+        return (*await mesh.statuses(), mesh.report())
 
 
 def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
     started = time.monotonic()
-    workers, silent = asyncio.run(ask_all(settings))
+    workers, silent, network = asyncio.run(ask_all(settings))
     elapsed_ms = round(1000 * (time.monotonic() - started), 1)
     if arguments.json:
-        print_json({"workers": workers, "unreachable": silent, "elapsed_ms": elapsed_ms})
+        print_json({"workers": workers, "unreachable": silent, "network": network, "elapsed_ms": elapsed_ms})
     else:
         print_status(workers, silent)
     if not workers and not arguments.json:
@@ -6924,6 +7469,41 @@ async def demo_worker_ready(child: asyncio.subprocess.Process) -> Json:
     return parse_json(line)
 
 
+# --- doctor ---
+
+
+def run_doctor(arguments: argparse.Namespace, settings: Settings) -> int:
+    return asyncio.run(examine(arguments, settings))
+
+
+async def examine(arguments: argparse.Namespace, settings: Settings) -> int:
+    """Print each check as it is done; 0 only when none found a problem."""
+    started, checks = time.monotonic(), []
+    async with contextlib.aclosing(Doctor(settings, os.environ).examine()) as examining:
+        async for check in examining:
+            checks.append(check)
+            if not arguments.json:
+                print_check(check)
+    problems = [check for check in checks if check.verdict is Verdict.PROBLEM]
+    if arguments.json:
+        elapsed_ms = round(1000 * (time.monotonic() - started), 1)
+        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "elapsed_ms": elapsed_ms}
+        print_json(body)
+    else:
+        print(f"{plural(len(problems), 'problem')} found" if problems else "All is well")
+    return 1 if problems else 0
+
+
+def print_check(check: Check) -> None:
+    sign = {Verdict.WELL: "✅", Verdict.NOTE: "💡", Verdict.PROBLEM: "❌"}[check.verdict]
+    print(f"{sign} {check.name}: {check.found}", flush=True)
+    if check.verdict is not Verdict.WELL:
+        if check.tried:
+            print(f"      tried: {check.tried}", flush=True)
+        if check.remedy:
+            print(f"      to do: {check.remedy.replace('qmesh.py', program_name())}", flush=True)
+
+
 # --- Arguments ---
 
 
@@ -7036,6 +7616,11 @@ def status_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
 
 
+def doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+    add_network(parser)
+
+
 def pull_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
@@ -7059,6 +7644,7 @@ _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], N
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
     "status": ("Show every worker of the mesh.", "status --json", status_arguments, run_status),
+    "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
     "pull": ("Fetch a model.", "pull", pull_arguments, run_pull),
     "models": ("List the models on this machine.", "models", models_arguments, run_models),
     "demo": ("Try it all on this machine alone.", 'demo "Why is the sky blue?"', demo_arguments, run_demo),

@@ -934,7 +934,7 @@ def test_a_datagram_of_another_mesh_is_dropped_in_silence_and_counted() -> None:
     node.engine.receive_datagram(ping, STRANGER, network.now)
     assert node.engine.datagrams_to_send(network.now) == []
     assert node.engine.dropped == {"mesh": 1}
-    assert dict(node.engine.gate.strangers) == {STRANGER[0]: "mesh"}
+    assert node.engine.gate.strangers == {STRANGER[0]: ("mesh", network.now)}
     assert len(network.sent) == since
 
 
