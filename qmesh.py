@@ -136,6 +136,7 @@ MAX_DATAGRAM_BYTES: Final = 1200  # fits the smallest IPv6 path (1,280) with its
 MAC_BYTES: Final = 16  # 128 bits cannot be guessed at the rate a network delivers guesses
 TRANSACTION_BYTES: Final = 8  # long enough that an outsider cannot answer in a peer's place
 SMALL_REQUEST_BYTES: Final = 320  # pings and beacons are padded to this: room for a reply with one record
+VERIFY_BYTES: Final = 128  # for a ping that is not padded, as those are that strangers are asked to answer
 
 # --- The DHT ---
 K: Final = 20  # bucket size and number of holders (Maymounkov and Mazieres, Kademlia, 2002)
@@ -148,7 +149,7 @@ LOOKUP_DEADLINE_S: Final = 3.0  # a person waits this long without asking whethe
 RECORD_TTL_S: Final = 35.0  # two announcements in a row may be lost before a living worker vanishes
 ANNOUNCE_PERIOD_S: Final = 10.0  # the health in a record is never older than this
 ANNOUNCE_JITTER: Final = 0.1  # share of the period, so that workers started together drift apart
-ANNOUNCE_DEBOUNCE_S: Final = 0.2  # newly met nodes are told of us together, not one by one
+ANNOUNCE_DEBOUNCE_S: Final = 0.2  # newly met nodes are told of us together, not one by one; doubles in a crowd
 HOLDER_SEARCH_PERIOD_S: Final = 60.0  # holders are looked up afresh this often, else told directly
 TOKEN_PERIOD_S: Final = 60.0  # announce tokens' secret rotates; the last two count
 REFRESH_PERIOD_S: Final = 60.0  # a node silent for this long is asked whether it still lives
@@ -1748,7 +1749,7 @@ class RecordStore:
 # `receive_datagram`, `datagrams_to_send`, `get_timer`, `handle_timer`, `next_event`. What the owner wants
 # done (`find_workers`, `announce`, `withdraw`, `meet`) only queues datagrams and arms the timer.
 # Rule 1: bad datagrams are dropped in silence and counted, and so is what exceeds a sender's rate.
-# Rule 2: no reply is larger than its request, so that nobody can be flooded through us.
+# Rule 2: what a request makes us send is no more than itself, so that nobody can be flooded through us.
 # Rule 3: an address is told only to those who can use it: one on the loopback to nobody outside this
 # machine, a link-local one to nobody outside its link.
 # ======================================================================================================
@@ -2105,19 +2106,28 @@ class Requests:
         now: float,
         node_id: NodeId | None = None,
         search: Search | None = None,
+        size: int = SMALL_REQUEST_BYTES,
     ) -> bool:
-        """Send a request, and wait for its reply. False when too many are under way already."""
+        """Send a request of this size, and wait for its reply. False when too many are under way already."""
         if len(self._pending) >= MAX_TRANSACTIONS:
             return False
         kind = request.kind
-        size = MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else SMALL_REQUEST_BYTES
-        data = self._codec.encode(request, pad_to=size)
+        data = self._codec.encode(request, pad_to=MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else size)
         timeout = LOOKUP_DEADLINE_S if kind == "beacon" else self._timeout(node_id)
         retries = 0 if kind == "beacon" else REQUEST_RETRIES
         transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
         self._pending[request.transaction] = transaction
         self.send(kind, data, address)
         return True
+
+    def verify(self, contact: Contact, now: float) -> None:
+        """Have one that we only heard from answer: once, in few bytes, and not everybody at the same time."""
+        asked = self.addresses("ping")
+        if contact.address in asked or len(asked) >= MAX_UNVERIFIED:
+            return
+        ping = self.make("ping", {})
+        if self.begin(ping, contact.address, now, contact.node_id, size=0):
+            self._pending[ping.transaction].retries_left = 0
 
     def ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
         """Ask whether somebody is there, where no answer is awaited from."""
@@ -2265,6 +2275,8 @@ class Announcement:
         self.search_at = -math.inf
         self._topic = topic
         self._stamp = 0
+        self._regular_at = -math.inf
+        self._debounce_s = ANNOUNCE_DEBOUNCE_S
         self._former: list[tuple[float, tuple[Contact, bytes]]] = []  # still hold the record, until then
 
     def change(self, record: WorkerRecord, now: float, *, at_once: bool) -> None:
@@ -2287,7 +2299,12 @@ class Announcement:
 
         Each round has a later stamp, so that nobody keeps a record alive by repeating what we once said.
         """
+        if now >= self._regular_at:
+            self._debounce_s = ANNOUNCE_DEBOUNCE_S
+        else:  # so that a crowd that starts at once does not search for holders each time that it grows
+            self._debounce_s = min(2 * self._debounce_s, ANNOUNCE_PERIOD_S)
         self.tell_at = now + ANNOUNCE_PERIOD_S * rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
+        self._regular_at = self.tell_at
         if self.record is not None:
             self._stamp += 1
             self.record = replace(self.record, stamp=self._stamp)
@@ -2323,7 +2340,7 @@ class Announcement:
     def search_soon(self, now: float) -> None:
         if self.record is not None:
             self.search_at = -math.inf
-            self.tell_at = min(self.tell_at, now + ANNOUNCE_DEBOUNCE_S)
+            self.tell_at = min(self.tell_at, now + self._debounce_s)
 
 
 class Whereabouts:
@@ -2506,14 +2523,13 @@ class DhtEngine:
         news = request.sender is None or self.table.worth_asking(Contact(request.sender, address), now)
         if request.kind == "beacon" and request.body.get("known") and not news:
             return  # its sender has company, and has us, or needs us no more than we need it
-        kind, data = self._responder.reply(request, address, size, now)
+        kind, data = self._responder.reply(request, address, size - VERIFY_BYTES * news, now)
         if len(data) > size:
             self.dropped["unpadded"] += 1
             return
         self._requests.send(kind, data, address)
-        asked = self._requests.addresses("ping")  # those we only heard from are to answer, but not all at once
-        if request.sender is not None and news and address not in asked and len(asked) < MAX_UNVERIFIED:
-            self._request("ping", {}, address, now, request.sender)
+        if request.sender is not None and news and len(data) + VERIFY_BYTES <= size:
+            self._requests.verify(Contact(request.sender, address), now)
 
     # --- Our requests ---
 
@@ -6529,6 +6545,16 @@ ALLOW_HERE: Final = f"allow incoming {OPEN_PORTS} in this machine's firewall, or
 ALLOW_THERE: Final = f"allow incoming {OPEN_PORTS} in that machine's firewall, or Python altogether"
 
 
+CAUSES: Final = (
+    ("python_old", "tls_missing", "engine_missing", "engine_without_gpu", "no_model", "model_unusable")
+    + ("state_unusable", "port_taken", "port_unusable", "beacon_port_taken", "cloned_identity")
+    + ("no_network", "no_multicast", "no_broadcast", "name_unresolved", "no_worker")
+    + ("udp_blocked_here", "udp_blocked_there", "udp_blocked", "tcp_blocked_here", "tcp_blocked_there")
+    + ("one_way", "peer_silent", "peer_unreachable", "not_called_back")
+    + ("other_mesh", "other_topic", "other_version")
+)
+
+
 class Verdict(enum.Enum):
     """What a check came to."""
 
@@ -6539,7 +6565,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. cause: a word for programs, "" where all is well."""
+    """One thing that was looked at. cause: one of CAUSES, "" where all is well."""
 
     name: str
     found: str
@@ -6547,6 +6573,10 @@ class Check:
     tried: str = ""
     remedy: str = ""
     cause: str = ""
+
+    def __post_init__(self) -> None:
+        if self.cause not in ("", *CAUSES):
+            raise ValueError(f"{self.cause} is no cause")
 
     def to_json(self) -> Json:
         return {item.name: getattr(self, item.name) for item in fields(self)} | {"verdict": self.verdict.value}
@@ -6941,7 +6971,6 @@ class Doctor:
 
     async def _check_peers(self) -> list[Check]:
         here = [peer for peer in self._peers.values() if self._is_here(peer.host)]
-        there = [peer for peer in self._peers.values() if not self._is_here(peer.host)]
         ports = next(((peer.udp[1], peer.tcp[1]) for peer in here if peer.udp and peer.tcp), None)
         if ports is None:  # no worker runs here: what one would be asked at stands in for it
             ports = self._ears.udp_port, self._tcp_port
@@ -6949,6 +6978,7 @@ class Doctor:
         await asyncio.gather(*(self._examine_peer(peer, ports, turns) for peer in self._peers.values()))
         own = dict.fromkeys(peer.node_id for peer in here if peer.greeted and peer.node_id is not None)
         checks = [Check(f"worker {node_id.short}", "runs on this machine") for node_id in own]
+        there = [peer for peer in self._peers.values() if peer not in here or (peer.named and not peer.greeted)]
         for peer in there:
             elsewhere = any(other.pinged for other in there if other.host != peer.host)
             checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))

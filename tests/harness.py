@@ -1,4 +1,4 @@
-"""Real processes of the program on the loopback, each mesh with a topic and a state directory of its own."""
+"""Real processes of the program, on the loopback or elsewhere, each mesh with a topic of its own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "qmesh.py"
 READY_TIMEOUT_S = 60
 COMMAND_TIMEOUT_S = 90
+LOOPBACK = "127.0.0.1"
 
 # Small, so that many workers share a small machine.
 WORKER_FLAGS = ("--port", "0", "--threads", "1", "--ctx", "1024")
@@ -65,34 +66,40 @@ class Process:
         self.stdout.close()
 
 
-class Mesh:
-    """Workers and clients with one topic, on 127.0.0.1, told no address of each other."""
+class Place:
+    """Where processes of the program run: members of one mesh, with a state directory of their own."""
 
-    def __init__(self, directory: Path, model: Path, program: Path = PROGRAM) -> None:
+    prefix: tuple[str, ...] = ()  # of every command
+    worker_flags: tuple[str, ...] = WORKER_FLAGS
+
+    def __init__(self, directory: Path, model: Path, topic: str, program: Path) -> None:
         self.directory = directory
-        self.topic = f"test-{secrets.token_hex(8)}"
+        self.topic = topic
         self.state_dir = directory / "state"
         self.model = model
         self.program = program
         self.processes: list[Process] = []
 
-    def __enter__(self) -> Mesh:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
+    def end(self) -> None:
         for process in self.processes:
             process.end()
 
     @property
     def env(self) -> dict[str, str]:
-        own = {"QMESH_HOST": "127.0.0.1", "QMESH_TOPIC": self.topic, "QMESH_STATE_DIR": str(self.state_dir)}
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("QMESH_")}
-        return inherited | own | {"PYTHONUNBUFFERED": "1"}
+        own = {"QMESH_TOPIC": self.topic, "QMESH_STATE_DIR": str(self.state_dir), "PYTHONUNBUFFERED": "1"}
+        return {name: value for name, value in os.environ.items() if not name.startswith("QMESH_")} | own
+
+    @property
+    def client_env(self) -> dict[str, str]:
+        return self.env
+
+    def _command(self, *arguments: str) -> list[str]:
+        return [*self.prefix, sys.executable, str(self.program), *arguments]
 
     def start_worker(self, *flags: str, ready: bool = True, env: dict[str, str] | None = None) -> Process:
-        command = [sys.executable, str(self.program), "worker", "--json", "--model", str(self.model)]
+        command = self._command("worker", "--json", "--model", str(self.model), *self.worker_flags, *flags)
         log = self.directory / f"worker-{len(self.processes)}.log"
-        process = Process([*command, *WORKER_FLAGS, *flags], self.env | (env or {}), log)
+        process = Process(command, self.env | (env or {}), log)
         self.processes.append(process)
         if ready:
             process.wait_ready()
@@ -108,12 +115,12 @@ class Mesh:
     def run(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """A command of the program, to its end."""
         return subprocess.run(
-            [sys.executable, str(self.program), *arguments],
+            self._command(*arguments),
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,
             encoding="utf-8",
-            env=self.env,
+            env=self.client_env,
             cwd=ROOT,
             timeout=COMMAND_TIMEOUT_S,
             check=False,
@@ -121,9 +128,9 @@ class Mesh:
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
         """A command of the program, under way."""
-        command = [sys.executable, str(self.program), *arguments]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=self.env, cwd=ROOT
+            self._command(*arguments), **pipes, text=True, encoding="utf-8", env=self.client_env, cwd=ROOT
         )
 
     def json(self, *arguments: str) -> Any:
@@ -131,3 +138,20 @@ class Mesh:
         finished = self.run(*arguments, "--json")
         assert finished.returncode == 0, finished.stderr
         return json.loads(finished.stdout)
+
+
+class Mesh(Place):
+    """Workers and clients with one topic, on 127.0.0.1, told no address of each other."""
+
+    def __init__(self, directory: Path, model: Path, program: Path = PROGRAM) -> None:
+        super().__init__(directory, model, f"test-{secrets.token_hex(8)}", program)
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.end()
+
+    @property
+    def env(self) -> dict[str, str]:
+        return super().env | {"QMESH_HOST": LOOPBACK}

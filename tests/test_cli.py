@@ -49,7 +49,6 @@ def one_line(text: str) -> str:
         (("prompt", "hi", "--timeout", "never"), "--timeout: a number of seconds is needed, not 'never'"),
         (("prompt", "hi", "--host", "localhost"), "--host: an IP address of this machine is needed"),
         (("prompt", "hi", "--peer", "a:b"), "--peer: a port is a number from 0 to 65535"),
-        (("prompt", "hi", "--peer", "no-such-host.invalid"), "the peer no-such-host.invalid cannot be resolved"),
         (("prompt", "hi", "--json-schema", "no/such/file"), "--json-schema no/such/file: No such file"),
         (("status", "--log-level", "loud"), "--log-level: one of debug, info, warning, error"),
         (("worker", "--slots", "0"), "a whole number from 1 to 64 is needed, not '0'"),
@@ -64,6 +63,17 @@ def test_what_makes_no_sense_is_refused_with_exit_code_2(
     assert (finished.returncode, finished.stdout) == (2, "")
     assert said in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_a_peer_whose_name_cannot_be_resolved_is_named_and_does_not_keep_others_from_answering(
+    nobody: harness.Mesh, two_workers: harness.Mesh
+) -> None:
+    """It may be resolved in a minute, and others may be found without it."""
+    alone = nobody.run("prompt", "hi", "--peer", ".nowhere")
+    assert alone.returncode == qmesh.NoWorkerFound.exit_code
+    assert "the peer .nowhere cannot be resolved" in alone.stderr
+    assert "--peer .nowhere (cannot be resolved: " in alone.stderr
+    assert two_workers.json("prompt", "hi", "--max-tokens", "2", "--peer", ".nowhere")["text"]
 
 
 def test_a_bad_variable_of_the_environment_is_named(nobody: harness.Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +211,15 @@ def test_the_status_is_a_table_of_all_workers(two_workers: harness.Mesh) -> None
 
 def test_the_json_of_a_status_holds_what_is_promised(two_workers: harness.Mesh) -> None:
     status = two_workers.json("status")
-    assert set(status) == {"workers", "unreachable", "elapsed_ms"}
+    assert set(status) == {"workers", "unreachable", "network", "elapsed_ms"}
+    promised = {"worker_id", "health", "models", "slots", "queue", "speed", "gpu", "network", "run_id", "agent"}
     for worker in status["workers"]:
-        assert {"worker_id", "health", "models", "slots", "queue", "speed", "agent", "uptime_s", "address"} <= set(
-            worker
-        )
+        assert promised | {"uptime_s", "address"} <= set(worker)
+        assert worker["network"]["connections_refused"] == 0
+    for network in (status["network"], *(worker["network"] for worker in status["workers"])):
+        assert {"peers", "sent", "received", "dropped", "strangers", "interfaces"} <= set(network)
+        assert network["received"]["bytes"] > 0
+    for worker in status["workers"]:
         assert worker["health"]["state"] in ("healthy", "busy", "overloaded")
 
 
@@ -303,7 +317,7 @@ def test_a_state_directory_that_cannot_be_used_is_named(nobody: harness.Mesh, mo
 
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody: harness.Mesh) -> None:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
-    assert commands == ["worker", "prompt", "status", "pull", "models", "demo"]
+    assert commands == ["worker", "prompt", "status", "doctor", "pull", "models", "demo"]
     for command in commands:
         shown = nobody.run(command, "--help").stdout
         assert "example:\n  qmesh.py " + command in shown

@@ -92,6 +92,7 @@ class Stranger:
         self.codec = qmesh.DatagramCodec(network.keys.udp_key)
         self.last_reply = b""
         self.asked = 0
+        self.caused_bytes = 0
 
     def ask(
         self, node: Node, kind: str, sender: NodeId | None = None, *, size: int = FULL, **body: object
@@ -101,6 +102,7 @@ class Stranger:
         data = self.codec.encode(qmesh.Datagram(kind, transaction, sender, body), pad_to=size)
         node.engine.receive_datagram(data, self.address, self.network.now)
         out = [data for data, to in node.engine.datagrams_to_send(self.network.now) if to == self.address]
+        self.caused_bytes = sum(map(len, out))
         replies = [data for data in out if self.codec.decode(data).kind not in qmesh.REQUESTS]
         self.last_reply = replies[0] if replies else b""
         return self.codec.decode(replies[0]) if replies else None
@@ -388,7 +390,9 @@ def test_find_node_returns_the_truly_closest_in_a_mesh_of_sixty(mesh: tuple[Virt
         target = NodeId.random(rng)
         others = sorted(ids(nodes) - {node.node_id}, key=target.distance)
         end = finished(network, node, node.engine.find_node(target, network.now))
-        assert [contact.node_id for contact in end.contacts] == others[: qmesh.K]
+        found = [contact.node_id for contact in end.contacts]
+        assert found[: qmesh.K // 2] == others[: qmesh.K // 2]
+        assert len(set(found) & set(others[: qmesh.K])) >= qmesh.K - 1  # of a third of all nodes, one may be unknown
         assert 1 <= end.hops <= 4
         assert end.requests >= qmesh.K
 
@@ -900,7 +904,7 @@ REQUEST_BODIES: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize("name", REQUEST_BODIES)
-def test_no_reply_is_larger_than_its_request(name: str, laden: bytes) -> None:
+def test_a_request_causes_no_more_than_its_own_size(name: str, laden: bytes) -> None:
     network, node = pickle.loads(laden)
     stranger, kind = Stranger(network), name.split()[0]
     body = REQUEST_BODIES[name]
@@ -910,10 +914,10 @@ def test_no_reply_is_larger_than_its_request(name: str, laden: bytes) -> None:
     for size in (0, *range(80, FULL + 1, 20)):
         natural = len(stranger.codec.encode(qmesh.Datagram(kind, bytes(8), NodeId(1 << 250), body)))
         reply = stranger.ask(node, kind, NodeId(1 << 250), size=size, **body)
-        assert len(stranger.last_reply) <= max(size, natural)
+        assert stranger.caused_bytes <= max(size, natural)  # whoever forged our address wins nothing by it
         answered += reply is not None
     assert answered > 30
-    assert len(stranger.last_reply) > 1000 or not kind.startswith("find")
+    assert len(stranger.last_reply) > 900 or not kind.startswith("find")
 
 
 def test_lists_fill_the_room_there_is_and_keep_some_for_nodes(laden: bytes) -> None:
@@ -1181,3 +1185,126 @@ def test_every_search_ends_once_and_nothing_leaks_whatever_happens() -> None:
     network.run_for(300)
     network.run_until(lambda: nodes[0].engine.settled)
     assert not table_of(nodes[0])
+
+
+# --- Several ways to one machine ---
+
+
+def test_a_beacon_that_arrives_by_two_ways_is_answered_once() -> None:
+    network = VirtualNetwork(80)
+    (node,) = join(network, 1)
+    codec = qmesh.DatagramCodec(network.keys.udp_key)
+    beacon = codec.encode(qmesh.Datagram("beacon", bytes(8), None, {"topic": TOPIC}), pad_to=qmesh.SMALL_REQUEST_BYTES)
+    for _ in range(3):  # by multicast, by broadcast, and by the loopback's own way
+        node.engine.receive_datagram(beacon, STRANGER, network.now)
+    assert [to for _, to in node.engine.datagrams_to_send(network.now)] == [STRANGER]
+    assert node.engine.dropped == {"copy": 2}
+
+
+def test_nodes_that_know_each_other_leave_beacons_unanswered() -> None:
+    """Or a LAN of a hundred workers would answer a hundred beacons a hundred times, every ten seconds."""
+    network = VirtualNetwork(81)
+    nodes = join(network, 6)
+    network.run_for(30)
+    since = network.now
+    network.run_for(8 * qmesh.BEACON_PERIOD_S)
+    pongs = sum(sent_kinds(network, node, since).count("pong") for node in nodes)
+    pings = sum(sent_kinds(network, node, since).count("ping") for node in nodes)
+    assert pongs == pings  # each answers a ping, none a beacon
+
+
+def test_a_node_that_starts_anew_under_its_old_id_is_answered_at_once() -> None:
+    network = VirtualNetwork(82)
+    one, other = join(network, 2)
+    network.run_for(30)
+    network.kill(other)
+    again = network.add_node(own=other.node_id, address=other.address)
+    network.run_for(0.1)
+    assert table_of(again) == {one.node_id}
+
+
+def test_whoever_uses_our_id_is_spoken_of() -> None:
+    """A state directory that was copied makes two machines one."""
+    network = VirtualNetwork(83)
+    (node,) = join(network, 1)
+    clone = network.add_node(own=node.node_id)
+    network.run_for(qmesh.BEACON_PERIOD_S + 1)
+    assert qmesh.Cloned(clone.address) in node.events
+    assert qmesh.Cloned(node.address) in clone.events
+    assert node.engine.dropped["clone"] > 0
+
+
+def test_our_own_words_that_come_back_are_nobody_elses() -> None:
+    network = VirtualNetwork(84)
+    (node,) = join(network, 1)
+    node.engine.meet([node.address], network.now)
+    network.run_for(60)
+    assert not [event for event in node.events if isinstance(event, qmesh.Cloned)]
+
+
+def test_a_peer_that_was_named_is_asked_again_whenever_nobody_is_left() -> None:
+    network = VirtualNetwork(85, beacons=False)
+    named, node, *others = [network.add_node() for _ in range(qmesh.MAX_LOST + 4)]
+    for each in (node, *others):
+        each.engine.meet([named.address], network.now)
+    network.run_for(70)
+    assert table_of(node) == ids([named, *others])
+    for each in (named, *others):  # so many fall silent that the address of the first is not among the last
+        network.kill(each)
+    network.run_for(600)
+    assert not table_of(node)
+    network.revive(named)
+    network.run_for(qmesh.BEACON_PERIOD_S + 1)
+    assert named.node_id in table_of(node)
+
+
+def test_a_former_holder_is_told_of_a_withdrawal_too() -> None:
+    network = VirtualNetwork(86)
+    nodes = join(network, 30)
+    worker = min(nodes, key=lambda node: node.node_id.distance(network.keys.topic))
+    work(network, worker)
+    network.run_for(20)
+    nearer = [network.add_node(NodeId(network.keys.topic.number ^ distance)) for distance in range(1, 16)]
+    network.run_for(qmesh.ANNOUNCE_PERIOD_S)
+    assert worker.engine.withdraw(network.now)
+    network.run_for(5)
+    for node in (*nodes, *nearer):
+        reply = Stranger(network, ("10.99.0.8", 5000)).ask(node, "find_workers", topic=network.keys.topic)
+        assert reply is not None
+        assert reply.body["total"] == 0
+
+
+HERE, BESIDE, ELSEWHERE = ("fe80::1%eth0", 5000), ("fe80::2%eth0", 5000), ("fe80::2%wlan0", 5000)
+
+
+@pytest.mark.parametrize(("asker", "told"), [(BESIDE, 1), (ELSEWHERE, 0), (STRANGER, 0), (("127.0.0.1", 5), 0)])
+def test_a_link_local_address_is_told_only_to_those_on_its_link(asker: qmesh.Address, told: int) -> None:
+    network = VirtualNetwork(87, beacons=False)
+    (holder,) = join(network, 1)
+    Stranger(network, HERE).plant(holder, record_of(NodeId(5)))
+    reply = Stranger(network, asker).ask(holder, "find_workers", topic=TOPIC)
+    assert reply is not None
+    assert [record.address[0] for record in reply.body["records"]] == ["fe80::1"] * told
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            ("fe80::9%eth1", 5000),
+            {("fe80::7%eth1", 7), ("10.0.0.7", 7)},
+        ),  # the wire carries no scope: it is ours to add
+        (("10.0.0.9", 5000), {("10.0.0.7", 7)}),
+        (("127.0.0.1", 5000), {("127.0.0.7", 7), ("10.0.0.7", 7)}),
+    ],
+)
+def test_only_addresses_of_use_here_are_taken_over(source: qmesh.Address, expected: set[qmesh.Address]) -> None:
+    engine = lone_engine(NodeId(1))
+    engine.meet([source], 0.0)
+    answer_by_hand(engine, source, 0.0, {"ping": PONG})
+    hosts = ("fe80::7", "10.0.0.7", "127.0.0.7")
+    nodes = tuple(qmesh.Contact(NodeId(1000 + number), (host, 7)) for number, host in enumerate(hosts))
+    number = engine.find_node(TOPIC, 1.0)
+    assert number
+    answer_by_hand(engine, source, 1.0, {"find_node": ("nodes", {"nodes": nodes, "token": bytes(qmesh.TOKEN_BYTES)})})
+    assert {address for _, address in engine.datagrams_to_send(1.0)} == expected

@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -537,3 +538,51 @@ def test_without_nvidia_smi_there_are_no_cards(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "nvidia-smi").write_text("no program")
     (tmp_path / "nvidia-smi").chmod(0o755)
     assert asyncio.run(qmesh.read_gpu_load()) == []
+
+
+# --- Interfaces and the clock ---
+
+
+def test_the_interfaces_are_those_that_psutil_sees() -> None:
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup and "pointopoint" not in stats.flags}
+    expected = {
+        (name, entry.address)
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if name in up and entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+    found = qmesh.list_interfaces()
+    assert {(item.name, item.address) for item in found} == expected
+    assert ("127.0.0.1", None) in {(item.address, item.broadcast) for item in found}
+    assert all(item.index == socket.if_nametoindex(item.name) for item in found)
+
+
+def test_a_machine_whose_interfaces_cannot_be_told_still_has_somewhere_to_beacon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> list[qmesh.Interface]:
+        raise OSError("no such call")
+
+    monkeypatch.setattr(qmesh, "_interfaces_of_posix", fails)
+    monkeypatch.setattr(qmesh, "_interfaces_of_psutil", fails)
+    assert qmesh.list_interfaces() == []
+    assert [(item.address, item.broadcast) for item in qmesh.outlets("")] == [
+        (qmesh.LOOPBACK, None),
+        (qmesh.UNSPECIFIED, qmesh.LIMITED_BROADCAST),
+    ]
+
+
+def test_with_a_host_only_its_interface_counts() -> None:
+    assert [item.address for item in qmesh.outlets("127.0.0.1")] == ["127.0.0.1"]
+    assert [item.address for item in qmesh.outlets("127.0.0.9")] == ["127.0.0.9"]  # the loopback has millions
+
+
+def test_of_ipv6_each_interface_counts_once_and_no_version_that_is_not_wanted() -> None:
+    assert all(qmesh.link_of(item.address) for item in qmesh.outlets("") if ":" in item.address)
+    assert not [item for item in qmesh.outlets(qmesh.UNSPECIFIED) if ":" in item.address]
+    assert not [item for item in qmesh.outlets(qmesh.UNSPECIFIED6) if ":" not in item.address]
+
+
+def test_the_uptime_does_not_go_back() -> None:
+    times = [qmesh.uptime_s() for _ in range(100)]
+    assert times == sorted(times)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import os
 import random
 import secrets
 import socket
+import struct
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 from loop import PATIENCE_S, in_a_loop
@@ -81,12 +86,17 @@ class Peer:
 
 @contextlib.asynccontextmanager
 async def opened(
-    topic: str, *, listen: bool = False, client: bool = False, on_event: Callable[[Event], None] | None = None
+    topic: str,
+    *,
+    listen: bool = False,
+    client: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+    clock: Callable[[], float] = qmesh.uptime_s,
 ) -> AsyncIterator[Peer]:
     """A node on the loopback that hears beacons only when it is to listen."""
     peer = Peer(topic, None if client else NodeId.from_bytes(secrets.token_bytes(32)))
     peer.node = await UdpNode.open(
-        peer.engine, host=LOOPBACK, port=0, listen=listen, on_event=on_event or peer.events.put_nowait
+        peer.engine, host=LOOPBACK, port=0, listen=listen, on_event=on_event or peer.events.put_nowait, clock=clock
     )
     try:
         yield peer
@@ -391,3 +401,94 @@ async def test_the_owner_may_ask_for_more_from_within_an_event_and_hears_one_at_
             assert [finished.search] == searches
             assert [record.worker_id for record in finished.records] == [worker.node_id]
             assert any(isinstance(event, Found) and event.search is None for event in told)
+
+
+# --- What happens to a socket, a clock and a network while a node runs ---
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that beacons, and looks at the clock, every 10 ms."""
+    monkeypatch.setattr(qmesh, "BEACON_TIMES_S", (0.0,))
+    monkeypatch.setattr(qmesh, "BEACON_PERIOD_S", 0.01)
+    monkeypatch.setattr(qmesh, "CLOCK_CHECK_S", 0.01)
+
+
+def deafen(port: int) -> None:
+    """Have the kernel drop all that arrives at one of our own UDP sockets, as some systems do after an ICMP error."""
+    nothing = struct.pack("HBBI", 0x06, 0, 0, 0)  # a BPF program: return 0 bytes of whatever it is
+    program = ctypes.create_string_buffer(nothing)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as sock:
+            if sock.type == socket.SOCK_DGRAM and sock.getsockname()[1] == port:
+                filter_ = struct.pack("HL", 1, ctypes.addressof(program))
+                sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, filter_)
+
+
+SO_ATTACH_FILTER = 26
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="socket filters are Linux's")
+@in_a_loop
+async def test_a_socket_that_hears_nothing_any_more_is_bound_anew(topic: str, hasty: None) -> None:
+    async with opened(topic) as node, opened(topic) as other:
+        address = node.node.address
+        deafen(address[1])
+        other.meet(address)
+        await other.joins(node)
+        assert node.node.address == address
+
+
+@in_a_loop
+async def test_a_node_whose_machine_slept_looks_for_everybody_again(topic: str, hasty: None) -> None:
+    """The loop's clock stands still meanwhile: only the machine's own tells."""
+    slept = 0.0
+    async with opened(topic, listen=True, clock=lambda: qmesh.uptime_s() + slept) as node, opened(topic) as other:
+        node.meet(other.node.address)
+        await node.joins(other)
+        pings = node.engine.sent["ping"]
+        slept = 3600.0
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                await asyncio.sleep(0)
+                if node.engine.sent["ping"] > pings:
+                    return
+
+
+@in_a_loop
+async def test_a_node_of_all_interfaces_has_one_port_for_ipv4_and_ipv6() -> None:
+    socks = qmesh.bind_preferred(socket.SOCK_DGRAM, "", 0)
+    assert len({sock.getsockname()[1] for sock in socks}) == 1
+    families = [sock.family for sock in socks]
+    assert families == [socket.AF_INET, socket.AF_INET6][: len(families)]
+    for sock in socks:
+        sock.close()
+
+
+@in_a_loop
+async def test_a_ping_from_outside_is_answered_under_the_nodes_id_and_in_its_mesh_only(topic: str) -> None:
+    keys = qmesh.MeshKeys.derive(topic)
+    async with opened(topic) as node:
+        assert await qmesh.udp_ping(keys, node.node.address, LOOPBACK) == node.node_id
+        assert await qmesh.udp_ping(qmesh.MeshKeys.derive(f"{topic}-other"), node.node.address, LOOPBACK) is None
+        assert node.known == set()  # it was no node that asked
+        assert node.engine.gate.strangers[LOOPBACK][0] == "mesh"
+
+
+@in_a_loop
+async def test_the_report_counts_what_passed_and_what_was_dropped(topic: str) -> None:
+    async with opened(topic) as one, opened(topic) as other:
+        other.meet(one.node.address)
+        await other.joins(one)
+        await one.joins(other)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as thrower:
+            thrower.sendto(b"QM\x63 from a later version", one.node.address)
+            thrower.sendto(b"noise, long enough to hold a header and more", one.node.address)
+        assert await qmesh.udp_ping(qmesh.MeshKeys.derive(topic), one.node.address, LOOPBACK) == one.node_id
+        report = one.node.report()
+        assert report["peers"] == 1
+        assert report["interfaces"] == [LOOPBACK]
+        assert report["dropped"]["version"] == report["dropped"]["protocol"] == 1
+        assert [(each["host"], each["reason"]) for each in report["strangers"]] == [(LOOPBACK, "version")]
+        assert report["received"]["bytes"] > report["received"]["datagrams"] > 0
+        assert report["sent"]["bytes"] > report["sent"]["datagrams"] > 0

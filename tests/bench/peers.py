@@ -4,6 +4,8 @@
   llama-cpp-python's package, that is, from the code and with the flags that our own engine runs on.
 - `llama_cpp.server`, the HTTP server of llama-cpp-python.
 - `node-llama-cpp`, from npm, driven by node_peer.mjs through its own interface, without HTTP.
+
+And what our discovery is measured against: `hyperswarm`, from npm, driven by hyperswarm_peer.mjs.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import qmesh
 
 CACHE = Path(os.environ.get("QMESH_BENCH_DIR") or Path.home() / ".cache" / "qmesh-bench")
 NODE_PEER = Path(__file__).with_name("node_peer.mjs")
+HYPERSWARM_PEER = Path(__file__).with_name("hyperswarm_peer.mjs")
 START_TIMEOUT_S = 120
 LOAD_TIMEOUT_S = 300
 LLAMA_SOURCE = "llama-cpp-python==0.3.36"
@@ -206,17 +209,22 @@ class PythonServer(HttpPeer):
         return bool(event["choices"][0]["text"])
 
 
-class NodePeer(Peer):
-    name = "node-llama-cpp"
+class NodeProcess(Peer):
+    """A script of ours for node, which answers a line of JSON with a line of JSON; the first line says it is ready."""
 
-    def __init__(self, setup: Setup) -> None:
-        node_package()
-        sizes = [str(setup.slots), str(setup.context), str(setup.threads)]
-        shutil.copy(NODE_PEER, CACHE / NODE_PEER.name)  # node looks for packages beside the script
-        super().__init__(["node", str(CACHE / NODE_PEER.name), str(setup.model), *sizes], pipes=True)
+    def __init__(self, script: Path, *arguments: str, package: str) -> None:
+        node_package(package)
+        shutil.copy(script, CACHE / script.name)  # node looks for packages beside the script
+        super().__init__(["node", str(CACHE / script.name), *arguments], pipes=True)
 
     async def ready(self) -> None:
         await self._read_line()
+
+    async def ask(self, question: Any) -> Any:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(json.dumps(question).encode() + b"\n")
+        self.popen.stdin.flush()
+        return await self._read_line()
 
     async def _read_line(self) -> Any:
         assert self.popen.stdout is not None
@@ -225,11 +233,26 @@ class NodePeer(Peer):
         assert line, f"{self.name} ended; see {CACHE}"
         return json.loads(line)
 
+
+class NodePeer(NodeProcess):
+    name = "node-llama-cpp"
+
+    def __init__(self, setup: Setup) -> None:
+        sizes = [str(setup.slots), str(setup.context), str(setup.threads)]
+        super().__init__(NODE_PEER, str(setup.model), *sizes, package="node-llama-cpp")
+
     async def load(self, prompts: Sequence[str], tokens: int) -> list[Stream]:
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}).encode() + b"\n")
-        self.popen.stdin.flush()
-        return [Stream(0.0, [ms / 1000 for ms in times]) for times in await self._read_line()]
+        answers = await self.ask({"prompts": prompts, "tokens": tokens})
+        return [Stream(0.0, [ms / 1000 for ms in times]) for times in answers]
+
+
+class Hyperswarm(NodeProcess):
+    """Discovery for peers in JavaScript, driven by hyperswarm_peer.mjs, which says what can be asked."""
+
+    name = "Hyperswarm"
+
+    def __init__(self) -> None:
+        super().__init__(HYPERSWARM_PEER, package="hyperswarm")
 
 
 class QmeshWorker(Peer):
@@ -322,10 +345,10 @@ def gpu_python() -> Path:
     return python
 
 
-def node_package() -> None:
-    """node-llama-cpp with its prebuilt library, beside the script that drives it."""
-    if not (CACHE / "node_modules" / "node-llama-cpp").exists():
-        _run("npm", "install", "--prefix", str(CACHE), "--silent", "node-llama-cpp")
+def node_package(name: str) -> None:
+    """A package from npm, with what it needs, beside the script that drives it."""
+    if not (CACHE / "node_modules" / name).exists():
+        _run("npm", "install", "--prefix", str(CACHE), "--silent", name)
 
 
 def server_binary(*, gpu: bool = False) -> Path:

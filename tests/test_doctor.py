@@ -1,0 +1,267 @@
+"""Section 19, Doctor: what is said of a machine and of its peers; tests/test_lan.py has it name real faults."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import re
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+from loop import in_a_loop
+from scripted_worker import announced, record_of
+
+import qmesh
+from qmesh import Check, Neighbour, NodeId, Verdict
+
+ADDRESS = ("10.0.0.7", 47475)
+BOTH = {"udp": "a" * 64, "tcp": "b" * 64}
+
+
+def peer(**outcome: Any) -> Neighbour:
+    return Neighbour(NodeId(7 << 240), udp=ADDRESS, tcp=ADDRESS, **outcome)
+
+
+# --- What a peer's answers mean ---
+
+REACHED: dict[str, Any] = {"pinged": True, "greeted": True}
+
+CONCLUSIONS: dict[str, tuple[dict[str, Any], dict[str, bool], str]] = {
+    "all is well": (REACHED | {"back": BOTH}, {}, ""),
+    "its ping does not come back": (REACHED | {"back": BOTH | {"udp": None}}, {}, "udp_blocked_here"),
+    "its connection does not come back": (REACHED | {"back": BOTH | {"tcp": None}}, {}, "tcp_blocked_here"),
+    "neither comes back": (REACHED | {"back": {"udp": None, "tcp": None}}, {}, "udp_blocked_here"),
+    "it does not know how to call back": (REACHED | {"failure": "a message of an unknown type"}, {}, "not_called_back"),
+    "TCP only, and its own ping arrives here": ({"greeted": True, "called": True}, {}, "udp_blocked_there"),
+    "TCP only, and others answer over UDP": ({"greeted": True}, {"udp_elsewhere": True}, "udp_blocked_there"),
+    "TCP only, and we do not hear ourselves": ({"greeted": True}, {"deaf": True}, "udp_blocked_here"),
+    "TCP only, and nothing else is known": ({"greeted": True}, {}, "udp_blocked"),
+    "UDP only": ({"pinged": True, "failure": "did not answer within 3 s"}, {}, "tcp_blocked_there"),
+    "it is only heard": ({"heard": True}, {}, "one_way"),
+    "it was named and is silent": ({"named": True}, {}, "peer_silent"),
+    "others told of it": ({}, {}, "peer_unreachable"),
+}
+
+
+@pytest.mark.parametrize("case", CONCLUSIONS)
+def test_the_cause_follows_from_both_directions_and_from_how_others_fare(case: str) -> None:
+    outcome, circumstances, cause = CONCLUSIONS[case]
+    check = qmesh.conclude(peer(**outcome), **{"deaf": False, "udp_elsewhere": False} | circumstances)
+    assert check.cause == cause
+    assert (check.verdict is Verdict.PROBLEM) == (cause not in ("", "not_called_back"))
+    assert check.name == "peer 10.0.0.7:47475 (worker 000700)"
+    assert "10.0.0.7:47475" in check.tried
+    assert bool(check.remedy) == (check.verdict is Verdict.PROBLEM)
+
+
+# --- This machine ---
+
+
+def only(checks: list[Check]) -> Check:
+    (check,) = checks
+    return check
+
+
+def test_this_python_will_do() -> None:
+    assert only(qmesh.check_python()).verdict is Verdict.WELL
+    assert only(qmesh.check_tls()).verdict is Verdict.WELL
+
+
+def test_an_old_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.version_info", (3, 10, 4))
+    check = only(qmesh.check_python())
+    assert (check.verdict, check.cause) == (Verdict.PROBLEM, "python_old")
+    assert "3.11" in check.remedy
+
+
+def test_a_tls_library_without_tls_1_3_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl.HAS_TLSv1_3", False)
+    assert only(qmesh.check_tls()).cause == "tls_missing"
+
+
+def test_a_machine_without_the_workers_packages_can_still_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> object:
+        raise qmesh.MissingPackage("llama-cpp-python is not installed here; install it with: pip install it")
+
+    monkeypatch.setattr(qmesh, "load_llama", missing)
+    check = only(qmesh.check_engine(None))
+    assert (check.verdict, check.cause) == (Verdict.NOTE, "engine_missing")
+    assert check.remedy == "install it with: pip install it"
+
+
+def test_a_gpu_that_this_build_cannot_use_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmesh, "detect_gpu", lambda layers: qmesh.GpuChoice(-1, "CUDA", "a GPU for CUDA was found"))
+    monkeypatch.setattr(qmesh.load_llama(), "llama_supports_gpu_offload", lambda: False)
+    check = only(qmesh.check_engine(None))
+    assert (check.verdict, check.cause) == (Verdict.PROBLEM, "engine_without_gpu")
+    assert "GGML_CUDA" in check.remedy
+
+
+def test_models_are_named_and_damaged_ones_are_problems(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "model_dirs", lambda: [tmp_path])
+    assert only(qmesh.check_models()).cause == "no_model"
+    (tmp_path / "good.gguf").symlink_to(model_path)
+    assert "SmolLM2" in only(qmesh.check_models()).found or "good" in only(qmesh.check_models()).found
+    (tmp_path / "torn.gguf").write_bytes(model_path.read_bytes()[:5000])
+    assert [check.cause for check in qmesh.check_models()] == ["", "model_unusable"]
+
+
+def test_a_state_directory_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    check = only(qmesh.check_state(tmp_path / "file" / "host"))
+    assert (check.verdict, check.cause) == (Verdict.PROBLEM, "state_unusable")
+    assert "--state-dir" in check.remedy
+
+
+def test_an_id_that_stands_in_two_places_is_a_problem(tmp_path: Path) -> None:
+    """As when a state directory was copied to another host's, on a home directory that both share."""
+    for host, worker_id in (("one", "a" * 64), ("other", "b" * 64)):
+        place = tmp_path / host / "0"
+        place.mkdir(parents=True)
+        (place / qmesh.WORKER_ID_FILE).write_text(f"{worker_id}\n")
+    assert only(qmesh.check_state(tmp_path / "one")).verdict is Verdict.WELL
+    (tmp_path / "other" / "0" / qmesh.WORKER_ID_FILE).write_text("a" * 64)
+    check = only(qmesh.check_state(tmp_path / "one"))
+    assert check.cause == "cloned_identity"
+    assert "one" in check.found
+    assert "other" in check.found
+
+
+# --- Ports ---
+
+KEYS = qmesh.MeshKeys.derive("doctor")
+
+
+@pytest.fixture
+def usual_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A UDP port that is taken, in the preferred one's place."""
+    with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as sock:
+        monkeypatch.setattr(qmesh, "DEFAULT_PORT", sock.getsockname()[1])
+        yield sock
+
+
+@in_a_loop
+async def test_a_port_that_another_program_holds_is_told_from_one_of_a_worker(usual_port: socket.socket) -> None:
+    check = only(await qmesh.check_port(socket.SOCK_DGRAM, qmesh.LOOPBACK, KEYS))
+    assert (check.verdict, check.cause) == (Verdict.NOTE, "port_taken")
+
+
+@in_a_loop
+async def test_a_port_that_a_worker_holds_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with announced("doctor", record_of(NodeId(5), 1), beacons=False) as (_, port):
+        monkeypatch.setattr(qmesh, "DEFAULT_PORT", port)
+        check = only(await qmesh.check_port(socket.SOCK_DGRAM, qmesh.LOOPBACK, KEYS))
+        assert check.verdict is Verdict.WELL
+        assert NodeId(5).short in check.found
+
+
+@in_a_loop
+async def test_a_port_that_may_not_be_bound_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> list[socket.socket]:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(qmesh, "bind_all", forbidden)
+    assert only(await qmesh.check_port(socket.SOCK_STREAM, qmesh.LOOPBACK, KEYS)).cause == "port_unusable"
+
+
+# --- The whole examination, on the loopback ---
+
+
+@pytest.fixture
+def examine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs `doctor` on a mesh: the exit code, and what it prints. It need not wait for beacons on the loopback."""
+    monkeypatch.setattr(qmesh, "DOCTOR_LISTEN_S", 1.0)
+    monkeypatch.setattr(qmesh, "DISCOVERY_TIMEOUT_S", 1.0)
+
+    def run(mesh: harness.Mesh, *arguments: str) -> tuple[int, str]:
+        for name, value in mesh.env.items():
+            monkeypatch.setenv(name, value)
+        exit_code = qmesh.main(["doctor", *arguments])
+        return exit_code, capsys.readouterr().out
+
+    return run
+
+
+def causes(told: dict[str, Any], verdict: str = "problem") -> set[str]:
+    return {check["cause"] for check in told["checks"] if check["verdict"] == verdict}
+
+
+def test_where_all_is_well_it_says_so_and_exits_with_0(
+    two_workers: harness.Mesh, examine: Callable[..., tuple[int, str]]
+) -> None:
+    exit_code, printed = examine(two_workers, "--json")
+    told = json.loads(printed)
+    assert (exit_code, told["ok"], causes(told)) == (0, True, set())
+    found = {check["name"]: check["found"] for check in told["checks"]}
+    assert set(found) >= {"python", "tls", "engine", "state", "interface lo (127.0.0.1)", "mesh"}
+    assert found["mesh"].startswith("2 workers found")
+    for worker in two_workers.processes:
+        assert found[f"worker {worker.worker_id[:6]}"] == "runs on this machine"
+
+
+def test_what_is_wrong_is_named_for_people_and_programs(
+    mesh: harness.Mesh, examine: Callable[..., tuple[int, str]]
+) -> None:
+    """Nobody is there, a peer is silent, and a name is none; each with what to do about it."""
+    with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as silent:
+        peers = ["--peer", f"127.0.0.1:{silent.getsockname()[1]}", "--peer", ".nowhere"]
+        exit_code, printed = examine(mesh, "--json", *peers)
+        told = json.loads(printed)
+        assert (exit_code, told["ok"]) == (1, False)
+        assert causes(told) == {"no_worker", "name_unresolved", "peer_silent"}
+        exit_code, printed = examine(mesh, *peers)
+    assert exit_code == 1
+    for line in (
+        "❌ mesh: 0 workers found",
+        "❌ peer .nowhere",
+        "tried: ",
+        "to do: start one with ",
+        "3 problems found",
+    ):
+        assert line in printed, line
+
+
+@in_a_loop
+async def test_a_worker_that_is_asked_to_call_back_tells_who_answered(two_workers: harness.Mesh) -> None:
+    """The other worker at its own ports, nobody at a port that is closed."""
+    one, other = (process.ready for process in two_workers.processes)
+    link = qmesh.WorkerLink(await qmesh.dial(tuple(one["tcp"]), NodeId(1)))
+    try:
+        with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as closed:
+            nobody = closed.getsockname()[1]
+            asked = link.dial_back(other["udp"][1], other["tcp"][1]), link.dial_back(nobody, nobody)
+            good, bad = await asyncio.gather(*asked)
+    finally:
+        await link.close()
+    assert (good["udp"], good["tcp"]) == (other["worker_id"], other["worker_id"])
+    assert (bad["udp"], bad["tcp"]) == (None, None)
+
+
+@in_a_loop
+async def test_a_worker_calls_back_a_few_at_a_time(two_workers: harness.Mesh) -> None:
+    link = qmesh.WorkerLink(await qmesh.dial(tuple(two_workers.processes[0].ready["tcp"]), NodeId(1)))
+    try:
+        with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as silent:
+            port = silent.getsockname()[1]
+            asked = [link.dial_back(port, port) for _ in range(qmesh.MAX_DIAL_BACKS + 3)]
+            outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    finally:
+        await link.close()
+    assert sum(isinstance(outcome, qmesh.Refused) for outcome in outcomes) == 3
+
+
+# --- The README ---
+
+
+def test_every_cause_stands_in_the_readme_and_no_other() -> None:
+    readme = (harness.ROOT / "README.md").read_text("utf-8")
+    (told,) = re.findall(r"carries its cause as a word:\n(.*?)\.\n", readme, re.DOTALL)
+    named = re.findall(r"`(\w+)`", told)
+    assert sorted(named) == sorted(qmesh.CAUSES)
