@@ -6545,13 +6545,14 @@ ALLOW_HERE: Final = f"allow incoming {OPEN_PORTS} in this machine's firewall, or
 ALLOW_THERE: Final = f"allow incoming {OPEN_PORTS} in that machine's firewall, or Python altogether"
 
 
-CAUSES: Final = (
-    ("python_old", "tls_missing", "engine_missing", "engine_without_gpu", "no_model", "model_unusable")
-    + ("state_unusable", "port_taken", "port_unusable", "beacon_port_taken", "cloned_identity")
-    + ("no_network", "no_multicast", "no_broadcast", "name_unresolved", "no_worker")
-    + ("udp_blocked_here", "udp_blocked_there", "udp_blocked", "tcp_blocked_here", "tcp_blocked_there")
-    + ("one_way", "peer_silent", "peer_unreachable", "not_called_back")
-    + ("other_mesh", "other_topic", "other_version")
+_SOFTWARE_CAUSES: Final = ("python_old", "tls_missing", "engine_missing", "engine_without_gpu", "no_model")
+_MACHINE_CAUSES: Final = ("model_unusable", "state_unusable", "cloned_identity", "port_taken", "port_unusable")
+_NETWORK_CAUSES: Final = ("no_network", "no_multicast", "no_broadcast", "beacon_port_taken", "name_unresolved")
+_WALL_CAUSES: Final = ("udp_blocked_here", "udp_blocked_there", "udp_blocked", "tcp_blocked_here", "tcp_blocked_there")
+_PEER_CAUSES: Final = ("one_way", "peer_silent", "peer_unreachable", "not_called_back")
+_MESH_CAUSES: Final = ("no_worker", "other_mesh", "other_topic", "other_version")
+CAUSES: Final = frozenset(
+    (*_SOFTWARE_CAUSES, *_MACHINE_CAUSES, *_NETWORK_CAUSES, *_WALL_CAUSES, *_PEER_CAUSES, *_MESH_CAUSES)
 )
 
 
@@ -6575,7 +6576,7 @@ class Check:
     cause: str = ""
 
     def __post_init__(self) -> None:
-        if self.cause not in ("", *CAUSES):
+        if self.cause and self.cause not in CAUSES:
             raise ValueError(f"{self.cause} is no cause")
 
     def to_json(self) -> Json:

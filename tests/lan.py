@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import harness
+import pytest
 
 PROGRAM = Path(os.environ.get("QMESH_TEST_PROGRAM", harness.PROGRAM))  # to try a changed copy
 WORKER_FLAGS = ("--threads", "1", "--ctx", "1024")  # no --port: each machine has the preferred one for itself
@@ -74,6 +75,15 @@ def unavailable() -> str | None:
     except NoLan as error:
         return f"namespaces are not permitted here: {error}"
     return None
+
+
+def require() -> None:
+    """Skip the test where no LAN can be made; fail it where LANs have to be tested (QMESH_TEST_LAN=required)."""
+    reason = unavailable()
+    if reason is not None:
+        if os.environ.get("QMESH_TEST_LAN") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def _prefix() -> str:
@@ -319,6 +329,7 @@ class Lan:
         self.number = next(self._numbers)
         assert self.number <= MAX_LANS
         self.subnet = f"10.77.{self.number}.0/24"
+        self.broadcast = f"10.77.{self.number}.255"
         self.directory = directory / f"lan-{self.number}"
         self.model = model
         self.program = program

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections import Counter
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from lan import Lan, Machine, settle, start_workers, unavailable
+from lan import Lan, Machine, require, settle, start_workers
 
 SOON_S = 15.0  # the pause between two beacons, and half of it
 NAP_S = 20.0  # longer than any timer of a worker: it has to notice that it slept
@@ -50,11 +49,7 @@ class Office:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Network:
-    reason = unavailable()
-    if reason is not None:
-        if os.environ.get("QMESH_TEST_LAN") == "required":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    require()
     directory = tmp_path_factory.mktemp("network")
     return Network(directory, tiny_models.write_model("qwen2", directory / "tiny.gguf"))
 
