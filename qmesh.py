@@ -153,6 +153,7 @@ ANNOUNCE_DEBOUNCE_S: Final = 0.2  # newly met nodes are told of us together, not
 HOLDER_SEARCH_PERIOD_S: Final = 60.0  # holders are looked up afresh this often, else told directly
 TOKEN_PERIOD_S: Final = 60.0  # announce tokens' secret rotates; the last two count
 REFRESH_PERIOD_S: Final = 60.0  # a node silent for this long is asked whether it still lives
+HURRIED_REFRESH_S: Final = 10.0  # where one was found dead
 SLEEP_GAP_S: Final = 15.0  # timers fire at least every 10 s; a longer gap means the machine slept
 BEACON_TIMES_S: Final = (0.0, 0.25, 1.0, 2.0, 5.0)  # dense at first: a person is waiting
 BEACON_PERIOD_S: Final = 10.0  # then for ever, so that meshes that started apart become one
@@ -169,6 +170,7 @@ RATE_PER_S: Final = 100.0  # and then per second
 MAX_RATED_ADDRESSES: Final = 4096  # the oldest is forgotten first
 MODEL_NAME_BYTES: Final = 32  # keeps a record within 100 bytes, so that eight fit a reply
 MAX_RECORD_BYTES: Final = 100
+MAX_PACKED: Final = 2048  # contacts and records kept in the form in which they are told again and again
 MAX_REMEMBERED_PEERS: Final = 64  # enough that some are still there tomorrow
 REMEMBER_PERIOD_S: Final = 60.0  # a worker that is killed has told its disk by then
 
@@ -501,24 +503,24 @@ ID_BYTES: Final = 32
 ID_BITS: Final = ID_BYTES * 8
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class NodeId:
+class NodeId(int):
     """A point of the DHT's 256-bit space: a node's id, or a topic's. Distance is XOR."""
 
-    number: int
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < 1 << ID_BITS:
+    def __new__(cls, number: int) -> NodeId:
+        if not 0 <= number < 1 << ID_BITS:
             raise ValueError("a node id has 256 bits")
+        return super().__new__(cls, number)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> NodeId:
+    def of_bytes(cls, data: bytes) -> NodeId:
         if len(data) != ID_BYTES:
             raise ValueError(f"a node id has {ID_BYTES} bytes, not {len(data)}")
         return cls(int.from_bytes(data, "big"))
 
     @classmethod
-    def from_hex(cls, text: str) -> NodeId:
+    def of_hex(cls, text: str) -> NodeId:
         if not re.fullmatch(r"[0-9a-f]{64}", text):
             raise ValueError("a node id is written as 64 hexadecimal digits")
         return cls(int(text, 16))
@@ -528,13 +530,16 @@ class NodeId:
         return cls(rng.getrandbits(ID_BITS))
 
     def distance(self, other: NodeId) -> int:
-        return self.number ^ other.number
+        return self ^ other
 
     def __bytes__(self) -> bytes:
-        return self.number.to_bytes(ID_BYTES, "big")
+        return self.to_bytes(ID_BYTES, "big")
 
     def __str__(self) -> str:
-        return f"{self.number:064x}"
+        return f"{int(self):064x}"
+
+    def __repr__(self) -> str:
+        return f"NodeId(0x{int(self):x})"
 
     @property
     def short(self) -> str:
@@ -1048,6 +1053,7 @@ def _unpack_address(data: bytes, at: int) -> tuple[Address, int]:
     return (host, port), at + 3 + size
 
 
+@functools.lru_cache(maxsize=MAX_PACKED)
 def pack_contact(contact: Contact) -> bytes:
     return bytes(contact.node_id) + pack_address(contact.address)
 
@@ -1061,7 +1067,7 @@ def unpack_contacts(data: bytes) -> tuple[Contact, ...]:
     while at < len(data):
         if len(data) < at + ID_BYTES + 1:
             raise WireError("a list of nodes that is cut off")
-        node_id = NodeId.from_bytes(data[at : at + ID_BYTES])
+        node_id = NodeId.of_bytes(data[at : at + ID_BYTES])
         address, at = _unpack_address(data, at + ID_BYTES)
         contacts.append(Contact(node_id, address))
     return tuple(contacts)
@@ -1071,6 +1077,7 @@ _STATES: Final = tuple(HealthState)
 _RECORD_FIGURES: Final = struct.Struct(f">IBBB{FINGERPRINT_BYTES}sB")
 
 
+@functools.lru_cache(maxsize=MAX_PACKED)
 def pack_record(record: WorkerRecord) -> bytes:
     """Id, address, then stamp, score, state, free slots, fingerprint and the length of the name; the name."""
     name = record.model.encode()
@@ -1093,7 +1100,7 @@ def unpack_records(data: bytes) -> tuple[WorkerRecord, ...]:
 
 def _unpack_record(data: bytes, at: int) -> tuple[WorkerRecord, int]:
     try:
-        worker_id = NodeId.from_bytes(data[at : at + ID_BYTES])
+        worker_id = NodeId.of_bytes(data[at : at + ID_BYTES])
         address, at = _unpack_address(data, at + ID_BYTES)
         stamp, score, state, free_slots, fingerprint, size = _RECORD_FIGURES.unpack_from(data, at)
         at += _RECORD_FIGURES.size
@@ -1124,7 +1131,7 @@ def _decode_binary(text: Any) -> bytes:
 
 def _decode_id(data: bytes) -> NodeId:
     try:
-        return NodeId.from_bytes(data)
+        return NodeId.of_bytes(data)
     except ValueError as error:
         raise WireError(str(error)) from None
 
@@ -1135,7 +1142,7 @@ def _decode_token(data: bytes) -> bytes:
     return data
 
 
-# Field: (value to bytes, bytes to value); written in base64. The two that are not binary stand below.
+# Field: (value to bytes, bytes to value); written in base64. Those that are not binary stand below.
 _BINARY_FIELDS: Final[dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]]] = {
     "target": (bytes, _decode_id),
     "topic": (bytes, _decode_id),
@@ -1334,7 +1341,7 @@ class MeshKeys:
         """The keys of the open mesh with this topic name."""
         secret = hashlib.sha256(b"qmesh open mesh\0" + topic_name.encode()).digest()
         topic = hmac.digest(_subkey(secret, b"topic"), topic_name.encode(), "sha256")
-        return cls(topic_name, NodeId.from_bytes(topic), _subkey(secret, b"udp"))
+        return cls(topic_name, NodeId.of_bytes(topic), _subkey(secret, b"udp"))
 
 
 def _subkey(secret: bytes, label: bytes) -> bytes:
@@ -1388,14 +1395,14 @@ class Bucket:
     waiting: OrderedDict[NodeId, KnownNode] = field(default_factory=OrderedDict)
 
     def covers(self, node_id: NodeId) -> bool:
-        return self.low <= node_id.number < self.high
+        return self.low <= node_id < self.high
 
     def split(self) -> tuple[Bucket, Bucket]:
         middle = (self.low + self.high) // 2
         halves = Bucket(self.low, middle), Bucket(middle, self.high)
         for source, name in ((self.nodes, "nodes"), (self.waiting, "waiting")):
             for node_id, node in source.items():
-                getattr(halves[node_id.number >= middle], name)[node_id] = node
+                getattr(halves[node_id >= middle], name)[node_id] = node
         return halves
 
 
@@ -1513,7 +1520,7 @@ class RoutingTable:
         return [node.contact for node in self._nodes.values() if node.answered < moment]
 
     def _index(self, node_id: NodeId) -> int:
-        return bisect.bisect_right(self._buckets, node_id.number, key=lambda bucket: bucket.low) - 1
+        return bisect.bisect_right(self._buckets, int(node_id), key=lambda bucket: bucket.low) - 1
 
     def _bucket(self, node_id: NodeId) -> Bucket:
         return self._buckets[self._index(node_id)]
@@ -1542,6 +1549,15 @@ class Asked(enum.Enum):
     FAILED = 4
 
 
+@dataclass(slots=True)
+class Candidate:
+    """A node that a lookup has heard of. depth: how many questions led to it, one after the other."""
+
+    contact: Contact
+    depth: int
+    state: Asked = Asked.NOT_YET
+
+
 class Lookup:
     """One search for the k nodes closest to `target` (Kademlia, section 2.3)."""
 
@@ -1556,80 +1572,84 @@ class Lookup:
     ) -> None:
         self.target = target
         self.deadline = deadline
-        self.hops = 0
         self._k = k
         self._concurrency = concurrency
         self._patient = patient
-        self._contacts: dict[NodeId, Contact] = {}
-        self._state: dict[NodeId, Asked] = {}
-        self._depth: dict[NodeId, int] = {}
-        self._order: list[tuple[int, NodeId]] = []  # by distance; failed nodes are taken out
+        self._candidates: dict[NodeId, Candidate] = {}
+        self._order: list[tuple[int, Candidate]] = []  # by distance; failed nodes are taken out
         self._in_flight = 0
         self._slow = 0
 
     def heard_of(self, contacts: Iterable[Contact], *, source: NodeId | None = None) -> None:
         """Add candidates; `source` is the node whose answer named them."""
-        depth = self._depth[source] + 1 if source in self._depth else 1
+        by = self._candidates.get(source) if source is not None else None
+        depth = by.depth + 1 if by is not None else 1
         for contact in contacts:
-            if contact.node_id not in self._contacts:
-                self._contacts[contact.node_id] = contact
-                self._state[contact.node_id] = Asked.NOT_YET
-                self._depth[contact.node_id] = depth
-                bisect.insort(self._order, (self.target.distance(contact.node_id), contact.node_id))
+            if contact.node_id not in self._candidates:
+                candidate = self._candidates[contact.node_id] = Candidate(contact, depth)
+                distance = self.target.distance(contact.node_id)  # no two are at the same
+                self._order.insert(self._place(distance), (distance, candidate))
+
+    def _place(self, distance: int) -> int:
+        return bisect.bisect_left(self._order, distance, key=lambda entry: entry[0])
 
     def next_to_ask(self) -> list[Contact]:
         """Nodes to ask now, each counted as in flight from here on."""
         free = max(0, self._concurrency - self._in_flight)
-        chosen = [node_id for node_id in self._head() if self._state[node_id] is Asked.NOT_YET][:free]
-        for node_id in chosen:
-            self._state[node_id] = Asked.IN_FLIGHT
+        chosen = [candidate for candidate in self._head() if candidate.state is Asked.NOT_YET][:free] if free else []
+        for candidate in chosen:
+            candidate.state = Asked.IN_FLIGHT
         self._in_flight += len(chosen)
-        return [self._contacts[node_id] for node_id in chosen]
+        return [candidate.contact for candidate in chosen]
 
-    def _head(self) -> list[NodeId]:
+    def _head(self) -> list[Candidate]:
         """The k closest nodes that are neither slow nor failed."""
-        hopeful = (node_id for _, node_id in self._order if self._state[node_id] is not Asked.SLOW)
+        hopeful = (candidate for _, candidate in self._order if candidate.state is not Asked.SLOW)
         return list(itertools.islice(hopeful, self._k))
 
     def _leave(self, node_id: NodeId, state: Asked) -> bool:
-        """Move a node that has not answered so far to `state`. False when there is no such node."""
-        before = self._state.get(node_id)
-        if before is Asked.IN_FLIGHT:
-            self._in_flight -= 1
-        elif before is Asked.SLOW:
-            self._slow -= 1
-        else:
+        """Move a node that was asked, and has not answered so far, to `state`. False when there is no such node."""
+        candidate = self._candidates.get(node_id)
+        if candidate is None or candidate.state not in (Asked.IN_FLIGHT, Asked.SLOW):
             return False
-        self._state[node_id] = state
+        self._in_flight -= candidate.state is Asked.IN_FLIGHT
+        self._slow += (state is Asked.SLOW) - (candidate.state is Asked.SLOW)
+        candidate.state = state
         return True
 
     def answered(self, node_id: NodeId, contacts: Iterable[Contact]) -> None:
         """A node answered, and named these."""
         if self._leave(node_id, Asked.ANSWERED):
-            self.hops = max(self.hops, self._depth[node_id])
             self.heard_of(contacts, source=node_id)
 
     def slow(self, node_id: NodeId) -> None:
         """A node's first timeout has passed."""
-        if self._leave(node_id, Asked.SLOW):
-            self._slow += 1
+        self._leave(node_id, Asked.SLOW)
 
     def failed(self, node_id: NodeId) -> None:
         """A node did not answer at all."""
         if self._leave(node_id, Asked.FAILED):
-            self._order.remove((self.target.distance(node_id), node_id))
+            del self._order[self._place(self.target.distance(node_id))]
 
     def ended(self, now: float) -> bool:
         head = self._head()
         if now >= self.deadline or not (head or self._slow):
             return True
         waits = not head or (self._patient and self._slow)
-        return not waits and all(self._state[node_id] is Asked.ANSWERED for node_id in head)
+        return not waits and all(candidate.state is Asked.ANSWERED for candidate in head)
 
     def closest(self) -> list[Contact]:
         """The k closest nodes that answered, closest first."""
-        answered = [node_id for _, node_id in self._order if self._state[node_id] is Asked.ANSWERED]
-        return [self._contacts[node_id] for node_id in answered[: self._k]]
+        return [candidate.contact for candidate in self._answered()]
+
+    @property
+    def hops(self) -> int:
+        """How many questions, one after the other, led to the closest node; 0 when nobody answered."""
+        return next((candidate.depth for candidate in self._answered()), 0)
+
+    def _answered(self) -> list[Candidate]:
+        answered = (candidate for _, candidate in self._order if candidate.state is Asked.ANSWERED)
+        return list(itertools.islice(answered, self._k))
 
 
 # ======================================================================================================
@@ -1787,7 +1807,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A search has ended: the k closest nodes, the records found, how deep and how many questions."""
+    """A search has ended: the k closest nodes, the records found; hops as of `Lookup`, and all questions."""
 
     search: int
     contacts: tuple[Contact, ...]
@@ -2068,10 +2088,31 @@ class Transaction:
     timeout: float
     due: float
     retries_left: int
+    repeated: bool = False
 
     @property
     def kind(self) -> str:
         return self.request.kind
+
+
+class RoundTrip:
+    """How long replies usually take, and how much that varies, in seconds (RFC 6298)."""
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+        self._deviation = 0.0
+
+    def measured(self, rtt: float, *, exact: bool) -> None:
+        """Take in one; after a retry it is only known to be no longer than this."""
+        if self._mean is None:
+            self._mean, self._deviation = rtt, rtt / 2
+        elif exact or rtt > self._mean:
+            self._deviation += (abs(rtt - self._mean) - self._deviation) / 4
+            self._mean += (rtt - self._mean) / 8
+
+    def timeout(self) -> float:
+        """How long a reply from somebody unknown may take before it is called slow."""
+        return REQUEST_TIMEOUT_S if self._mean is None else self._mean + 4 * self._deviation
 
 
 class Requests:
@@ -2088,6 +2129,9 @@ class Requests:
         self._table = table
         self._rng = rng
         self._pending: dict[bytes, Transaction] = {}
+        self._due: list[tuple[float, int, Transaction]] = []  # a heap; of what is done with, entries stay as stale
+        self._begun = 0
+        self._usual_rtt = RoundTrip()
 
     def __iter__(self) -> Iterator[Transaction]:
         return iter(list(self._pending.values()))
@@ -2117,8 +2161,16 @@ class Requests:
         retries = 0 if kind == "beacon" else REQUEST_RETRIES
         transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
         self._pending[request.transaction] = transaction
+        self._put_due(transaction)
         self.send(kind, data, address)
         return True
+
+    def _put_due(self, transaction: Transaction) -> None:
+        self._begun += 1  # orders those that are due at the same moment
+        heapq.heappush(self._due, (transaction.due, self._begun, transaction))
+
+    def _is_stale(self, due: float, transaction: Transaction) -> bool:
+        return transaction.due != due or transaction.request.transaction not in self._pending
 
     def verify(self, contact: Contact, now: float) -> None:
         """Have one that we only heard from answer: once, in few bytes, and not everybody at the same time."""
@@ -2138,25 +2190,31 @@ class Requests:
 
     def _timeout(self, node_id: NodeId | None) -> float:
         node = self._table.get(node_id) if node_id is not None else None
-        if node is None or node.rtt is None:
-            return REQUEST_TIMEOUT_S
-        return min(max(2 * node.rtt, MIN_REQUEST_TIMEOUT_S), MAX_REQUEST_TIMEOUT_S)
+        timeout = self._usual_rtt.timeout() if node is None or node.rtt is None else 2 * node.rtt
+        return min(max(timeout, MIN_REQUEST_TIMEOUT_S), MAX_REQUEST_TIMEOUT_S)
 
     def send(self, kind: str, data: bytes, address: Address) -> None:
         self.sent[kind] += 1
         self.out.append((data, address))
 
     def next_due(self) -> float:
-        return min((transaction.due for transaction in self._pending.values()), default=math.inf)
+        while self._due and self._is_stale(self._due[0][0], self._due[0][2]):
+            heapq.heappop(self._due)
+        return self._due[0][0] if self._due else math.inf
 
     def due(self, now: float) -> list[Transaction]:
         """Those whose time is up: each is to be given to `repeat`, or to `drop` when it has no retries left."""
-        return [transaction for transaction in self._pending.values() if transaction.due <= now]
+        found = []
+        while self.next_due() <= now:
+            found.append(heapq.heappop(self._due)[2])
+        return found
 
     def repeat(self, transaction: Transaction, now: float) -> None:
         transaction.retries_left -= 1
+        transaction.repeated = True
         transaction.timeout = min(2 * transaction.timeout, MAX_REQUEST_TIMEOUT_S)
         transaction.due = now + transaction.timeout
+        self._put_due(transaction)
         self.send(transaction.kind, transaction.data, transaction.address)
 
     def drop(self, transaction: Transaction) -> None:
@@ -2190,6 +2248,13 @@ class Requests:
                 return None
             self.drop(transaction)
         return transaction
+
+    def measured(self, transaction: Transaction, node_id: NodeId, now: float) -> None:
+        """Learn from a node's reply how long it takes, and what is usual on this network."""
+        rtt, node = now - transaction.sent_at, self._table.get(node_id)
+        self._usual_rtt.measured(rtt, exact=not transaction.repeated)
+        if node is not None:
+            node.measured(rtt, exact=not transaction.repeated)
 
 
 Ask = Callable[[str, Json, Address, float, NodeId, Search], None]
@@ -2564,6 +2629,7 @@ class DhtEngine:
                 self._announcement.lost(node_id)
                 if self.table.failed(node_id):
                     self._whereabouts.lost(transaction.address)
+                    self._refresh_at = min(self._refresh_at, now + HURRIED_REFRESH_S)  # others may have gone with it
             self._searches.no_answer(transaction, now)
 
     def _on_reply(self, reply: Datagram, address: Address, now: float) -> None:
@@ -2583,9 +2649,7 @@ class DhtEngine:
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
         self._whereabouts.answered(contact.address)
         joined = self.table.answered(contact, now)
-        node = self.table.get(contact.node_id)
-        if node is not None:
-            node.measured(now - transaction.sent_at, exact=transaction.retries_left == REQUEST_RETRIES)
+        self._requests.measured(transaction, contact.node_id, now)
         if joined:
             self._joined(contact, now)
 
@@ -2993,9 +3057,9 @@ class StateDirectory:
         try:
             with contextlib.suppress(FileNotFoundError):
                 with contextlib.suppress(ValueError, IsADirectoryError):
-                    return NodeId.from_hex(path.read_text("ascii").strip())
+                    return NodeId.of_hex(path.read_text("ascii").strip())
                 keep_aside(path, "holds no worker id (64 hexadecimal digits)")
-            worker_id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
+            worker_id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
             write_atomically(path, f"{worker_id}\n".encode())
         except OSError as error:
             raise UsageError(
@@ -6677,14 +6741,14 @@ async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list
     return [note(name, "port_taken", "is held by another program; a worker takes a free port", remedy)]
 
 
-async def greeted_by(address: Address, own: NodeId = NodeId(0)) -> NodeId | None:
+async def greeted_by(address: Address) -> NodeId | None:
     """The id of the worker that greets over TCP at an address, None if none does."""
     try:
-        connection = await dial(address, own)
+        connection = await dial(address, NodeId.of_bytes(secrets.token_bytes(ID_BYTES)))
     except QMeshError:
         return None
     connection.abort()
-    return NodeId.from_hex(connection.peer_id)
+    return NodeId.of_hex(connection.peer_id)
 
 
 # --- What others hear of us, and we of them ---
@@ -6782,7 +6846,7 @@ class Ears:
         self.listener = BeaconListener(host, self._on_datagram)
         self.udp_port = 0
         self._host = host
-        self._id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
+        self._id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
         self._topic = keys.topic
         self._codec = DatagramCodec(keys.udp_key)
         self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
@@ -6857,7 +6921,7 @@ class Doctor:
         self._environ = environ
         self._keys = MeshKeys.derive(settings.topic)
         self._ears = Ears(self._keys, settings.host)
-        self._id = NodeId.from_bytes(secrets.token_bytes(ID_BYTES))
+        self._id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
         self._peers: dict[tuple[str, int], Neighbour] = {}  # by TCP address, or UDP's where that is not known
         self._tcp_port = 0
 
@@ -7002,7 +7066,7 @@ class Doctor:
                 peer.failure = str(error)
                 return
             try:
-                peer.greeted, peer.node_id = True, NodeId.from_hex(link.worker_id)
+                peer.greeted, peer.node_id = True, NodeId.of_hex(link.worker_id)
                 peer.status = await link.status()
                 peer.back = await link.dial_back(*ports)
             except QMeshError as error:

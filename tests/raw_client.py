@@ -41,7 +41,7 @@ class RawClient:
 
     async def greet(self) -> qmesh.Json:
         """Say hello; returns what the other side says to it."""
-        await self.send(qmesh.greeting("hello", qmesh.NodeId.from_bytes(secrets.token_bytes(32))))
+        await self.send(qmesh.greeting("hello", qmesh.NodeId.of_bytes(secrets.token_bytes(32))))
         return await self.receive()
 
     async def receive(self) -> qmesh.Json:

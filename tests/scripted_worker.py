@@ -39,7 +39,7 @@ class ScriptedWorker:
     model: str = "tiny"
     tcp_id: NodeId | None = None
     status: Json | None = None
-    worker_id: NodeId = field(default_factory=lambda: NodeId.from_bytes(secrets.token_bytes(32)))
+    worker_id: NodeId = field(default_factory=lambda: NodeId.of_bytes(secrets.token_bytes(32)))
     udp_address: qmesh.Address = ("", 0)
     prompts: list[Json] = field(default_factory=list)
     statuses: int = 0

@@ -1264,7 +1264,7 @@ def test_a_former_holder_is_told_of_a_withdrawal_too() -> None:
     worker = min(nodes, key=lambda node: node.node_id.distance(network.keys.topic))
     work(network, worker)
     network.run_for(20)
-    nearer = [network.add_node(NodeId(network.keys.topic.number ^ distance)) for distance in range(1, 16)]
+    nearer = [network.add_node(NodeId(network.keys.topic ^ distance)) for distance in range(1, 16)]
     network.run_for(qmesh.ANNOUNCE_PERIOD_S)
     assert worker.engine.withdraw(network.now)
     network.run_for(5)

@@ -19,7 +19,7 @@ def contacts(*numbers: int) -> list[Contact]:
 
 
 def numbers(found: Iterable[Contact]) -> list[int]:
-    return [entry.node_id.number for entry in found]
+    return [entry.node_id for entry in found]
 
 
 def lookup_of(*known: int, k: int = 3, concurrency: int = 10) -> Lookup:
@@ -328,7 +328,7 @@ class Network:
 
 
 def nearest(found: Iterable[Contact], target: NodeId, count: int) -> list[Contact]:
-    return sorted(found, key=lambda entry: entry.node_id.number ^ target.number)[:count]
+    return sorted(found, key=lambda entry: entry.node_id ^ target)[:count]
 
 
 class Run:

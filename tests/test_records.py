@@ -32,7 +32,7 @@ def store_of(*numbers: int, per_host: int = 1000, capacity: int = 1000) -> Recor
 
 
 def ids(records: list[WorkerRecord]) -> list[int]:
-    return [record.worker_id.number for record in records]
+    return [record.worker_id for record in records]
 
 
 def kept(store: RecordStore, topic: NodeId = TOPIC) -> list[int]:

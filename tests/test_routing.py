@@ -24,7 +24,7 @@ def table_of(*numbers: int, k: int = 2, capacity: int = 100) -> RoutingTable:
 
 
 def known(table: RoutingTable) -> set[int]:
-    return {entry.node_id.number for entry in table}
+    return {entry.node_id for entry in table}
 
 
 def drop(table: RoutingTable, number: int) -> None:
@@ -43,7 +43,7 @@ def check_invariants(table: RoutingTable, own: NodeId, k: int, capacity: int) ->
         width = bucket.high - bucket.low
         parent = bucket.low - bucket.low % (2 * width)
         if len(buckets) > 1:  # it came of a split, and only a bucket with our own id is split
-            assert parent <= own.number < parent + 2 * width
+            assert parent <= own < parent + 2 * width
         assert len(bucket.nodes) <= k
         assert len(bucket.waiting) <= k
         assert not set(bucket.nodes) & set(bucket.waiting)
@@ -65,7 +65,7 @@ def test_the_table_keeps_its_rules_whatever_happens(k: int, capacity: int, seed:
     own = NodeId.random(rng)
     table = RoutingTable(own, k=k, capacity=capacity)
     # Distances of all magnitudes, so that buckets split far down.
-    pool = [NodeId(own.number ^ rng.getrandbits(rng.randrange(1, ID_BITS + 1))) for _ in range(60)]
+    pool = [NodeId(own ^ rng.getrandbits(rng.randrange(1, ID_BITS + 1))) for _ in range(60)]
     for step in range(301):
         node_id = rng.choice(pool)
         before = {entry.node_id for entry in table}
@@ -92,7 +92,7 @@ def test_closest_is_what_sorting_everything_gives(seed: int) -> None:
     for _ in range(200):
         table.answered(Contact(NodeId.random(rng), ("10.0.0.1", 1)), 0.0)
     for target in [own, *(NodeId.random(rng) for _ in range(20))]:
-        everyone = sorted(table, key=lambda entry: entry.node_id.number ^ target.number)
+        everyone = sorted(table, key=lambda entry: entry.node_id ^ target)
         for count in (0, 1, 7, len(table), len(table) + 5):
             assert table.closest(target, count) == everyone[:count]
 
@@ -128,7 +128,7 @@ def test_a_node_that_we_only_heard_from_is_not_known() -> None:
 def test_our_own_id_is_neither_wanted_nor_entered() -> None:
     table = RoutingTable(OWN)
     assert not table.wants(OWN)
-    assert not table.answered(contact(OWN.number), 0.0)
+    assert not table.answered(contact(OWN), 0.0)
     assert not table.failed(OWN)
     assert len(table) == 0
 
@@ -150,8 +150,8 @@ def test_a_node_is_known_at_the_address_it_last_answered_from() -> None:
 def test_silent_nodes_are_those_that_have_not_answered_since() -> None:
     table = table_of(5, 6, 7, k=20)  # at 0, 1 and 2
     table.answered(contact(5), 3.0)
-    assert [entry.node_id.number for entry in table.silent_since(2.0)] == [6]
-    assert {entry.node_id.number for entry in table.silent_since(2.5)} == {6, 7}
+    assert [entry.node_id for entry in table.silent_since(2.0)] == [6]
+    assert {entry.node_id for entry in table.silent_since(2.5)} == {6, 7}
 
 
 # --- Buckets ---
@@ -279,7 +279,7 @@ def test_wants_says_exactly_whether_an_answer_would_let_a_node_in(seed: int) -> 
     own = NodeId.random(rng)
     table = RoutingTable(own, k=3, capacity=40)
     for _ in range(200):
-        node_id = NodeId(own.number ^ rng.getrandbits(rng.randrange(ID_BITS - 9, ID_BITS + 1)))
+        node_id = NodeId(own ^ rng.getrandbits(rng.randrange(ID_BITS - 9, ID_BITS + 1)))
         assert table.wants(node_id) == table.answered(Contact(node_id, ("10.0.0.1", 1)), 0.0)
 
 

@@ -94,7 +94,7 @@ async def opened(
     clock: Callable[[], float] = qmesh.uptime_s,
 ) -> AsyncIterator[Peer]:
     """A node on the loopback that hears beacons only when it is to listen."""
-    peer = Peer(topic, None if client else NodeId.from_bytes(secrets.token_bytes(32)))
+    peer = Peer(topic, None if client else NodeId.of_bytes(secrets.token_bytes(32)))
     peer.node = await UdpNode.open(
         peer.engine, host=LOOPBACK, port=0, listen=listen, on_event=on_event or peer.events.put_nowait, clock=clock
     )

@@ -142,7 +142,7 @@ async def statuses(topic: str) -> tuple[list[qmesh.Json], list[qmesh.Json]]:
 
 async def find(topic: str, count: int) -> dict[str, Times]:
     """One client's way to all workers, each dialled as soon as it is heard of."""
-    own = NodeId.from_bytes(secrets.token_bytes(32))
+    own = NodeId.of_bytes(secrets.token_bytes(32))
     heard, connected = Watch(count), Watch(count)
     connections: list[qmesh.Connection] = []
 
@@ -308,7 +308,7 @@ def light_node(
     topic: str, *, beacons: bool, make_engine: Callable[..., qmesh.DhtEngine]
 ) -> tuple[NodeId, contextlib.AbstractAsyncContextManager[Address]]:
     """A DHT node that announces a record with no server behind it."""
-    node_id = NodeId.from_bytes(secrets.token_bytes(32))
+    node_id = NodeId.of_bytes(secrets.token_bytes(32))
     return node_id, announced(topic, record_of(node_id, NO_SERVER), beacons=beacons, make_engine=make_engine)
 
 
