@@ -161,8 +161,10 @@ MAX_TABLE_NODES: Final = 1024  # about 0.5 MB; a network of millions fills fewer
 MAX_RECORDS: Final = 4096  # about 2 MB; far more workers than one topic will see
 MAX_RECORDS_PER_HOST: Final = 64  # one machine runs a handful of workers; a flood is not one
 MAX_TRANSACTIONS: Final = 512  # several lookups' worth; more is a fault of ours
+MAX_TOLD: Final = 256  # addresses that the owner gave: names with many addresses, and peers of earlier days
 MAX_LOST: Final = 8  # addresses of nodes that fell silent, asked now and then whether they are back
 MAX_BEACONS_HEARD: Final = 256  # each arrives once per way that it was sent; the copies are not answered
+CLONE_PERIOD_S: Final = 60.0  # that somebody uses our id is told this often; recorded words of ours can be replayed
 MAX_STRANGERS: Final = 16  # hosts of other meshes and versions that are named to whoever looks for a fault
 MAX_UNVERIFIED: Final = 32  # newly heard senders being asked to answer, at once
 RATE_BURST: Final = 400.0  # datagrams an address may send at once: a lookup and its retries, with room
@@ -179,8 +181,9 @@ MAX_FRAME_BYTES: Final = 4 * 1024 * 1024  # a long prompt with its history, seve
 MAX_HELLO_BYTES: Final = 4 * 1024  # before `welcome` nobody is owed more memory than a greeting
 HANDSHAKE_TIMEOUT_S: Final = 5.0  # connect, greet and be greeted; a slow link does it in one
 CONNECT_TIMEOUT_S: Final = 3.0  # a machine that is switched off does not refuse, it is silent
-DIAL_BACK_TIMEOUT_S: Final = 8.0  # for a ping and a connection to somebody who may not answer, and the way back
-MAX_DIAL_BACKS: Final = 4  # under way at once, for one connection
+DIAL_BACK_TIMEOUT_S: Final = 10.0  # for a ping and a connection to somebody who may not answer, and the way back
+MAX_DIAL_BACKS_EACH: Final = 4  # asked for at once on one connection
+MAX_DIAL_BACKS: Final = 16  # under way at once, for all: each takes two sockets for a while
 STATUS_TIMEOUT_S: Final = 2.0  # a worker that cannot tell its health by then is not healthy
 SEND_TIMEOUT_S: Final = 30.0  # a reader that takes nothing for this long has gone
 IDLE_TIMEOUT_S: Final = 120.0  # a connection with nothing in flight is closed after this
@@ -916,9 +919,12 @@ def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host == "::1"
 
 
+_LINK_LOCAL: Final = re.compile("fe[89ab][0-9a-f]:")
+
+
 def link_of(host: str) -> str | None:
     """The scope of an IPv6 link-local address ("" where it lacks one), None for an address of any other kind."""
-    return host.partition("%")[2] if host.startswith(("fe8", "fe9", "fea", "feb")) else None
+    return host.partition("%")[2] if _LINK_LOCAL.match(host) else None
 
 
 def reach(address: Address) -> int:
@@ -1041,6 +1047,17 @@ def pack_address(address: Address) -> bytes:
     return b"\x04" + bytes(map(int, host.split("."))) + struct.pack(">H", address[1])
 
 
+UNSPECIFIED: Final = "0.0.0.0"
+"""The host of a record about its own sender: who reads it puts the datagram's source in its place."""
+
+
+def _is_nobodys(host: str, first: int) -> bool:
+    """Whether at an address, whose first byte is `first`, no single machine is asked: it is multicast, or reserved."""
+    if ":" in host:
+        return first == 0xFF or host == "::" or host.startswith("::ffff:")
+    return first >= 224 or (first == 0 and host != UNSPECIFIED)
+
+
 def _unpack_address(data: bytes, at: int) -> tuple[Address, int]:
     size = {4: 4, 6: 16}.get(data[at])
     if size is None or len(data) < at + 3 + size:
@@ -1050,6 +1067,8 @@ def _unpack_address(data: bytes, at: int) -> tuple[Address, int]:
     (port,) = struct.unpack_from(">H", data, at + 1 + size)
     if port == 0:
         raise WireError("an address with port 0")
+    if _is_nobodys(host, packed[0]):
+        raise WireError("an address that is no single machine's")
     return (host, port), at + 3 + size
 
 
@@ -1069,6 +1088,8 @@ def unpack_contacts(data: bytes) -> tuple[Contact, ...]:
             raise WireError("a list of nodes that is cut off")
         node_id = NodeId.of_bytes(data[at : at + ID_BYTES])
         address, at = _unpack_address(data, at + ID_BYTES)
+        if address[0] == UNSPECIFIED:
+            raise WireError("a node without an address")
         contacts.append(Contact(node_id, address))
     return tuple(contacts)
 
@@ -1482,6 +1503,11 @@ class RoutingTable:
         self.remove(node_id)
         return True
 
+    def is_at(self, node_id: NodeId, address: Address) -> bool:
+        """Whether what is found at an address may be laid to a node: not if we know it by another address."""
+        node = self._nodes.get(node_id)
+        return node is None or node.contact.address == address
+
     def remove(self, node_id: NodeId) -> None:
         """Drop a node; the one that answered last of those waiting takes its place."""
         bucket = self._bucket(node_id)
@@ -1777,9 +1803,6 @@ class RecordStore:
 BEACON: Final[Address] = ("", BEACON_PORT)
 """The destination of a beacon: the shell sends it wherever peers may listen."""
 
-UNSPECIFIED: Final = "0.0.0.0"
-"""The host of a record about its own sender: who reads it puts the datagram's source in its place."""
-
 _REPLIES: Final[dict[str, tuple[str, ...]]] = {
     "ping": ("pong",),
     "beacon": ("pong",),
@@ -1860,6 +1883,14 @@ class Gate:
         self._codec = codec
         self._limiter = RateLimiter()
         self._beacons: OrderedDict[tuple[Address, bytes], None] = OrderedDict()
+        self._clone_at = -math.inf
+
+    def cloned(self, now: float) -> bool:
+        """Somebody uses our id. True when that is to be told again."""
+        self.dropped["clone"] += 1
+        again = now >= self._clone_at
+        self._clone_at = now + CLONE_PERIOD_S if again else self._clone_at
+        return again
 
     def admit(self, data: bytes, address: Address, now: float) -> Datagram | None:
         """The datagram, when its sender keeps to its rate and it is ours, whole, and not a beacon's second copy."""
@@ -2226,17 +2257,9 @@ class Requests:
             if transaction.kind == kind:
                 self.drop(transaction)
 
-    def came_back(self, heard: Datagram) -> Address | None:
-        """Where a request that we heard was sent, if it is one of ours: to ourselves. None if it is not.
-
-        It is done with, unless it is a beacon, which others heard too.
-        """
-        transaction = self._pending.get(heard.transaction)
-        if transaction is None:
-            return None
-        if transaction.kind != "beacon":
-            self.drop(transaction)
-        return transaction.address
+    def get(self, heard: Datagram) -> Transaction | None:
+        """What we know of a request, if it is one of ours that waits for its reply."""
+        return self._pending.get(heard.transaction)
 
     def match(self, reply: Datagram, address: Address) -> Transaction | None:
         """The request that this replies to. It is done with, unless it is a beacon, which many answer."""
@@ -2416,7 +2439,8 @@ class Whereabouts:
         self._lost: OrderedDict[Address, None] = OrderedDict()
 
     def told(self, address: Address) -> None:
-        self._told.setdefault(address, False)
+        if len(self._told) < MAX_TOLD:
+            self._told.setdefault(address, False)
 
     def forget(self, address: Address) -> None:
         """Nobody but ourselves is there."""
@@ -2491,7 +2515,7 @@ class DhtEngine:
         elif self._own is None:
             self.dropped["client"] += 1
         elif datagram.sender == self._own:
-            self._on_own(datagram, address)
+            self._on_own(datagram, address, now)
         else:
             self._on_request(datagram, address, len(data), now)
 
@@ -2575,14 +2599,17 @@ class DhtEngine:
 
     # --- Requests of others ---
 
-    def _on_own(self, request: Datagram, address: Address) -> None:
+    def _on_own(self, request: Datagram, address: Address, now: float) -> None:
         """A request under our own id: one of ours that came back, or one of somebody who has our id too."""
-        asked = self._requests.came_back(request)
-        if asked is not None:
-            self._whereabouts.forget(asked)
-        else:
-            self.dropped["clone"] += 1
-            self._events.append(Cloned(address))
+        asked = self._requests.get(request)
+        if asked is None:
+            if self.gate.cloned(now):
+                self._events.append(Cloned(address))
+        elif asked.address == address:  # it is ourselves whom we asked
+            self._requests.drop(asked)
+            self._whereabouts.forget(address)
+            if asked.node_id is not None:
+                self._changed_identity(asked, asked.node_id, now)
 
     def _on_request(self, request: Datagram, address: Address, size: int, now: float) -> None:
         news = request.sender is None or self.table.worth_asking(Contact(request.sender, address), now)
@@ -2625,7 +2652,7 @@ class DhtEngine:
                 self._searches.go_on(search, now)
         else:
             self._requests.drop(transaction)
-            if node_id is not None:
+            if node_id is not None and self.table.is_at(node_id, transaction.address):
                 self._announcement.lost(node_id)
                 if self.table.failed(node_id):
                     self._whereabouts.lost(transaction.address)
@@ -2662,10 +2689,11 @@ class DhtEngine:
         self._announcement.met(contact.node_id, now)
 
     def _changed_identity(self, transaction: Transaction, expected: NodeId, now: float) -> None:
-        """Another node answers where one was expected: that one is gone."""
+        """Another node answers where one was expected: that one is gone, unless it is known to be elsewhere."""
         self.dropped["identity"] += 1
-        self.table.remove(expected)
-        self._announcement.lost(expected)
+        if self.table.is_at(expected, transaction.address):
+            self.table.remove(expected)
+            self._announcement.lost(expected)
         self._searches.no_answer(transaction, now)
 
     def _on_pong(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
@@ -2957,6 +2985,7 @@ NVIDIA_QUERY: Final = (
 GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
 GPU_SAMPLE_PERIOD_S: Final = 10.0
 MAX_INSTANCES: Final = 256  # workers on one machine
+LOOPBACK: Final = "127.0.0.1"
 LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
 
 
@@ -3162,18 +3191,15 @@ class _IfAddrs(ctypes.Structure):
 def list_interfaces() -> list[Interface]:
     """The addresses of this machine's interfaces that are up, tunnels left out; [] where they cannot be told.
 
-    POSIX systems are asked directly: importing psutil for it would double a client's start. On Windows
-    psutil tells them, or where a client lacks it, the addresses of the machine's own name.
+    POSIX systems are asked directly: importing psutil for it would add a quarter to a client's start. On
+    Windows psutil tells them, or where a client lacks it, the addresses of the machine's own name.
     """
     try:
-        found = _interfaces_of_psutil(load_psutil()) if sys.platform == "win32" else _interfaces_of_posix()
-        return [item for item in found if link_of(item.address) != ""]
-    except MissingPackage:
-        hosts = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-        return [Interface("", 0, host, None if ":" in host else LIMITED_BROADCAST) for host in sorted(hosts)]
-    except (OSError, AttributeError) as error:
-        log.info("the network interfaces cannot be listed: %s", error)
-        return []
+        found = _interfaces_of_psutil() if sys.platform == "win32" else _interfaces_of_posix()
+    except (OSError, ValueError, AttributeError) as error:
+        log.debug("the network interfaces cannot be listed: %s", error)
+        found = []
+    return [item for item in found if link_of(item.address) != ""]
 
 
 def _interfaces_of_posix() -> list[Interface]:
@@ -3198,13 +3224,23 @@ def _interface_of(entry: _IfAddrs) -> list[Interface]:
     host = _host_of(entry.address)
     if host is None or not entry.flags & _IF_UP or entry.flags & _IF_POINT_TO_POINT:
         return []
-    name = os.fsdecode(entry.name)
-    broadcast = _host_of(entry.broadcast) if entry.flags & _IF_BROADCAST and ":" not in host else None
+    name, broadcast = os.fsdecode(entry.name), None
+    if ":" in host:
+        host = f"{host}%{name}" if link_of(host) is not None else host
+    elif entry.flags & _IF_BROADCAST:
+        broadcast = _host_of(entry.broadcast)
+        if broadcast in (None, UNSPECIFIED):  # an address that was added without saying so
+            broadcast = _broadcast_of(host, _host_of(entry.netmask))
     return [Interface(name, socket.if_nametoindex(name), host, broadcast)]
 
 
+def _broadcast_of(host: str, netmask: str | None) -> str | None:
+    network = ipaddress.IPv4Network((host, netmask or LIMITED_BROADCAST), strict=False)
+    return str(network.broadcast_address) if network.num_addresses > 2 and not is_loopback(host) else None
+
+
 def _host_of(sockaddr: int | None) -> str | None:
-    """The IP address in a C `struct sockaddr`; None if it holds one of another family, or there is none."""
+    """The IP address in a C `struct sockaddr`, without a scope; None if it holds one of another family."""
     if not sockaddr:
         return None
     family = ctypes.string_at(sockaddr, 2)
@@ -3213,14 +3249,30 @@ def _host_of(sockaddr: int | None) -> str | None:
         return socket.inet_ntop(socket.AF_INET, ctypes.string_at(sockaddr + 4, 4))
     if number != socket.AF_INET6:
         return None
-    packed, scope = ctypes.string_at(sockaddr + 8, 16), ctypes.string_at(sockaddr + 24, 4)
-    if packed[0] == 0xFE and packed[1] & 0xC0 == 0x80:  # BSD keeps the scope within the address too
-        name = socket.if_indextoname(int.from_bytes(scope, sys.byteorder))
-        return f"{socket.inet_ntop(socket.AF_INET6, packed[:2] + bytes(2) + packed[4:])}%{name}"
+    packed = ctypes.string_at(sockaddr + 8, 16)
+    if packed[0] == 0xFE and packed[1] & 0xC0 == 0x80:
+        packed = packed[:2] + bytes(2) + packed[4:]  # BSD keeps the scope within the address
     return socket.inet_ntop(socket.AF_INET6, packed)
 
 
-def _interfaces_of_psutil(psutil: Any) -> list[Interface]:
+def _interfaces_of_name() -> list[Interface]:
+    """The addresses of the machine's own name."""
+    infos = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_DGRAM)
+    found = [Interface("", 0, LOOPBACK)]
+    for *_, sockaddr in infos:
+        host, index = str(sockaddr[0]).partition("%")[0], int(sockaddr[-1]) if len(sockaddr) == 4 else 0
+        if ":" in host:
+            found.append(Interface("", index, f"{host}%{index}" if index else host))
+        elif not is_loopback(host):
+            found.append(Interface("", 0, host, LIMITED_BROADCAST))
+    return found
+
+
+def _interfaces_of_psutil() -> list[Interface]:
+    try:
+        psutil = load_psutil()
+    except MissingPackage:
+        return _interfaces_of_name()
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     indexes = {name: index for index, name in socket.if_nameindex()}
     found = []
@@ -3229,12 +3281,9 @@ def _interfaces_of_psutil(psutil: Any) -> list[Interface]:
             if entry.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             index = indexes.get(name, 0)
-            broadcast = None
-            if entry.family == socket.AF_INET and entry.netmask:
-                network = ipaddress.IPv4Network((entry.address, entry.netmask), strict=False)
-                broadcast = str(network.broadcast_address)
+            broadcast = _broadcast_of(entry.address, entry.netmask) if entry.family == socket.AF_INET else None
             host = f"{entry.address}%{index}" if index and link_of(entry.address) == "" else entry.address
-            found.append(Interface(name, index, host, None if is_loopback(host) else broadcast))
+            found.append(Interface(name, index, host, broadcast))
     return found
 
 
@@ -4880,10 +4929,11 @@ GOODBYE_TIMEOUT_S: Final = 0.5  # to take our record back before we leave
 CLOCK_CHECK_S: Final = 2.0  # a machine that slept is noticed this soon after it wakes
 RESOLVE_TIMEOUT_S: Final = 20.0  # resolvers give up sooner by themselves
 DEAF_AFTER: Final = 2  # beacons in a row at which a socket did not hear itself
+PORT_TAKEN: Final = (errno.EADDRINUSE, errno.EACCES)  # the second on Windows, for ranges that it keeps to itself
+NO_IPV6: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
 FREE_PORT_ATTEMPTS: Final = 16  # a port that is free for IPv4 may be taken for IPv6
 PING_ATTEMPTS: Final = 3
 PING_WAIT_S: Final = 0.3  # for each attempt: a LAN answers in a few milliseconds
-LOOPBACK: Final = "127.0.0.1"
 LOOPBACK6: Final = "::1"
 UNSPECIFIED6: Final = "::"
 
@@ -4900,6 +4950,7 @@ class UdpSocket(asyncio.DatagramProtocol):
         self.sent: Counter[str] = Counter()  # datagrams and bytes
         self._receive = receive
         self._transport: Any = None  # typeshed knows of no get_write_buffer_size
+        self._sock: socket.socket | None = None
         self._own: tuple[Any, ...] = ()
         self._probe = secrets.token_bytes(MAC_BYTES)
         self._unheard = 0
@@ -4909,7 +4960,7 @@ class UdpSocket(asyncio.DatagramProtocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        self._own = sock.getsockname()
+        self._sock, self._own = sock, sock.getsockname()
         self._transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: self, sock=sock)
 
     @property
@@ -4942,16 +4993,18 @@ class UdpSocket(asyncio.DatagramProtocol):
             self.send(data, (outlet.address, DEFAULT_PORT))
 
     def multicast(self, data: bytes, outlet: Interface) -> None:
-        if self._transport is None or self._transport.is_closing():
+        """Send past the transport, whose queue would leave by the interface that is set last."""
+        if self._sock is None:
             return
-        sock = self._transport.get_extra_info("socket")
         with contextlib.suppress(OSError):
             if ":" in outlet.address:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, outlet.index)
-                self.send(data, (f"{BEACON_GROUP6}%{outlet.index}", BEACON_PORT))
+                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, outlet.index)
+                self._sock.sendto(data, (BEACON_GROUP6, BEACON_PORT, 0, outlet.index))
             else:
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(outlet.address))
-                self.send(data, (BEACON_GROUP, BEACON_PORT))
+                own = socket.inet_aton(outlet.address)
+                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
+                self._sock.sendto(data, (BEACON_GROUP, BEACON_PORT))
+            self.sent.update(datagrams=1, bytes=len(data))
 
     def broadcast(self, data: bytes, outlet: Interface) -> None:
         """IPv4's directed broadcast, which passes where switches or firewalls swallow multicast."""
@@ -4972,8 +5025,11 @@ class UdpSocket(asyncio.DatagramProtocol):
 
     def error_received(self, exc: Exception) -> None:
         log.debug("UDP: %s", exc)  # an unreachable peer: its request will time out
+        if sys.platform == "win32":
+            self._unheard = DEAF_AFTER  # some versions of Python stop reading there: it is bound anew in any case
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._sock = None
         self.closed.set()
 
 
@@ -4987,17 +5043,18 @@ def address_of(sockaddr: tuple[Any, ...]) -> Address:
 
 def _scope_name(index: int) -> str:
     try:
-        return socket.if_indextoname(index)
+        return str(index) if sys.platform == "win32" else socket.if_indextoname(index)
     except OSError:
-        return str(index)  # the interface has just gone; on Windows numbers are used as well
+        return str(index)  # the interface has just gone
 
 
 def _sockaddr(address: Address) -> tuple[Any, ...]:
     """What the socket module wants. Raises OSError for a scope that is no interface here."""
     host, _, scope = address[0].partition("%")
-    if not scope:
+    if ":" not in host:
         return address
-    return host, address[1], 0, int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
+    index = int(scope) if scope.isdecimal() else socket.if_nametoindex(scope) if scope else 0
+    return host, address[1], 0, index
 
 
 def outlets(host: str) -> list[Interface]:
@@ -5030,8 +5087,9 @@ class BeaconListener:
             if place not in self._open:
                 try:
                     await self._bind(place)
+                    self.failure = None
                 except OSError as error:
-                    if place not in (UNSPECIFIED6, BEACON_GROUP6):  # a machine without IPv6 is none the worse
+                    if self._host or ":" not in place:  # else it is a machine without IPv6, and none the worse
                         self._failed(error)
         for outlet in outlets:
             for sock, _ in self._open.values():
@@ -5044,8 +5102,9 @@ class BeaconListener:
             return [UNSPECIFIED, UNSPECIFIED6]
         if self._host in (UNSPECIFIED, UNSPECIFIED6) or sys.platform == "win32":
             return [self._host]
-        group = BEACON_GROUP6 if ":" in self._host else BEACON_GROUP
-        return [group, *(outlet.broadcast for outlet in outlets if outlet.broadcast is not None)]
+        if ":" in self._host:
+            return [f"{BEACON_GROUP6}%{outlet.index}" for outlet in outlets]
+        return [BEACON_GROUP, *(outlet.broadcast for outlet in outlets if outlet.broadcast is not None)]
 
     async def _bind(self, place: str) -> None:
         family = socket.AF_INET6 if ":" in place else socket.AF_INET
@@ -5054,13 +5113,8 @@ class BeaconListener:
             share_port(sock)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            if sys.platform == "linux":
-                level, option = socket.IPPROTO_IP, _IP_MULTICAST_ALL
-                if family == socket.AF_INET6:
-                    level, option = socket.IPPROTO_IPV6, _IPV6_MULTICAST_ALL
-                sock.setsockopt(level, option, 0)
-            scope = link_of(self._host) if place == BEACON_GROUP6 else None
-            sock.bind(_sockaddr((f"{place}%{scope}" if scope else place, BEACON_PORT)))
+            self._hear_own_groups_only(sock)
+            sock.bind(_sockaddr((place, BEACON_PORT)))
             sock.setblocking(False)
             listening = UdpSocket(self._receive)
             await listening.open(sock)
@@ -5068,6 +5122,16 @@ class BeaconListener:
             sock.close()
             raise
         self._open[place] = sock, listening
+
+    @staticmethod
+    def _hear_own_groups_only(sock: socket.socket) -> None:
+        """Else Linux delivers what any program of this machine has joined a group for, on any interface."""
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # for IPv6 that takes Linux 4.20
+                if sock.family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_MULTICAST_ALL, 0)
+                else:
+                    sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
 
     def _failed(self, error: OSError) -> None:
         if self.failure is None:
@@ -5112,8 +5176,10 @@ class UdpNode:
         self._sockets: dict[bool, UdpSocket] = {}  # by whether it is for IPv6
         self._listener: BeaconListener | None = None
         self._outlets: list[Interface] = []
+        self._broadcasts: set[str | None] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._mending = False
+        self._closing = False
         self._timer: asyncio.TimerHandle | None = None
         self._progress: asyncio.Future[None] | None = None
         self._pumping = False
@@ -5131,15 +5197,19 @@ class UdpNode:
     ) -> UdpNode:
         """Bind and begin. listen: whether to hear beacons. Raises UsageError when `port` is taken."""
         node = cls(engine, host, on_event, clock)
-        for sock in bind_preferred(socket.SOCK_DGRAM, host, port):
-            await node._attach(sock)
-        node.address = next(iter(node._sockets.values())).bound
-        node._outlets = outlets(host)
+        await asyncio.gather(*map(node._attach, bind_preferred(socket.SOCK_DGRAM, host, port)))
+        node.address = node._sockets[min(node._sockets)].bound  # IPv4's, where there is one
+        node._look_around()
         if listen:
             node._listener = BeaconListener(host, node._receive)
             await node._listener.follow(node._outlets)
         node._pump()
         return node
+
+    def _look_around(self) -> None:
+        self._outlets = outlets(self._host)
+        # Somebody may name these as a node's address, to have a whole network answer each of our questions.
+        self._broadcasts = {outlet.broadcast for outlet in self._outlets}
 
     async def _attach(self, sock: socket.socket) -> None:
         opened = UdpSocket(self._receive)
@@ -5153,6 +5223,7 @@ class UdpNode:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_TIMEOUT_S):
                     await self._settled()
+        self._closing = True
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -5181,6 +5252,7 @@ class UdpNode:
             "dropped": dict(gate.dropped),
             "strangers": strangers,
             "interfaces": [outlet.address for outlet in self._outlets],
+            "deaf": self._listener.failure if self._listener is not None else None,
         }
 
     async def _settled(self) -> None:
@@ -5235,6 +5307,8 @@ class UdpNode:
     # --- Moving datagrams, events and the timer ---
 
     def _receive(self, data: bytes, address: Address) -> None:
+        if self._closing:
+            return
         self.engine.receive_datagram(data, address, self._clock())
         self._pump()
 
@@ -5253,9 +5327,9 @@ class UdpNode:
                 pass
         finally:
             self._pumping = False
+            self._arm_timer()
         if self._progress is not None and not self._progress.done():
             self._progress.set_result(None)
-        self._arm_timer()
 
     def _move(self) -> bool:
         datagrams = self.engine.datagrams_to_send(self._clock())
@@ -5269,7 +5343,7 @@ class UdpNode:
     def _arm_timer(self) -> None:
         # The engine is asked often, as the loop's own clock stands still while the machine sleeps.
         due = self._loop.time() + min(max(0.0, self.engine.get_timer() - self._clock()), CLOCK_CHECK_S)
-        if self._timer is None or due < self._timer.when():
+        if not self._closing and (self._timer is None or due < self._timer.when()):
             if self._timer is not None:
                 self._timer.cancel()
             self._timer = self._loop.call_at(due, self._on_timer)
@@ -5277,14 +5351,15 @@ class UdpNode:
     def _send(self, data: bytes, address: Address) -> None:
         if address == BEACON:
             self._send_beacon(data)
-        elif (own := self._sockets.get(":" in address[0])) is not None:
+        elif address[0] not in self._broadcasts and (own := self._sockets.get(":" in address[0])) is not None:
             own.send(data, address)
 
     # --- Beacons ---
 
     def _send_beacon(self, data: bytes) -> None:
         """Beacon on every interface there is now, and see to it that the sockets still do their work."""
-        before, self._outlets = self._outlets, outlets(self._host)
+        before = self._outlets
+        self._look_around()
         if not set(self._outlets) <= set(before):
             log.info("the network has changed: looking for peers anew")
             self.run(lambda engine, now: engine.restart(now))
@@ -5293,12 +5368,12 @@ class UdpNode:
             if own is not None:
                 own.beacon(data, outlet)
         deaf = [own for own in self._sockets.values() if not own.test()]
-        if not self._mending:
+        if not self._mending and not self._closing:
+            self._mending = True
             self._own_task(self._mend(deaf))
 
     async def _mend(self, deaf: Sequence[UdpSocket]) -> None:
         """Listen on interfaces that have come, and bind anew the sockets that hear nothing any more."""
-        self._mending = True
         try:
             if self._listener is not None:
                 await self._listener.follow(self._outlets)
@@ -5332,7 +5407,7 @@ def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> list
         try:
             return bind_all(kind, host, attempt)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE or not left:
+            if error.errno not in PORT_TAKEN or not left:
                 raise UsageError(bind_failure(host, attempt, error)) from None
     raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -5344,8 +5419,8 @@ def bind_all(kind: socket.SocketKind, host: str, port: int) -> list[socket.socke
     try:
         return [first, bind_one(kind, UNSPECIFIED6, first.getsockname()[1])]
     except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            return [first]  # a machine without IPv6
+        if error.errno in NO_IPV6:
+            return [first]
         first.close()
         raise
 
@@ -5428,6 +5503,8 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
             if reply.transaction == transaction and reply.kind == "pong" and not answered.done():
                 answered.set_result(reply.sender)
 
+    if host and (":" in host) != (":" in address[0]):
+        return None  # from an address of one version, none of the other can be reached
     own = UdpSocket(receive)
     try:
         await own.open(bind_one(socket.SOCK_DGRAM, host or (UNSPECIFIED6 if ":" in address[0] else UNSPECIFIED), 0))
@@ -5586,6 +5663,16 @@ async def _await_welcome(connection: Connection) -> None:
     connection.greeted(body)
 
 
+async def greeted_by(address: Address) -> NodeId | None:
+    """The id of the worker that greets over TCP at an address, None if none does."""
+    try:
+        connection = await dial(address, NodeId.of_bytes(secrets.token_bytes(ID_BYTES)))
+    except QMeshError:
+        return None
+    connection.abort()
+    return NodeId.of_hex(connection.peer_id)
+
+
 Handler = Callable[[Connection], Awaitable[None]]
 
 
@@ -5604,11 +5691,13 @@ class TcpServer:
     async def start(self, host: str, port: int | None) -> Address:
         """Listen; returns the address. Raises UsageError when `port` is taken."""
         socks = bind_preferred(socket.SOCK_STREAM, host, port)
-        for sock in socks:
-            server = await asyncio.start_server(
+        started = [
+            asyncio.start_server(
                 self._accept, sock=sock, limit=STREAM_BUFFER_BYTES, ssl=self._tls, backlog=MAX_CONNECTIONS
             )
-            self._servers.append(server)
+            for sock in socks
+        ]
+        self._servers = await asyncio.gather(*started)
         return address_of(socks[0].getsockname())
 
     async def stop(self) -> None:
@@ -5813,11 +5902,11 @@ class Worker:
         self._deadlines: dict[int, float] = {}
         self._next_ticket = 0
         self._started = time.monotonic()
+        self._dial_backs = asyncio.Semaphore(MAX_DIAL_BACKS)
         self._run_id = secrets.token_hex(8)  # tells this process from a copy of it with the same worker id
         self._remember_at = 0.0
         self._gpus: list[GpuLoad] = []
         self._stamp = 0
-        self._clones: set[str] = set()  # hosts that were spoken of; no more than there are on the LAN
         self._idle = asyncio.Event()
         self._idle.set()
         self._resources = contextlib.AsyncExitStack()
@@ -5877,8 +5966,7 @@ class Worker:
     def _on_dht_event(self, event: Event) -> None:
         if isinstance(event, Joined):
             log.info("met %s at %s", event.contact.node_id.short, format_address(event.contact.address))
-        elif isinstance(event, Cloned) and event.address[0] not in self._clones:
-            self._clones.add(event.address[0])
+        elif isinstance(event, Cloned):
             log.warning(
                 "%s uses this worker's id: its state directory is a copy of %s. Delete the copy's %s and restart it",
                 format_address(event.address),
@@ -6003,18 +6091,11 @@ class Worker:
     async def dial_back(self, host: str, udp: int, tcp: int) -> Json:
         """Ping and dial two ports of a host: the ids of the nodes that answered there, None where none did."""
 
-        async def greeted() -> str | None:
-            try:
-                connection = await dial((host, tcp), self.worker_id)
-            except QMeshError:
-                return None
-            connection.abort()
-            return connection.peer_id
-
-        pinged, dialled = await asyncio.gather(
-            udp_ping(MeshKeys.derive(self.settings.topic), (host, udp), self.settings.host), greeted()
-        )
-        return {"udp": str(pinged) if pinged is not None else None, "tcp": dialled}
+        async with self._dial_backs:
+            keys = MeshKeys.derive(self.settings.topic)
+            asked = udp_ping(keys, (host, udp), self.settings.host), greeted_by((host, tcp))
+            pinged, greeted = [None if id_ is None else str(id_) for id_ in await asyncio.gather(*asked)]
+        return {"udp": pinged, "tcp": greeted}
 
     # --- Requests ---
 
@@ -6175,8 +6256,8 @@ class Session:
             raise WireError(str(error)) from None
         if not (0 < udp < 65536 and 0 < tcp < 65536):
             raise WireError("a port is a number from 1 to 65535")
-        if len(self._dialling) >= MAX_DIAL_BACKS:
-            busy = Refused(f"{MAX_DIAL_BACKS} calls back are under way on this connection")
+        if len(self._dialling) >= MAX_DIAL_BACKS_EACH:
+            busy = Refused(f"{MAX_DIAL_BACKS_EACH} calls back are under way on this connection")
             self._connection.write(error_frame(request_id, busy))
             return
         task = asyncio.create_task(self._dial_back(request_id, udp, tcp))
@@ -6297,6 +6378,8 @@ Progressed = Discovered | Selected | Queued | Token | Answer
 class Client:
     """A guest of the mesh: `async with Client(settings) as mesh`, then `run`, `complete` or `statuses`."""
 
+    node: UdpNode  # from `async with` on
+
     def __init__(
         self, settings: Settings, environ: Mapping[str, str] | None = None, rng: random.Random | None = None
     ) -> None:
@@ -6307,12 +6390,12 @@ class Client:
         self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
         self._links: dict[NodeId, WorkerLink] = {}
         self._dialling: dict[NodeId, asyncio.Lock] = {}
-        self._searching = False
+        self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
+        self._search_is_whole = False
         self._searched = False
         self._everything = False
         self._first_found_at = math.inf
         self._changed = asyncio.Event()
-        self._node: UdpNode | None = None
         self._remembered: list[Address] = []
 
     async def __aenter__(self) -> Client:
@@ -6320,25 +6403,26 @@ class Client:
         self._opened_at = self._loop.time()
         keys = MeshKeys.derive(self.settings.topic)
         dht = DhtEngine(keys=keys, own=None, rng=random.SystemRandom(), now=uptime_s())
-        self._node = await UdpNode.open(dht, host=self.settings.host, port=0, listen=False, on_event=self._on_event)
+        self.node = await UdpNode.open(dht, host=self.settings.host, port=0, listen=False, on_event=self._on_event)
         self._remembered = remembered_peers(self._host_dir)
-        self._node.meet(self.settings.peers, self._remembered)
+        self.node.meet(self.settings.peers, self._remembered)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await asyncio.gather(*(link.close() for link in self._links.values()))
-        if self._node is not None:
-            met = [contact.address for contact in self._node.engine.table]
-            await self._node.close()
-            if met:
-                StateDirectory.of_client(self._host_dir).remember(met)
+        if self._searching is not None:
+            self._searching.cancel()
+        met = [contact.address for contact in self.node.engine.table]
+        await self.node.close()
+        if met:
+            StateDirectory.of_client(self._host_dir).remember(met)
 
     def _tried(self) -> str:
         """What was tried to find a worker, for people."""
         place = f"on {self.settings.host}" if self.settings.host else "on this network and this machine"
         tried = [f"beacons {place} (UDP {BEACON_PORT}, topic {self.settings.topic!r})"]
         for name in self.settings.peers:
-            why = f" (cannot be resolved: {self.unresolved[name]})" if name in self.unresolved else ""
+            why = f" (cannot be resolved: {self.node.unresolved[name]})" if name in self.node.unresolved else ""
             tried.append(f"--peer {name}{why}")
         if self._remembered:
             tried.append(f"{plural(len(self._remembered), 'peer')} remembered from earlier")
@@ -6352,16 +6436,26 @@ class Client:
         elif isinstance(event, Found):
             self._heard_of(event.records)
         elif isinstance(event, Finished):
-            self._searching, self._searched = False, True
             self._heard_of(event.records)
+            self._search_ended()
         self._changed.set()
 
     def _search(self) -> None:
         """Search the DHT, unless a search is under way: whom it meets, it asks too."""
-        if self._node is not None and not self._searching:
-            self._searching = True
-            everything = self._everything
-            self._node.run(lambda engine, now: engine.find_workers(now, everything=everything))
+        if self._searching is None:
+            # Page after page is asked for where all are wanted. Of those on this network the beacon tells sooner.
+            wait_s = self._opened_at + DISCOVERY_GATHER_S - self._loop.time() if self._everything else 0.0
+            self._searching = self._loop.call_later(max(0.0, wait_s), self._begin_search)
+
+    def _begin_search(self) -> None:
+        everything = self._search_is_whole = self._everything
+        self.node.run(lambda engine, now: engine.find_workers(now, everything=everything))
+
+    def _search_ended(self) -> None:
+        self._searching = None
+        self._searched = self._search_is_whole or not self._everything
+        if not self._searched:
+            self._search()
 
     def _heard_of(self, records: Iterable[WorkerRecord]) -> None:
         for record in records:
@@ -6370,19 +6464,6 @@ class Client:
             if known is None or (known[0].stamp, reach(known[0].address)) <= order:
                 self._records[record.worker_id] = record, self._loop.time()
                 self._first_found_at = min(self._first_found_at, self._loop.time())
-
-    def nodes(self) -> list[Contact]:
-        """The DHT nodes that answered."""
-        return list(self._node.engine.table) if self._node is not None else []
-
-    @property
-    def unresolved(self) -> Mapping[str, str]:
-        """Names given by --peer that could not be resolved so far, with the reason."""
-        return self._node.unresolved if self._node is not None else {}
-
-    def report(self) -> Json:
-        """What passed over this client's socket."""
-        return self._node.report() if self._node is not None else {}
 
     def records(self) -> list[WorkerRecord]:
         """The workers heard of and not expired."""
@@ -6741,16 +6822,6 @@ async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list
     return [note(name, "port_taken", "is held by another program; a worker takes a free port", remedy)]
 
 
-async def greeted_by(address: Address) -> NodeId | None:
-    """The id of the worker that greets over TCP at an address, None if none does."""
-    try:
-        connection = await dial(address, NodeId.of_bytes(secrets.token_bytes(ID_BYTES)))
-    except QMeshError:
-        return None
-    connection.abort()
-    return NodeId.of_hex(connection.peer_id)
-
-
 # --- What others hear of us, and we of them ---
 
 
@@ -6758,14 +6829,16 @@ async def greeted_by(address: Address) -> NodeId | None:
 class Neighbour:
     """A node of the mesh on some machine, and how it fared.
 
-    named: given by --peer. heard: its beacons reach us. pinged, greeted: whether it answers over UDP, over TCP.
-    called: its ping reached us when it was asked to call back. back: what its calls to our `ports` came to.
+    here: on this machine. named: as it was given by --peer. heard: its beacons reach us. pinged, greeted: whether
+    it answers over UDP, over TCP. called: its ping reached this machine when it was asked to call back. back: what
+    its calls came to.
     """
 
     node_id: NodeId | None
     udp: Address | None = None
     tcp: Address | None = None
-    named: bool = False
+    here: bool = False
+    named: str = ""
     heard: bool = False
     pinged: bool = False
     greeted: bool = False
@@ -6794,16 +6867,10 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
     tried = ", ".join([*asked, "and was asked to do the same to us" if peer.greeted else ""]).rstrip(", ")
     if not peer.pinged and not peer.greeted:
         return _unreachable(peer, tried)
-    if not peer.pinged:
-        if deaf:
-            found = "answers over TCP, not over UDP: a firewall here lets no UDP in"
-            return problem(peer.title, "udp_blocked_here", found, ALLOW_HERE, tried)
-        if udp_elsewhere or peer.called:
-            found = "answers over TCP, not over UDP: a firewall there lets no UDP in"
-            return problem(peer.title, "udp_blocked_there", found, ALLOW_THERE, tried)
-        found = "answers over TCP, and UDP passes neither to it nor back"
-        remedy = f"{ALLOW_HERE}; if that is so, there"
-        return problem(peer.title, "udp_blocked", found, remedy, tried)
+    if peer.udp is not None and not peer.pinged:
+        return _without_udp(peer, tried, deaf=deaf, udp_elsewhere=udp_elsewhere)
+    if peer.tcp is None:
+        return Check(peer.title, "answers over UDP; it tells of no worker", tried=tried)
     if not peer.greeted:
         found = f"answers over UDP, not over TCP ({peer.failure})"
         return problem(peer.title, "tcp_blocked_there", found, ALLOW_THERE, tried)
@@ -6814,6 +6881,17 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
         return Check(peer.title, "UDP and TCP pass in both directions", tried=tried)
     found = f"answers, but its own calls over {' and '.join(lost).upper()} do not reach this machine"
     return problem(peer.title, f"{lost[0]}_blocked_here", found, ALLOW_HERE, tried)
+
+
+def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool) -> Check:
+    if deaf:
+        found = "answers over TCP, not over UDP: a firewall here lets no UDP in"
+        return problem(peer.title, "udp_blocked_here", found, ALLOW_HERE, tried)
+    if udp_elsewhere or peer.called:
+        found = "answers over TCP, not over UDP: a firewall there lets no UDP in"
+        return problem(peer.title, "udp_blocked_there", found, ALLOW_THERE, tried)
+    found = "answers over TCP, and UDP passes neither to it nor back"
+    return problem(peer.title, "udp_blocked", found, f"{ALLOW_HERE}; if that is so, there", tried)
 
 
 def _unreachable(peer: Neighbour, tried: str) -> Check:
@@ -6829,12 +6907,31 @@ def _unreachable(peer: Neighbour, tried: str) -> Check:
     return problem(peer.title, "peer_unreachable", found, remedy, tried)
 
 
+def check_clones(peers: Iterable[Neighbour]) -> list[Check]:
+    """Whether one id is used by several processes; one process may well have several addresses."""
+    users: dict[NodeId, dict[str, str]] = {}
+    for peer in peers:
+        if peer.node_id is not None and peer.status.get("run_id"):
+            users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = peer.host
+    remedy = f"stop one of them, delete its {WORKER_ID_FILE} in its state directory, and start it again"
+    return [
+        problem(
+            f"worker {node_id.short}",
+            "cloned_identity",
+            f"runs at {' and at '.join(sorted(runs.values()))}",
+            remedy,
+        )
+        for node_id, runs in users.items()
+        if len(runs) > 1
+    ]
+
+
 class Ears:
     """Sockets that say hello on every interface, and note who hears it: we ourselves, and others.
 
     heard: senders of beacons, by their address. answers: who answered ours: id and address, with its record.
     strangers: hosts, and why theirs is another mesh: "topic" (it is the open mesh of the default topic), "mesh"
-    or "version". callers: hosts whose pings arrived.
+    or "version". callers: hosts whose pings arrived. own_id: under which pings are answered.
     """
 
     def __init__(self, keys: MeshKeys, host: str) -> None:
@@ -6846,7 +6943,7 @@ class Ears:
         self.listener = BeaconListener(host, self._on_datagram)
         self.udp_port = 0
         self._host = host
-        self._id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
+        self.own_id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
         self._topic = keys.topic
         self._codec = DatagramCodec(keys.udp_key)
         self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
@@ -6907,9 +7004,9 @@ class Ears:
                 self.heard[address] = datagram.sender
         elif datagram.kind == "pong" and datagram.transaction in self._beacons and datagram.sender is not None:
             self.answers[datagram.sender, address] = datagram.body.get("record")
-        elif datagram.kind == "ping":
+        elif datagram.kind == "ping" and datagram.sender is None:  # a node would take us for one
             self.callers.add(address[0])
-            pong = self._codec.encode(Datagram("pong", datagram.transaction, self._id))
+            pong = self._codec.encode(Datagram("pong", datagram.transaction, self.own_id))
             self._sockets[":" in address[0]].send(pong, address)
 
 
@@ -6921,7 +7018,7 @@ class Doctor:
         self._environ = environ
         self._keys = MeshKeys.derive(settings.topic)
         self._ears = Ears(self._keys, settings.host)
-        self._id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
+        self._id = self._ears.own_id
         self._peers: dict[tuple[str, int], Neighbour] = {}  # by TCP address, or UDP's where that is not known
         self._tcp_port = 0
 
@@ -6933,6 +7030,8 @@ class Doctor:
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
             for check in await check_port(kind, self._settings.host, self._keys):
                 yield check
+                if check.verdict is Verdict.PROBLEM:
+                    return  # with an address that is not ours, nothing of the network can be examined
         server = TcpServer(self._hang_up, self._id)
         _, self._tcp_port = await server.start(self._settings.host, None)
         try:
@@ -6988,7 +7087,8 @@ class Doctor:
 
     @property
     def _deaf(self) -> bool:
-        return any(self._check_interface(outlet).verdict is Verdict.PROBLEM for outlet in self._network())
+        checks = [self._check_interface(outlet) for outlet in self._network()]
+        return bool(checks) and all(check.verdict is Verdict.PROBLEM for check in checks)
 
     # --- Peers ---
 
@@ -6997,22 +7097,24 @@ class Doctor:
         with contextlib.suppress(NoWorkerFound):
             await mesh.discover(everything=True)
         await asyncio.sleep(max(0.0, until - asyncio.get_running_loop().time()))
+        names = {name: parse_address(name, DEFAULT_PORT) for name in self._settings.peers}
+        for name, found in zip(
+            names, await asyncio.gather(*(self._addresses(*at) for at in names.values())), strict=True
+        ):
+            for address in found:
+                self._peer(None, address, address).named = name
         for (node_id, udp), record in self._ears.answers.items():
             tcp = (udp[0], record.address[1]) if record is not None else None
             self._peer(node_id, udp, tcp)
-        for contact in mesh.nodes():
+        for contact in mesh.node.engine.table:
             self._peer(contact.node_id, contact.address, None)
-        for found in mesh.records():
-            self._peer(found.worker_id, None, found.address)
+        for worker in mesh.records():
+            self._peer(worker.worker_id, None, worker.address)
         for udp, node_id in self._ears.heard.items():
             self._peer(node_id, udp, None).heard = True
-        for name in self._settings.peers:
-            host, port = parse_address(name, DEFAULT_PORT)
-            for address in await self._addresses(host, port):
-                self._peer(None, address, address).named = True
         return [
             problem(f"peer {name}", "name_unresolved", f"cannot be resolved ({why})", "correct --peer or QMESH_PEERS")
-            for name, why in mesh.unresolved.items()
+            for name, why in mesh.node.unresolved.items()
         ]
 
     @staticmethod
@@ -7029,25 +7131,33 @@ class Doctor:
             if same_node or (udp is not None and known.udp == udp) or (tcp is not None and known.tcp == tcp):
                 known.node_id, known.udp, known.tcp = known.node_id or node_id, known.udp or udp, known.tcp or tcp
                 return known
-        peer = Neighbour(node_id, udp, tcp)
+        peer = Neighbour(node_id, udp, tcp, here=self._is_here(host))
         if len(self._peers) < MAX_EXAMINED:
             self._peers[tcp or udp or (UNSPECIFIED, 0)] = peer
         return peer
 
     async def _check_peers(self) -> list[Check]:
-        here = [peer for peer in self._peers.values() if self._is_here(peer.host)]
-        ports = next(((peer.udp[1], peer.tcp[1]) for peer in here if peer.udp and peer.tcp), None)
-        if ports is None:  # no worker runs here: what one would be asked at stands in for it
-            ports = self._ears.udp_port, self._tcp_port
+        running = [peer for peer in self._peers.values() if peer.here]
+        await self._examine_peers(running, (self._ears.udp_port, self._tcp_port))
+        running = [peer for peer in running if peer.greeted and peer.node_id != self._id]
+        # A worker of this machine is what others ask; where there is none, our own sockets stand in for it.
+        ports = next(((peer.udp[1], peer.tcp[1]) for peer in running if peer.udp and peer.tcp and peer.pinged), None)
+        others = [peer for peer in self._peers.values() if not peer.here]
+        await self._examine_peers(others, ports or (self._ears.udp_port, self._tcp_port))
+        self._peers = {key: peer for key, peer in self._peers.items() if peer.node_id != self._id}  # ourselves, named
+        own = dict.fromkeys(peer.node_id.short for peer in running if peer.node_id is not None)
+        checks = [Check(f"worker {short}", "runs on this machine") for short in own]
+        answering = {peer.named for peer in self._peers.values() if peer.pinged or peer.greeted}
+        for peer in self._peers.values():
+            one_of_several = peer.named in answering and not (peer.pinged or peer.greeted)
+            if peer not in running and not (peer.named and one_of_several):
+                elsewhere = any(other.pinged for other in others if other.host != peer.host)
+                checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
+        return checks + check_clones(self._peers.values())
+
+    async def _examine_peers(self, peers: Sequence[Neighbour], ports: tuple[int, int]) -> None:
         turns = asyncio.Semaphore(EXAMINED_AT_ONCE)
-        await asyncio.gather(*(self._examine_peer(peer, ports, turns) for peer in self._peers.values()))
-        own = dict.fromkeys(peer.node_id for peer in here if peer.greeted and peer.node_id is not None)
-        checks = [Check(f"worker {node_id.short}", "runs on this machine") for node_id in own]
-        there = [peer for peer in self._peers.values() if peer not in here or (peer.named and not peer.greeted)]
-        for peer in there:
-            elsewhere = any(other.pinged for other in there if other.host != peer.host)
-            checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
-        return checks + self._check_clones()
+        await asyncio.gather(*(self._examine_peer(peer, ports, turns) for peer in peers))
 
     def _is_here(self, host: str) -> bool:
         return is_loopback(host) or any(item.address == host for item in list_interfaces())
@@ -7073,25 +7183,7 @@ class Doctor:
                 peer.failure = str(error)
             finally:
                 await link.close()
-            peer.called = peer.host in self._ears.callers
-
-    def _check_clones(self) -> list[Check]:
-        """Whether one id is used by several processes; one process may well have several addresses."""
-        users: dict[NodeId, dict[str, str]] = {}
-        for peer in self._peers.values():
-            if peer.node_id is not None and peer.status.get("run_id"):
-                users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = peer.host
-        remedy = f"stop one of them, delete its {WORKER_ID_FILE} in its state directory, and start it again"
-        return [
-            problem(
-                f"worker {node_id.short}",
-                "cloned_identity",
-                f"runs at {' and at '.join(sorted(runs.values()))}",
-                remedy,
-            )
-            for node_id, runs in users.items()
-            if len(runs) > 1
-        ]
+            peer.called = peer.host in self._ears.callers or bool(peer.back and peer.back.get("udp"))
 
     # --- The mesh ---
 
@@ -7100,9 +7192,7 @@ class Doctor:
         topic = self._settings.topic
         strangers = dict(self._ears.strangers)
         for peer in self._peers.values():
-            told = peer.status.get("network", {}).get("strangers", ())
-            lately = {each["host"]: each["reason"] for each in told if each["age_s"] <= DOCTOR_LISTEN_S}
-            strangers = lately | strangers
+            strangers = strangers_of(peer.status) | strangers
         tried = f"beacons, listening and a search of the DHT for the topic {topic!r}"
         found = f"{plural(len(workers), 'worker')} found in the open mesh {topic!r}"
         if not workers and not strangers:
@@ -7115,6 +7205,20 @@ class Doctor:
         what, remedy = _OTHER_MESHES[kind]
         tell = note if workers else problem
         return tell("mesh", f"other_{kind}", f"{found}; {hosts} {what}", remedy, tried)
+
+
+def strangers_of(status: Json) -> dict[str, str]:
+    """The hosts of other meshes that a worker says it heard lately, with the reason; what makes no sense is none."""
+    network = status.get("network")
+    told = network.get("strangers") if isinstance(network, dict) else None
+    found = {}
+    for each in told[:MAX_STRANGERS] if isinstance(told, list) else ():
+        with contextlib.suppress(InvalidRequest, ValueError):
+            stranger = _object("stranger", each)
+            host = str(ipaddress.ip_address(_text("host", stranger.get("host"))))
+            if _number("age_s", stranger.get("age_s")) <= DOCTOR_LISTEN_S:
+                found[host] = _one_of("reason", stranger.get("reason"), DatagramCodec.STRANGER)
+    return found
 
 
 _OTHER_MESHES: Final = {
@@ -7404,7 +7508,7 @@ class AnswerPrinter:
 async def ask_all(settings: Settings) -> tuple[list[Json], list[Json], Json]:
     async with Client(settings) as mesh:
         await mesh.discover(everything=True)
-        return (*await mesh.statuses(), mesh.report())
+        return (*await mesh.statuses(), mesh.node.report())
 
 
 def run_status(arguments: argparse.Namespace, settings: Settings) -> int:

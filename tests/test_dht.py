@@ -1308,3 +1308,75 @@ def test_only_addresses_of_use_here_are_taken_over(source: qmesh.Address, expect
     assert number
     answer_by_hand(engine, source, 1.0, {"find_node": ("nodes", {"nodes": nodes, "token": bytes(qmesh.TOKEN_BYTES)})})
     assert {address for _, address in engine.datagrams_to_send(1.0)} == expected
+
+
+# --- Whom a silence is laid to ---
+
+ELSEWHERE_TOO = ("10.99.0.9", 5000)
+
+
+def test_nobody_is_forgotten_for_what_happens_at_an_address_that_is_not_its_own() -> None:
+    """Else anybody could have anybody forgotten, by speaking in its name from where nobody answers."""
+    network = VirtualNetwork(88, beacons=False)
+    node, victim = join(network, 2)
+    network.run_for(30)
+    impostor = Stranger(network, ELSEWHERE_TOO)
+    for _ in range(4):
+        impostor.ask(node, "find_node", victim.node_id, target=TOPIC)
+        network.run_for(5)
+    assert table_of(node) == {victim.node_id}
+    assert [contact.address for contact in node.engine.table] == [victim.address]
+
+
+def test_nor_for_what_another_says_there() -> None:
+    network = VirtualNetwork(89, beacons=False)
+    node, victim = join(network, 2)
+    network.run_for(30)
+    codec = qmesh.DatagramCodec(network.keys.udp_key)
+    question = codec.encode(qmesh.Datagram("find_node", bytes(8), victim.node_id, {"target": TOPIC}), pad_to=FULL)
+    node.engine.receive_datagram(question, ELSEWHERE_TOO, network.now)
+    pings = [codec.decode(data) for data, to in node.engine.datagrams_to_send(network.now) if to == ELSEWHERE_TOO]
+    (ping,) = (sent for sent in pings if sent.kind == "ping")
+    pong = codec.encode(qmesh.Datagram("pong", ping.transaction, NodeId(9)))
+    node.engine.receive_datagram(pong, ELSEWHERE_TOO, network.now)
+    assert victim.node_id in table_of(node)
+
+
+def test_a_question_that_is_thrown_back_from_elsewhere_changes_nothing() -> None:
+    network = VirtualNetwork(90, beacons=False)
+    node, named = (network.add_node() for _ in range(2))
+    network.kill(named)
+    node.engine.meet([named.address], network.now)
+    ((ping, _),) = node.engine.datagrams_to_send(network.now)
+    node.engine.receive_datagram(ping, ELSEWHERE_TOO, network.now)
+    network.revive(named)
+    network.run_for(qmesh.BEACON_PERIOD_S + 1)
+    assert table_of(node) == {named.node_id}
+
+
+def test_nodes_that_were_made_up_at_our_own_address_hold_up_no_search() -> None:
+    engine = lone_engine(NodeId(1))
+    engine.meet([STRANGER], 0.0)
+    answer_by_hand(engine, STRANGER, 0.0, {"ping": PONG})
+    nodes = tuple(qmesh.Contact(NodeId(TOPIC ^ number), ("10.0.0.1", 7)) for number in range(1, 11))
+    search = engine.find_node(TOPIC, 1.0)
+    named = {"find_node": ("nodes", {"nodes": nodes, "token": bytes(qmesh.TOKEN_BYTES)})}
+    answer_by_hand(engine, STRANGER, 1.0, named)
+    for data, address in engine.datagrams_to_send(1.0):
+        engine.receive_datagram(data, address, 1.001)  # that is us
+    engine.handle_timer(1.002)
+    ended = []
+    while (event := engine.next_event()) is not None:
+        ended += [event] if isinstance(event, Finished) and event.search == search else []
+    assert [contact.node_id for contact in ended[0].contacts] == [NodeId(77)]
+
+
+def test_that_our_id_is_used_is_told_once_a_minute_however_often_it_is() -> None:
+    network = VirtualNetwork(91)
+    (node,) = join(network, 1)
+    stranger = Stranger(network)
+    for _ in range(100):
+        stranger.ask(node, "ping", node.node_id)
+    network.run_for(1)
+    assert node.events.count(qmesh.Cloned(STRANGER)) == 1
+    assert node.engine.dropped["clone"] == 100

@@ -43,7 +43,7 @@ CONCLUSIONS: dict[str, tuple[dict[str, Any], dict[str, bool], str]] = {
     "TCP only, and nothing else is known": ({"greeted": True}, {}, "udp_blocked"),
     "UDP only": ({"pinged": True, "failure": "did not answer within 3 s"}, {}, "tcp_blocked_there"),
     "it is only heard": ({"heard": True}, {}, "one_way"),
-    "it was named and is silent": ({"named": True}, {}, "peer_silent"),
+    "it was named and is silent": ({"named": "lab7"}, {}, "peer_silent"),
     "others told of it": ({}, {}, "peer_unreachable"),
 }
 
@@ -57,6 +57,14 @@ def test_the_cause_follows_from_both_directions_and_from_how_others_fare(case: s
     assert check.name == "peer 10.0.0.7:47475 (worker 000700)"
     assert "10.0.0.7:47475" in check.tried
     assert bool(check.remedy) == (check.verdict is Verdict.PROBLEM)
+
+
+def test_what_was_not_tried_is_not_called_blocked() -> None:
+    """A node that tells of no worker, and a worker that is known from the DHT alone."""
+    udp_only = Neighbour(NodeId(1), udp=ADDRESS, pinged=True)
+    tcp_only = Neighbour(NodeId(2), tcp=ADDRESS, greeted=True, back=BOTH)
+    for neighbour in (udp_only, tcp_only):
+        assert qmesh.conclude(neighbour, deaf=False, udp_elsewhere=False).verdict is Verdict.WELL
 
 
 # --- This machine ---
@@ -250,11 +258,45 @@ async def test_a_worker_calls_back_a_few_at_a_time(two_workers: harness.Mesh) ->
     try:
         with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as silent:
             port = silent.getsockname()[1]
-            asked = [link.dial_back(port, port) for _ in range(qmesh.MAX_DIAL_BACKS + 3)]
+            asked = [link.dial_back(port, port) for _ in range(qmesh.MAX_DIAL_BACKS_EACH + 3)]
             outcomes = await asyncio.gather(*asked, return_exceptions=True)
     finally:
         await link.close()
     assert sum(isinstance(outcome, qmesh.Refused) for outcome in outcomes) == 3
+
+
+# --- What workers say of others ---
+
+LATELY = {"host": "10.0.0.9", "reason": "mesh", "age_s": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("network", "hosts"),
+    [
+        ({"strangers": [LATELY, LATELY | {"host": "fe80::1%eth0", "reason": "version"}]}, {"10.0.0.9", "fe80::1%eth0"}),
+        ({"strangers": [LATELY | {"age_s": 60.0}]}, set()),
+        (
+            {"strangers": [1, None, {}, LATELY | {"host": "\x1b[2J"}, LATELY | {"reason": "spite"}, LATELY]},
+            {"10.0.0.9"},
+        ),
+        ({"strangers": [LATELY | {"host": f"10.0.1.{number}"} for number in range(99)]}, 16),
+        ({"strangers": 5}, set()),
+        (None, set()),
+    ],
+)
+def test_what_a_worker_says_of_strangers_is_taken_with_care(network: Any, hosts: set[str] | int) -> None:
+    found = qmesh.strangers_of({"network": network})
+    assert (len(found) if isinstance(hosts, int) else set(found)) == hosts
+
+
+def test_it_does_not_take_itself_for_a_worker(mesh: harness.Mesh, examine: Callable[..., tuple[int, str]]) -> None:
+    with qmesh.bind_one(socket.SOCK_STREAM, qmesh.LOOPBACK, 0) as sock:
+        port = sock.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(qmesh, "DEFAULT_PORT", port)
+        exit_code, printed = examine(mesh, "--json", "--peer", "127.0.0.1")
+    assert exit_code == 1
+    assert causes(json.loads(printed)) == {"no_worker"}
 
 
 # --- The README ---

@@ -31,7 +31,7 @@ def worker(number: int = 1, host: str = "10.0.0.1", model: str = "tiny") -> Work
 CONTACTS = (
     Contact(NodeId(1), ("10.0.0.1", 1)),
     Contact(NodeId((1 << 256) - 1), ("2001:db8::7", 65535)),
-    Contact(NodeId(7), ("255.255.255.255", 47475)),
+    Contact(NodeId(7), ("223.255.255.255", 47475)),
 )
 VALUES: dict[str, Any] = {
     "target": NodeId(3),
@@ -84,7 +84,10 @@ json_values = st.recursive(
 )
 node_ids = st.integers(0, (1 << 256) - 1).map(NodeId)
 packed_hosts = st.binary(min_size=4, max_size=4) | st.binary(min_size=16, max_size=16)
-addresses = st.tuples(packed_hosts.map(lambda packed: str(ipaddress.ip_address(packed))), st.integers(1, 65535))
+hosts = packed_hosts.map(ipaddress.ip_address).filter(
+    lambda ip: not (ip.is_multicast or ip.packed[0] in (0, *range(240, 256)))
+)
+addresses = st.tuples(hosts.map(str), st.integers(1, 65535))
 contacts = st.builds(Contact, node_ids, addresses)
 records = st.builds(
     WorkerRecord,
@@ -363,6 +366,18 @@ def test_a_list_of_contacts_that_is_cut_off_is_refused() -> None:
         for size in range(1, len(packed)):
             with pytest.raises(WireError):
                 qmesh.unpack_contacts(packed + packed[:size])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "0.0.0.1", "224.0.0.1", "239.192.77.77", "255.255.255.255", "ff02::1"])
+def test_a_contact_at_which_a_whole_network_would_be_asked_is_refused(host: str) -> None:
+    with pytest.raises(WireError):
+        qmesh.unpack_contacts(bytes(32) + qmesh.pack_address((host, 5)))
+
+
+@pytest.mark.parametrize("host", ["::", "::ffff:10.0.0.1", "ff12::1"])
+def test_so_is_an_ipv6_address_that_is_none(host: str) -> None:
+    with pytest.raises(WireError):
+        qmesh.unpack_contacts(bytes(32) + qmesh.pack_address((host, 5)))
 
 
 @pytest.mark.parametrize("address", ["050a000001b973", "040a0000010000"], ids=["family 5", "port 0"])

@@ -159,7 +159,7 @@ async def find(topic: str, count: int) -> dict[str, Times]:
                 for record in client.records():
                     if heard.saw(record.worker_id):
                         dialling.create_task(connect(record))
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(0)
             searching.cancel()
         for connection in connections:
             await connection.close()
