@@ -1529,12 +1529,13 @@ class RoutingTable:
         return sum(self._own.distance(other).bit_length() == prefix for other in bucket.nodes) < self._k
 
     def worth_asking(self, contact: Contact, now: float) -> bool:
-        """Whether one that we heard from should be asked: for there is room for it, or it seems to have moved."""
+        """Whether one we heard from should be asked: there is room for it, or it moved, or is met on a wider way."""
         node = self._nodes.get(contact.node_id)
         if node is None:
             return self.wants(contact.node_id)
-        moved = node.contact.address != contact.address and reach(contact.address) >= reach(node.contact.address)
-        return node.failures > 0 or (moved and node.answered < now - ANNOUNCE_PERIOD_S)
+        known, heard = reach(node.contact.address), reach(contact.address)
+        moved = node.contact.address != contact.address and heard == known and node.answered < now - ANNOUNCE_PERIOD_S
+        return node.failures > 0 or heard > known or moved
 
     def closest(self, target: NodeId, count: int) -> list[Contact]:
         """The `count` known nodes closest to `target`, closest first."""
@@ -2420,6 +2421,13 @@ class Announcement:
         if len(self.holders) < K or self._topic.distance(node_id) < farthest:
             self.search_soon(now)
 
+    def now_at(self, node: KnownNode | None, now: float) -> None:
+        """A node is known at an address now: a holder that was told at another has to give a token for this one."""
+        holder = self.holders.get(node.contact.node_id) if node is not None else None
+        if node is not None and holder is not None and holder[0].address != node.contact.address:
+            self.lost(node.contact.node_id)
+            self.search_soon(now)
+
     def lost(self, node_id: NodeId) -> None:
         """A holder did not answer: the next round looks for holders anew."""
         if self.holders.pop(node_id, None) is not None:
@@ -2676,6 +2684,7 @@ class DhtEngine:
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
         self._whereabouts.answered(contact.address)
         joined = self.table.answered(contact, now)
+        self._announcement.now_at(self.table.get(contact.node_id), now)
         self._requests.measured(transaction, contact.node_id, now)
         if joined:
             self._joined(contact, now)

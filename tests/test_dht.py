@@ -1380,3 +1380,30 @@ def test_that_our_id_is_used_is_told_once_a_minute_however_often_it_is() -> None
     network.run_for(1)
     assert node.events.count(qmesh.Cloned(STRANGER)) == 1
     assert node.engine.dropped["clone"] == 100
+
+
+LINK = ("fe80::77%eth0", 47476)
+WIDE = ("10.0.0.77", 47476)
+
+
+def test_a_holder_that_is_met_on_a_wider_way_is_told_there() -> None:
+    """A record that came over a link-local address could be told to nobody else."""
+    engine = lone_engine(NodeId(1))
+    engine.announce(record_of(NodeId(1)), 0.0)
+    engine.handle_timer(0.0)
+    answer_by_hand(engine, LINK, 0.0, {"beacon": PONG})
+    told: list[qmesh.Address] = []
+    for step in range(1, 20):
+        now = step / 10
+        for data, address in engine.datagrams_to_send(now):
+            request = qmesh.DatagramCodec(qmesh.MeshKeys.derive("virtual").udp_key).decode(data)
+            told += [address] if request.kind == "announce" else []
+            kind, body = {"ping": PONG, "beacon": PONG, "announce": ("ok", {})}.get(request.kind, NOBODY)
+            source = address if address != qmesh.BEACON else WIDE if step > 8 else LINK
+            reply = qmesh.DatagramCodec(qmesh.MeshKeys.derive("virtual").udp_key).encode(
+                qmesh.Datagram(kind, request.transaction, NodeId(77), body)
+            )
+            engine.receive_datagram(reply, source, now)
+        engine.handle_timer(now)
+    assert told[0] == LINK
+    assert told[-1] == WIDE

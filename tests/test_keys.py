@@ -51,5 +51,5 @@ def test_members_of_one_mesh_understand_each_other() -> None:
 
 def test_another_mesh_does_not_accept_our_datagrams() -> None:
     data = DatagramCodec(MeshKeys.derive("lab").udp_key).encode(PING)
-    with pytest.raises(WireError, match="another mesh"):
+    with pytest.raises(WireError, match="wrong mesh"):
         DatagramCodec(MeshKeys.derive("office").udp_key).decode(data)
