@@ -7033,7 +7033,6 @@ class Doctor:
 
     async def examine(self) -> AsyncGenerator[Check, None]:
         """Every check, as it is done. Takes about DOCTOR_LISTEN_S."""
-        started = asyncio.get_running_loop().time()
         for check in await asyncio.to_thread(self._check_machine):
             yield check
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
@@ -7045,12 +7044,13 @@ class Doctor:
         _, self._tcp_port = await server.start(self._settings.host, None)
         try:
             await self._ears.open()
+            heard_all_at = asyncio.get_running_loop().time() + DOCTOR_LISTEN_S
             self._ears.say_hello()
             await asyncio.sleep(HEAR_ITSELF_S)
             for check in self._check_interfaces():
                 yield check
             async with Client(self._settings, self._environ) as mesh:
-                unresolved = await self._find_peers(mesh, started + DOCTOR_LISTEN_S)
+                unresolved = await self._find_peers(mesh, heard_all_at)
             for check in unresolved + await self._check_peers():
                 yield check
             yield self._check_mesh()
