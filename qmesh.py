@@ -128,6 +128,7 @@ AGENT: Final = f"qmesh/{__version__}"
 DEFAULT_TOPIC: Final = "qmesh-inference"
 MAX_TOPIC_BYTES: Final = 255  # a name for people
 DEFAULT_PORT: Final = 47475  # preferred for UDP and TCP; a free port is taken when it is not to be had
+CLIENT_PORT: Final = 47476  # a client's, for UDP: firewalls can let answers to beacons in; a free one if it is taken
 BEACON_PORT: Final = 47474  # apart from the service port, so that every process of a machine can share it
 BEACON_GROUP: Final = "239.192.77.77"  # organisation-local multicast scope (RFC 2365): never routed outside
 BEACON_GROUP6: Final = "ff12::4d51:4d45"  # link-local scope, not assigned by IANA (RFC 4291): never leaves the link
@@ -296,10 +297,6 @@ def _parse_port(value: Any) -> int:
     return int(text)
 
 
-def _parse_own_host(value: Any) -> str:
-    return _parse_host(value) if value else ""
-
-
 def _parse_host(value: Any) -> str:
     try:
         return str(ipaddress.ip_address(str(value)))
@@ -310,7 +307,13 @@ def _parse_host(value: Any) -> str:
 def _parse_peers(value: Any) -> tuple[str, ...]:
     names = value.replace(",", " ").split() if isinstance(value, str) else list(value)
     for name in names:
-        parse_address(name, DEFAULT_PORT)
+        host, port = parse_address(name, DEFAULT_PORT)
+        try:
+            ip = ipaddress.ip_address(host)
+        except ValueError:
+            ip = None  # a name
+        if port == 0 or (ip is not None and (ip.is_unspecified or ip.is_multicast or str(ip) == "255.255.255.255")):
+            raise ValueError(f"{name} is no address of a single machine")
     return tuple(names)
 
 
@@ -375,7 +378,7 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
 
 # Setting: (flag, environment variable, parser).
 _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
-    "host": ("--host", "QMESH_HOST", _parse_own_host),
+    "host": ("--host", "QMESH_HOST", _parse_host),
     "port": ("--port", "QMESH_PORT", _parse_port),
     "peers": ("--peer", "QMESH_PEERS", _parse_peers),
     "topic": ("--topic", "QMESH_TOPIC", _parse_topic),
@@ -5085,7 +5088,7 @@ class BeaconListener:
     """Hears what is sent to everybody, and hands it on. Many processes of a machine can do so at once."""
 
     def __init__(self, host: str, receive: Callable[[bytes, Address], None]) -> None:
-        self.failure: str | None = None
+        self._failures: dict[str, str] = {}
         self._host = host
         self._receive = receive
         self._open: dict[str, tuple[socket.socket, UdpSocket]] = {}  # by the address that is bound
@@ -5096,10 +5099,10 @@ class BeaconListener:
             if place not in self._open:
                 try:
                     await self._bind(place)
-                    self.failure = None
+                    self._failures.pop(place, None)
                 except OSError as error:
                     if self._host or ":" not in place:  # else it is a machine without IPv6, and none the worse
-                        self._failed(error)
+                        self._failed(place, error)
         for outlet in outlets:
             for sock, _ in self._open.values():
                 if (sock.family == socket.AF_INET6) == (":" in outlet.address):
@@ -5142,10 +5145,15 @@ class BeaconListener:
                 else:
                     sock.setsockopt(socket.IPPROTO_IP, _IP_MULTICAST_ALL, 0)
 
-    def _failed(self, error: OSError) -> None:
-        if self.failure is None:
-            log.warning("beacons cannot be heard (%s): peers find this machine by --peer only", error)
-        self.failure = error.strerror or str(error)
+    def _failed(self, place: str, error: OSError) -> None:
+        if place not in self._failures:
+            log.warning("beacons cannot be heard at %s (%s): peers may find this machine by --peer only", place, error)
+        self._failures[place] = error.strerror or str(error)
+
+    @property
+    def failure(self) -> str | None:
+        """Why some beacons cannot be heard; None when all can."""
+        return next(iter(self._failures.values()), None)
 
     @staticmethod
     def _join(sock: socket.socket, outlet: Interface) -> None:
@@ -5204,9 +5212,11 @@ class UdpNode:
         on_event: Callable[[Event], None],
         clock: Callable[[], float] = uptime_s,
     ) -> UdpNode:
-        """Bind and begin. listen: whether to hear beacons. Raises UsageError when `port` is taken."""
+        """Bind and begin. listen: hear beacons, as clients do not. Raises UsageError when `port` is taken."""
         node = cls(engine, host, on_event, clock)
-        await asyncio.gather(*map(node._attach, bind_preferred(socket.SOCK_DGRAM, host, port)))
+        await asyncio.gather(
+            *map(node._attach, bind_preferred(socket.SOCK_DGRAM, host, port, DEFAULT_PORT if listen else CLIENT_PORT))
+        )
         node.address = node._sockets[min(node._sockets)].bound  # IPv4's, where there is one
         node._look_around()
         if listen:
@@ -5405,12 +5415,12 @@ def share_port(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-def bind_preferred(kind: socket.SocketKind, host: str, port: int | None) -> list[socket.socket]:
+def bind_preferred(kind: socket.SocketKind, host: str, port: int | None, usual: int) -> list[socket.socket]:
     """Bound sockets with one port: for `host`, or where that is "" for IPv4 and, where there is it, IPv6.
 
-    port None: DEFAULT_PORT, else a free one. Raises UsageError when it cannot be had.
+    port None: the `usual` one, else a free one. Raises UsageError when it cannot be had.
     """
-    attempts = [DEFAULT_PORT if port is None else port] if port != 0 else []
+    attempts = [usual if port is None else port] if port != 0 else []
     attempts += [0] * FREE_PORT_ATTEMPTS if not port else []
     for left, attempt in zip(reversed(range(len(attempts))), attempts, strict=True):
         try:
@@ -5699,7 +5709,7 @@ class TcpServer:
 
     async def start(self, host: str, port: int | None) -> Address:
         """Listen; returns the address. Raises UsageError when `port` is taken."""
-        socks = bind_preferred(socket.SOCK_STREAM, host, port)
+        socks = bind_preferred(socket.SOCK_STREAM, host, port, DEFAULT_PORT)
         started = [
             asyncio.start_server(
                 self._accept, sock=sock, limit=STREAM_BUFFER_BYTES, ssl=self._tls, backlog=MAX_CONNECTIONS
@@ -6412,7 +6422,7 @@ class Client:
         self._opened_at = self._loop.time()
         keys = MeshKeys.derive(self.settings.topic)
         dht = DhtEngine(keys=keys, own=None, rng=random.SystemRandom(), now=uptime_s())
-        self.node = await UdpNode.open(dht, host=self.settings.host, port=0, listen=False, on_event=self._on_event)
+        self.node = await UdpNode.open(dht, host=self.settings.host, port=None, listen=False, on_event=self._on_event)
         self._remembered = remembered_peers(self._host_dir)
         self.node.meet(self.settings.peers, self._remembered)
         return self
@@ -6694,7 +6704,7 @@ DOCTOR_LISTEN_S: Final = BEACON_PERIOD_S + 1.0  # every node of the network has 
 HEAR_ITSELF_S: Final = 0.5  # for what we sent to come back to us
 MAX_EXAMINED: Final = 64  # machines; beyond that the doctor would itself be a load
 EXAMINED_AT_ONCE: Final = 8
-OPEN_PORTS: Final = f"UDP {BEACON_PORT} and {DEFAULT_PORT} and TCP {DEFAULT_PORT}"
+OPEN_PORTS: Final = f"UDP {BEACON_PORT} to {CLIENT_PORT} and TCP {DEFAULT_PORT}"
 ALLOW_HERE: Final = f"allow incoming {OPEN_PORTS} in this machine's firewall, or Python altogether"
 ALLOW_THERE: Final = f"allow incoming {OPEN_PORTS} in that machine's firewall, or Python altogether"
 
@@ -6822,13 +6832,15 @@ async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list
         return [Check(name, "is free")]
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            return [problem(name, "port_unusable", bind_failure(host, DEFAULT_PORT, error), "see --host and --port")]
+            remedy = "give --host an address of this machine, a link-local one with %INTERFACE, or leave it away"
+            return [problem(name, "port_unusable", bind_failure(host, DEFAULT_PORT, error), remedy)]
     own = (host or LOOPBACK, DEFAULT_PORT)
     holder = await udp_ping(keys, own) if kind == socket.SOCK_DGRAM else await greeted_by(own)
     if holder is not None:
         return [Check(name, f"is held by worker {holder.short} of this mesh")]
-    remedy = "nothing, unless others reach this machine by --peer without a port: then stop what holds it"
-    return [note(name, "port_taken", "is held by another program; a worker takes a free port", remedy)]
+    remedy = "stop what holds it, or open the firewall for the port that the worker takes instead (--port)"
+    found = "is held by something that does not answer as a worker of this mesh; a worker takes a free port"
+    return [note(name, "port_taken", found, remedy)]
 
 
 # --- What others hear of us, and we of them ---
@@ -6838,9 +6850,9 @@ async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list
 class Neighbour:
     """A node of the mesh on some machine, and how it fared.
 
-    here: on this machine. named: as it was given by --peer. heard: its beacons reach us. pinged, greeted: whether
-    it answers over UDP, over TCP. called: its ping reached this machine when it was asked to call back. back: what
-    its calls came to.
+    here: on this machine. named: as it was given by --peer. heard: its beacons reach us. hears: it answers ours.
+    pinged, greeted: whether it answers over UDP, over TCP. called: its ping reached this machine when it was asked
+    to call back. back: what its calls came to.
     """
 
     node_id: NodeId | None
@@ -6849,6 +6861,7 @@ class Neighbour:
     here: bool = False
     named: str = ""
     heard: bool = False
+    hears: bool = False
     pinged: bool = False
     greeted: bool = False
     called: bool = False
@@ -6878,14 +6891,18 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
         return _unreachable(peer, tried)
     if peer.udp is not None and not peer.pinged:
         return _without_udp(peer, tried, deaf=deaf, udp_elsewhere=udp_elsewhere)
-    if peer.tcp is None:
-        return Check(peer.title, "answers over UDP; it tells of no worker", tried=tried)
     if not peer.greeted:
         found = f"answers over UDP, not over TCP ({peer.failure})"
-        return problem(peer.title, "tcp_blocked_there", found, ALLOW_THERE, tried)
+        remedy = f"{ALLOW_THERE}; here, let TCP out"
+        return problem(peer.title, "tcp_blocked_there", found, remedy, tried)
     if peer.back is None:
         return note(peer.title, "not_called_back", f"answers, but did not call back ({peer.failure})", "", tried)
     lost = [name for name in ("udp", "tcp") if peer.back.get(name) is None]
+    if not lost and peer.heard and not peer.hears:
+        found = (
+            f"answers when it is asked by itself, but not what is sent to everybody: UDP {BEACON_PORT} is shut there"
+        )
+        return problem(peer.title, "udp_blocked_there", found, ALLOW_THERE, tried)
     if not lost:
         return Check(peer.title, "UDP and TCP pass in both directions", tried=tried)
     found = f"answers, but its own calls over {' and '.join(lost).upper()} do not reach this machine"
@@ -6894,7 +6911,7 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
 
 def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool) -> Check:
     if deaf:
-        found = "answers over TCP, not over UDP: a firewall here lets no UDP in"
+        found = "answers over TCP, not over UDP: a firewall here lets no UDP in or out"
         return problem(peer.title, "udp_blocked_here", found, ALLOW_HERE, tried)
     if udp_elsewhere or peer.called:
         found = "answers over TCP, not over UDP: a firewall there lets no UDP in"
@@ -6904,14 +6921,15 @@ def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool
 
 
 def _unreachable(peer: Neighbour, tried: str) -> Check:
+    neither = "answers neither over UDP nor over TCP" + (f" ({peer.failure})" if peer.failure else "")
     if peer.heard:
-        found = "is heard, but answers neither over UDP nor over TCP: something drops what goes there, or its answers"
+        found = f"is heard, but {neither}: something drops what goes there, or its answers"
         remedy = f"look at the firewall there ({OPEN_PORTS}), and whether the access point keeps its guests apart"
         return problem(peer.title, "one_way", found, remedy, tried)
     if peer.named:
         remedy = "see that a worker runs there, that the address is right, and that no firewall is between"
-        return problem(peer.title, "peer_silent", "answers neither over UDP nor over TCP", remedy, tried)
-    found = "is known to others, but answers neither over UDP nor over TCP here"
+        return problem(peer.title, "peer_silent", neither, remedy, tried)
+    found = f"is known to others, but here it {neither}"
     remedy = f"wait a minute: it may just have stopped. Else look at the firewall there ({OPEN_PORTS})"
     return problem(peer.title, "peer_unreachable", found, remedy, tried)
 
@@ -6921,7 +6939,8 @@ def check_clones(peers: Iterable[Neighbour]) -> list[Check]:
     users: dict[NodeId, dict[str, str]] = {}
     for peer in peers:
         if peer.node_id is not None and peer.status.get("run_id"):
-            users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = peer.host
+            address = format_address(peer.tcp or peer.udp or (UNSPECIFIED, 0))
+            users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = address
     remedy = f"stop one of them, delete its {WORKER_ID_FILE} in its state directory, and start it again"
     return [
         problem(
@@ -6962,7 +6981,7 @@ class Ears:
 
     async def open(self) -> None:
         """Bind, the preferred port if it is free, and listen. Raises UsageError."""
-        for sock in bind_preferred(socket.SOCK_DGRAM, self._host, None):
+        for sock in bind_preferred(socket.SOCK_DGRAM, self._host, None, DEFAULT_PORT):
             opened = UdpSocket(self._on_datagram)
             await opened.open(sock)
             self._sockets[sock.family == socket.AF_INET6] = opened
@@ -6973,7 +6992,7 @@ class Ears:
         """A beacon by each way on each interface."""
         for outlet in self.outlets:
             own = self._sockets.get(":" in outlet.address)
-            if own is not None:
+            if own is not None and outlet.address != LOOPBACK6:  # it knows no multicast
                 own.multicast(self._beacon(outlet, "multicast"), outlet)
                 if outlet.broadcast is not None:
                     own.broadcast(self._beacon(outlet, "broadcast"), outlet)
@@ -6995,7 +7014,8 @@ class Ears:
 
     def _on_datagram(self, data: bytes, address: Address) -> None:
         reason = self._codec.judge(data)
-        if reason in DatagramCodec.STRANGER and address[0] not in self._own_hosts():
+        known = address[0] in self._own_hosts() or len(self.strangers) >= MAX_EXAMINED
+        if reason in DatagramCodec.STRANGER and not known:
             usual = reason == "mesh" and self._usual.judge(data) is None
             self.strangers[address[0]] = "topic" if usual else reason
         if reason is None:
@@ -7030,6 +7050,7 @@ class Doctor:
         self._id = self._ears.own_id
         self._peers: dict[tuple[str, int], Neighbour] = {}  # by TCP address, or UDP's where that is not known
         self._tcp_port = 0
+        self._client_finds = True
 
     async def examine(self) -> AsyncGenerator[Check, None]:
         """Every check, as it is done. Takes about DOCTOR_LISTEN_S."""
@@ -7073,25 +7094,26 @@ class Doctor:
         if self._ears.listener.failure is not None:
             found = f"UDP {BEACON_PORT} cannot be bound ({self._ears.listener.failure}): nobody is heard"
             return [problem("beacons", "beacon_port_taken", found, f"stop the program that holds UDP {BEACON_PORT}")]
-        checks = [self._check_interface(outlet) for outlet in self._ears.outlets]
+        checks = [self._check_interface(outlet) for outlet in self._ears.outlets if self._ears.unheard(outlet)[0]]
         if not self._network() and not is_loopback(self._settings.host or UNSPECIFIED):
             found = "no interface but the loopback has an address"
             checks.append(problem("network", "no_network", found, "connect a cable, or join a wireless network"))
         return checks
 
     def _network(self) -> list[Interface]:
-        return [outlet for outlet in self._ears.outlets if not is_loopback(outlet.address)]
+        ours = [outlet for outlet in self._ears.outlets if not is_loopback(outlet.address)]
+        return [outlet for outlet in ours if outlet.address != UNSPECIFIED]
 
     def _check_interface(self, outlet: Interface) -> Check:
         ways, unheard = self._ears.unheard(outlet)
         name = f"interface {outlet.name or outlet.address} ({outlet.address})"
         tried = f"{' and '.join(ways)} to UDP {BEACON_PORT}, listening for it"
         if not unheard:
-            return Check(name, f"{' and '.join(ways)} heard", tried=tried)
+            return Check(name, f"{' and '.join(ways)} heard on this machine", tried=tried)
         if len(unheard) < len(ways):
             found = f"{' and '.join(unheard)} not heard; the other way works, and is enough"
             return note(name, f"no_{unheard[0]}", found, ALLOW_HERE, tried)
-        found = "what is sent to everybody does not come back: a firewall here lets no UDP in"
+        found = "what is sent to everybody does not come back: a firewall here lets no UDP out or in"
         return problem(name, "udp_blocked_here", found, ALLOW_HERE, tried)
 
     @property
@@ -7103,8 +7125,10 @@ class Doctor:
 
     async def _find_peers(self, mesh: Client, until: float) -> list[Check]:
         """Learn of every node there is, by all ways, listening until others have beaconed; names that failed."""
-        with contextlib.suppress(NoWorkerFound):
+        try:
             await mesh.discover(everything=True)
+        except NoWorkerFound:
+            self._client_finds = False
         await asyncio.sleep(max(0.0, until - asyncio.get_running_loop().time()))
         names = {name: parse_address(name, DEFAULT_PORT) for name in self._settings.peers}
         for name, found in zip(
@@ -7114,17 +7138,26 @@ class Doctor:
                 self._peer(None, address, address).named = name
         for (node_id, udp), record in self._ears.answers.items():
             tcp = (udp[0], record.address[1]) if record is not None else None
-            self._peer(node_id, udp, tcp)
+            self._peer(node_id, udp, tcp).hears = True
         for contact in mesh.node.engine.table:
             self._peer(contact.node_id, contact.address, None)
         for worker in mesh.records():
             self._peer(worker.worker_id, None, worker.address)
         for udp, node_id in self._ears.heard.items():
             self._peer(node_id, udp, None).heard = True
+        self._guess_ports()
+        remedy = "correct --peer or QMESH_PEERS, or see why the name server does not know it"
         return [
-            problem(f"peer {name}", "name_unresolved", f"cannot be resolved ({why})", "correct --peer or QMESH_PEERS")
+            problem(f"peer {name}", "name_unresolved", f"cannot be resolved ({why})", remedy)
             for name, why in mesh.node.unresolved.items()
         ]
+
+    def _guess_ports(self) -> None:
+        """Where a node told of no TCP port: that which it has on another way, else the number of its UDP port."""
+        known = {peer.node_id: peer.tcp[1] for peer in self._peers.values() if peer.tcp is not None}
+        for peer in self._peers.values():
+            if peer.tcp is None and peer.udp is not None:
+                peer.tcp = peer.udp[0], known.get(peer.node_id, peer.udp[1])
 
     @staticmethod
     async def _addresses(host: str, port: int) -> list[Address]:
@@ -7156,12 +7189,12 @@ class Doctor:
         self._peers = {key: peer for key, peer in self._peers.items() if peer.node_id != self._id}  # ourselves, named
         own = dict.fromkeys(peer.node_id.short for peer in running if peer.node_id is not None)
         checks = [Check(f"worker {short}", "runs on this machine") for short in own]
-        answering = {peer.named for peer in self._peers.values() if peer.pinged or peer.greeted}
+        answering = {peer.named for peer in self._peers.values() if peer.named and (peer.pinged or peer.greeted)}
         for peer in self._peers.values():
-            one_of_several = peer.named in answering and not (peer.pinged or peer.greeted)
-            if peer not in running and not (peer.named and one_of_several):
-                elsewhere = any(other.pinged for other in others if other.host != peer.host)
-                checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
+            if peer in running or (peer.named in answering and not peer.pinged and not peer.greeted):
+                continue  # of a name's addresses one is enough
+            elsewhere = any(other.pinged for other in others if other.host != peer.host)
+            checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
         return checks + check_clones(self._peers.values())
 
     async def _examine_peers(self, peers: Sequence[Neighbour], ports: tuple[int, int]) -> None:
@@ -7204,8 +7237,14 @@ class Doctor:
             strangers = strangers_of(peer.status) | strangers
         tried = f"beacons, listening and a search of the DHT for the topic {topic!r}"
         found = f"{plural(len(workers), 'worker')} found in the open mesh {topic!r}"
+        if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers.values()):
+            found = f"{found}, but not by a client: what answers its beacons does not arrive at UDP {CLIENT_PORT}"
+            return problem("mesh", "udp_blocked_here", found, ALLOW_HERE, tried)
         if not workers and not strangers:
-            remedy = "start one with `qmesh.py worker` here or elsewhere, or name a machine with --peer HOST"
+            remedy = (
+                "start one with `qmesh.py worker` here or elsewhere. If one runs, name it with --peer HOST: should "
+                "that help, the network passes neither multicast nor broadcast, as guest networks do"
+            )
             return problem("mesh", "no_worker", found, remedy, tried)
         if not strangers:
             return Check("mesh", found, tried=tried)
@@ -7863,7 +7902,8 @@ def report_error(error: QMeshError, *, as_json: bool) -> int:
     """Tell the user what happened and what to do; returns the exit code."""
     log.debug("what led to it:", exc_info=error)
     if as_json:
-        print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
+        with contextlib.suppress(OSError):  # what is said cannot be written: the exit code still tells
+            print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
     remedy = error.remedy.replace("qmesh.py", program_name())
     print(f"error: {error}", f"  {remedy}", sep="\n", file=sys.stderr)  # unwrapped: commands can be copied
     return error.exit_code

@@ -232,6 +232,12 @@ class Machine(harness.Place):
         """The switch's name for its place there."""
         return self._cables[lan].port
 
+    def popen_python(self, script: str) -> None:
+        """Start a script here that runs on; it is ended with this machine. Waits for the first line it prints."""
+        process = harness.Process([*self.prefix, sys.executable, "-c", script], self.env, self.directory / "script.log")
+        self.processes.append(process)
+        assert process.stdout.readline()
+
     def python(self, script: str) -> str:
         """What a script prints that runs here."""
         return _tool(*self.prefix, sys.executable, "-c", script)

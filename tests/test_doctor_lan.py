@@ -27,6 +27,15 @@ for _ in range({NOISE_S}):
 """
 
 
+HOLD_BEACON_PORT = f"""
+import socket, time
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("", {qmesh.BEACON_PORT}))
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
 class Visit:
     """What `doctor --json` said on one machine."""
 
@@ -50,8 +59,9 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Visit
     directory = tmp_path_factory.mktemp("clinic")
     model = tiny_models.write_model("qwen2", directory / "tiny.gguf")
     with ExitStack() as made:
-        lans = [made.enter_context(Lan(directory, model)) for _ in range(5)]
+        lans = [made.enter_context(Lan(directory, model)) for _ in range(6)]
         wards = [healthy(lans[0]), faulty(lans[1]), another_topic(lans[2]), cloned(lans[3]), another_version(lans[4])]
+        wards.append(held(lans[5]))
         calls = {name: call for ward in wards for name, call in ward.items()}
         with ThreadPoolExecutor(len(calls) + 1) as pool:
             script = LATER_VERSION.format(broadcast=lans[4].broadcast)
@@ -73,9 +83,8 @@ def healthy(lan: Lan) -> Calls:
 
 
 def faulty(lan: Lan) -> Calls:
-    open_worker, shut_worker, desk, shut, deaf, mute, stranger = (
-        lan.machine(name) for name in ("open", "shut-worker", "desk", "shut", "deaf", "mute", "stranger")
-    )
+    names = ("open", "shut-worker", "desk", "shut", "deaf", "mute", "half", "stranger")
+    open_worker, shut_worker, desk, shut, deaf, mute, half, stranger = (lan.machine(name) for name in names)
     unplugged = lan.machine("unplugged", plugged=False)
     start_workers(open_worker, shut_worker)
     shut_worker.block_udp(qmesh.DEFAULT_PORT)
@@ -84,6 +93,10 @@ def faulty(lan: Lan) -> Calls:
         "inet", "input", ['iifname "lo" accept', "ct state established accept", "meta l4proto tcp drop"]
     )
     lan.block(mute, open_worker)
+    usual = "udp dport { 47474, 47475 } accept"  # what a client's answers come to is another port
+    half.namespace.filter(
+        "inet", "input", ['iifname "lo" accept', "ct state established accept", usual, "udp dport 1-65535 drop"]
+    )
     named = ("--peer", str(open_worker.address_in(lan)))
     return {
         "a worker's port is shut": (desk,),
@@ -91,6 +104,7 @@ def faulty(lan: Lan) -> Calls:
         "no UDP gets in": (shut, *named),
         "no TCP gets in": (deaf, *named),
         "one direction is blocked": (mute,),
+        "answers to a client do not get in": (half,),
         "another topic": (stranger, "--topic", "another"),
         "no network": (unplugged,),
         "nobody is at the address": (unplugged, *named),
@@ -101,6 +115,15 @@ def another_topic(lan: Lan) -> Calls:
     worker, desk = lan.machine("worker"), lan.machine("desk")
     start_workers(worker, flags=("--topic", qmesh.DEFAULT_TOPIC))
     return {"the default topic is elsewhere": (desk,)}
+
+
+def held(lan: Lan) -> Calls:
+    """One machine where another program has the port for beacons, and one that others' beacons do not reach."""
+    worker, holder = lan.machine("worker"), lan.machine("holder")
+    start_workers(worker)
+    worker.block_udp(qmesh.BEACON_PORT)
+    holder.popen_python(HOLD_BEACON_PORT)
+    return {"the port for beacons is taken": (holder,), "a worker does not hear beacons": (lan.machine("desk"),)}
 
 
 def cloned(lan: Lan) -> Calls:
@@ -129,7 +152,10 @@ def test_a_peer_that_answers_is_said_to_do_so_in_both_directions(visits: dict[st
     found = {check["name"]: check["found"] for check in visits["well, at a desk"].told["checks"]}
     peers = [found[name] for name in found if name.startswith("peer 10.")]
     assert peers == ["UDP and TCP pass in both directions"]
-    assert next(found[name] for name in found if name.startswith("interface lan")) == "multicast and broadcast heard"
+    assert (
+        next(found[name] for name in found if name.startswith("interface lan"))
+        == "multicast and broadcast heard on this machine"
+    )
 
 
 CAUSES = {
@@ -138,6 +164,9 @@ CAUSES = {
     "no UDP gets in": {"udp_blocked_here"},
     "no TCP gets in": {"tcp_blocked_here"},
     "one direction is blocked": {"one_way", "udp_blocked_there"},  # and the other worker's port is shut
+    "answers to a client do not get in": {"udp_blocked_here", "udp_blocked_there"},  # the latter as above
+    "the port for beacons is taken": {"beacon_port_taken", "udp_blocked_there"},  # the latter as below
+    "a worker does not hear beacons": {"udp_blocked_there"},
     "another topic": {"other_mesh"},
     "no network": {"no_network", "no_worker"},
     "nobody is at the address": {"no_network", "no_worker", "peer_silent"},

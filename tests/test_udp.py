@@ -204,7 +204,7 @@ async def test_nodes_of_different_topics_hear_each_other_and_stay_apart(topic: s
 @contextlib.contextmanager
 def bound(kind: socket.SocketKind, host: str, port: int | None) -> Iterator[socket.socket]:
     """The one socket that a single host takes."""
-    (sock,) = qmesh.bind_preferred(kind, host, port)
+    (sock,) = qmesh.bind_preferred(kind, host, port, qmesh.DEFAULT_PORT)
     with sock:
         yield sock
 
@@ -223,7 +223,7 @@ def test_a_port_that_was_asked_for_and_is_taken_is_named(kind: socket.SocketKind
             holder.listen()
         port = holder.getsockname()[1]
         with pytest.raises(UsageError, match=f"port {port} is taken.*--port"):
-            qmesh.bind_preferred(kind, LOOPBACK, port)
+            qmesh.bind_preferred(kind, LOOPBACK, port, qmesh.DEFAULT_PORT)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -249,7 +249,7 @@ def test_the_usual_port_is_taken_when_it_is_free(kind: socket.SocketKind, monkey
 @pytest.mark.parametrize("port", [0, None])
 def test_an_address_of_another_machine_cannot_be_bound(port: int | None) -> None:
     with pytest.raises(UsageError, match=f"{NOT_OURS} is no address of this machine.*--host"):
-        qmesh.bind_preferred(socket.SOCK_DGRAM, NOT_OURS, port)
+        qmesh.bind_preferred(socket.SOCK_DGRAM, NOT_OURS, port, qmesh.DEFAULT_PORT)
 
 
 @in_a_loop
@@ -457,7 +457,7 @@ async def test_a_node_whose_machine_slept_looks_for_everybody_again(topic: str, 
 
 @in_a_loop
 async def test_a_node_of_all_interfaces_has_one_port_for_ipv4_and_ipv6() -> None:
-    socks = qmesh.bind_preferred(socket.SOCK_DGRAM, "", 0)
+    socks = qmesh.bind_preferred(socket.SOCK_DGRAM, "", 0, 0)
     assert len({sock.getsockname()[1] for sock in socks}) == 1
     families = [sock.family for sock in socks]
     assert families == [socket.AF_INET, socket.AF_INET6][: len(families)]
