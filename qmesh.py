@@ -6706,7 +6706,6 @@ MAX_EXAMINED: Final = 64  # machines; beyond that the doctor would itself be a l
 EXAMINED_AT_ONCE: Final = 8
 OPEN_PORTS: Final = f"UDP {BEACON_PORT} to {CLIENT_PORT} and TCP {DEFAULT_PORT}"
 ALLOW_HERE: Final = f"allow incoming {OPEN_PORTS} in this machine's firewall, or Python altogether"
-ALLOW_THERE: Final = f"allow incoming {OPEN_PORTS} in that machine's firewall, or Python altogether"
 
 
 _SOFTWARE_CAUSES: Final = ("python_old", "tls_missing", "engine_missing", "engine_without_gpu", "no_model")
@@ -6852,7 +6851,7 @@ class Neighbour:
 
     here: on this machine. named: as it was given by --peer. heard: its beacons reach us. hears: it answers ours.
     pinged, greeted: whether it answers over UDP, over TCP. called: its ping reached this machine when it was asked
-    to call back. back: what its calls came to.
+    to call back. shut: those of our ports that its calls did not reach, None where it made none.
     """
 
     node_id: NodeId | None
@@ -6865,7 +6864,7 @@ class Neighbour:
     pinged: bool = False
     greeted: bool = False
     called: bool = False
-    back: Json | None = None
+    shut: list[str] | None = None
     status: Json = field(default_factory=dict)
     failure: str = ""
 
@@ -6877,6 +6876,16 @@ class Neighbour:
     def title(self) -> str:
         worker = f" (worker {self.node_id.short})" if self.node_id is not None else ""
         return f"peer {format_address(self.tcp or self.udp or (UNSPECIFIED, 0))}{worker}"
+
+    @property
+    def ports(self) -> str:
+        """What has to be open there."""
+        udp = f" and {self.udp[1]}" if self.udp is not None else ""
+        return f"UDP {BEACON_PORT}{udp}" + (f" and TCP {self.tcp[1]}" if self.tcp is not None else "")
+
+    @property
+    def remedy(self) -> str:
+        return f"allow incoming {self.ports} in that machine's firewall, or Python altogether"
 
 
 def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
@@ -6893,20 +6902,19 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
         return _without_udp(peer, tried, deaf=deaf, udp_elsewhere=udp_elsewhere)
     if not peer.greeted:
         found = f"answers over UDP, not over TCP ({peer.failure})"
-        remedy = f"{ALLOW_THERE}; here, let TCP out"
+        remedy = f"{peer.remedy}; here, let TCP out"
         return problem(peer.title, "tcp_blocked_there", found, remedy, tried)
-    if peer.back is None:
+    if peer.shut is None:
         return note(peer.title, "not_called_back", f"answers, but did not call back ({peer.failure})", "", tried)
-    lost = [name for name in ("udp", "tcp") if peer.back.get(name) is None]
-    if not lost and peer.heard and not peer.hears:
-        found = (
-            f"answers when it is asked by itself, but not what is sent to everybody: UDP {BEACON_PORT} is shut there"
-        )
-        return problem(peer.title, "udp_blocked_there", found, ALLOW_THERE, tried)
-    if not lost:
-        return Check(peer.title, "UDP and TCP pass in both directions", tried=tried)
-    found = f"answers, but its own calls over {' and '.join(lost).upper()} do not reach this machine"
-    return problem(peer.title, f"{lost[0]}_blocked_here", found, ALLOW_HERE, tried)
+    if peer.shut:
+        cause = "udp_blocked_here" if peer.shut[0].startswith("UDP") else "tcp_blocked_here"
+        found, ports = "answers, but its own calls do not reach this machine", " and ".join(peer.shut)
+        remedy = f"allow incoming {ports} in this machine's firewall, or Python altogether"
+        return problem(peer.title, cause, f"{found} at {ports}", remedy, tried)
+    if peer.heard and not peer.hears:
+        found = f"answers when asked by itself, but not what is sent to everybody: UDP {BEACON_PORT} is shut there"
+        return problem(peer.title, "udp_blocked_there", found, peer.remedy, tried)
+    return Check(peer.title, "UDP and TCP pass in both directions", tried=tried)
 
 
 def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool) -> Check:
@@ -6915,7 +6923,7 @@ def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool
         return problem(peer.title, "udp_blocked_here", found, ALLOW_HERE, tried)
     if udp_elsewhere or peer.called:
         found = "answers over TCP, not over UDP: a firewall there lets no UDP in"
-        return problem(peer.title, "udp_blocked_there", found, ALLOW_THERE, tried)
+        return problem(peer.title, "udp_blocked_there", found, peer.remedy, tried)
     found = "answers over TCP, and UDP passes neither to it nor back"
     return problem(peer.title, "udp_blocked", found, f"{ALLOW_HERE}; if that is so, there", tried)
 
@@ -6924,13 +6932,13 @@ def _unreachable(peer: Neighbour, tried: str) -> Check:
     neither = "answers neither over UDP nor over TCP" + (f" ({peer.failure})" if peer.failure else "")
     if peer.heard:
         found = f"is heard, but {neither}: something drops what goes there, or its answers"
-        remedy = f"look at the firewall there ({OPEN_PORTS}), and whether the access point keeps its guests apart"
+        remedy = f"look at the firewall there ({peer.ports}), and whether the access point keeps its guests apart"
         return problem(peer.title, "one_way", found, remedy, tried)
     if peer.named:
         remedy = "see that a worker runs there, that the address is right, and that no firewall is between"
         return problem(peer.title, "peer_silent", neither, remedy, tried)
     found = f"is known to others, but here it {neither}"
-    remedy = f"wait a minute: it may just have stopped. Else look at the firewall there ({OPEN_PORTS})"
+    remedy = f"wait a minute: it may just have stopped. Else look at the firewall there ({peer.ports})"
     return problem(peer.title, "peer_unreachable", found, remedy, tried)
 
 
@@ -7180,12 +7188,13 @@ class Doctor:
 
     async def _check_peers(self) -> list[Check]:
         running = [peer for peer in self._peers.values() if peer.here]
-        await self._examine_peers(running, (self._ears.udp_port, self._tcp_port))
+        stand_in = [(self._ears.udp_port, self._tcp_port)]
+        await self._examine_peers(running, stand_in)
         running = [peer for peer in running if peer.greeted and peer.node_id != self._id]
-        # A worker of this machine is what others ask; where there is none, our own sockets stand in for it.
-        ports = next(((peer.udp[1], peer.tcp[1]) for peer in running if peer.udp and peer.tcp and peer.pinged), None)
+        # Workers of this machine are what others ask; where there is none, our own sockets stand in for it.
+        ports = {(peer.udp[1], peer.tcp[1]): None for peer in running if peer.udp and peer.tcp and peer.pinged}
         others = [peer for peer in self._peers.values() if not peer.here]
-        await self._examine_peers(others, ports or (self._ears.udp_port, self._tcp_port))
+        await self._examine_peers(others, list(ports)[:MAX_DIAL_BACKS_EACH] or stand_in)
         self._peers = {key: peer for key, peer in self._peers.items() if peer.node_id != self._id}  # ourselves, named
         own = dict.fromkeys(peer.node_id.short for peer in running if peer.node_id is not None)
         checks = [Check(f"worker {short}", "runs on this machine") for short in own]
@@ -7197,14 +7206,14 @@ class Doctor:
             checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
         return checks + check_clones(self._peers.values())
 
-    async def _examine_peers(self, peers: Sequence[Neighbour], ports: tuple[int, int]) -> None:
+    async def _examine_peers(self, peers: Sequence[Neighbour], ports: Sequence[tuple[int, int]]) -> None:
         turns = asyncio.Semaphore(EXAMINED_AT_ONCE)
         await asyncio.gather(*(self._examine_peer(peer, ports, turns) for peer in peers))
 
     def _is_here(self, host: str) -> bool:
         return is_loopback(host) or any(item.address == host for item in list_interfaces())
 
-    async def _examine_peer(self, peer: Neighbour, ports: tuple[int, int], turns: asyncio.Semaphore) -> None:
+    async def _examine_peer(self, peer: Neighbour, ports: Sequence[tuple[int, int]], turns: asyncio.Semaphore) -> None:
         async with turns:
             if peer.udp is not None:
                 answered = await udp_ping(self._keys, peer.udp, self._settings.host)
@@ -7220,12 +7229,16 @@ class Doctor:
             try:
                 peer.greeted, peer.node_id = True, NodeId.of_hex(link.worker_id)
                 peer.status = await link.status()
-                peer.back = await link.dial_back(*ports)
+                calls = await asyncio.gather(*(link.dial_back(*pair) for pair in ports))
+                peer.called = any(call.get("udp") for call in calls)
+                shut_udp = [f"UDP {udp}" for call, (udp, _) in zip(calls, ports, strict=True) if not call.get("udp")]
+                shut_tcp = [f"TCP {tcp}" for call, (_, tcp) in zip(calls, ports, strict=True) if not call.get("tcp")]
+                peer.shut = shut_udp + shut_tcp
             except QMeshError as error:
                 peer.failure = str(error)
             finally:
                 await link.close()
-            peer.called = peer.host in self._ears.callers or bool(peer.back and peer.back.get("udp"))
+            peer.called = peer.called or peer.host in self._ears.callers
 
     # --- The mesh ---
 

@@ -20,7 +20,6 @@ import qmesh
 from qmesh import Check, Neighbour, NodeId, Verdict
 
 ADDRESS = ("10.0.0.7", 47475)
-BOTH = {"udp": "a" * 64, "tcp": "b" * 64}
 
 
 def peer(**outcome: Any) -> Neighbour:
@@ -32,18 +31,18 @@ def peer(**outcome: Any) -> Neighbour:
 REACHED: dict[str, Any] = {"pinged": True, "greeted": True}
 
 CONCLUSIONS: dict[str, tuple[dict[str, Any], dict[str, bool], str]] = {
-    "all is well": (REACHED | {"back": BOTH}, {}, ""),
-    "its ping does not come back": (REACHED | {"back": BOTH | {"udp": None}}, {}, "udp_blocked_here"),
-    "its connection does not come back": (REACHED | {"back": BOTH | {"tcp": None}}, {}, "tcp_blocked_here"),
-    "neither comes back": (REACHED | {"back": {"udp": None, "tcp": None}}, {}, "udp_blocked_here"),
+    "all is well": (REACHED | {"shut": []}, {}, ""),
+    "its ping does not come back": (REACHED | {"shut": ["UDP 47475"]}, {}, "udp_blocked_here"),
+    "its connection does not come back": (REACHED | {"shut": ["TCP 47475"]}, {}, "tcp_blocked_here"),
+    "neither comes back": (REACHED | {"shut": ["UDP 47475", "TCP 47475"]}, {}, "udp_blocked_here"),
     "it does not know how to call back": (REACHED | {"failure": "a message of an unknown type"}, {}, "not_called_back"),
     "TCP only, and its own ping arrives here": ({"greeted": True, "called": True}, {}, "udp_blocked_there"),
     "TCP only, and others answer over UDP": ({"greeted": True}, {"udp_elsewhere": True}, "udp_blocked_there"),
     "TCP only, and we do not hear ourselves": ({"greeted": True}, {"deaf": True}, "udp_blocked_here"),
     "TCP only, and nothing else is known": ({"greeted": True}, {}, "udp_blocked"),
     "UDP only": ({"pinged": True, "failure": "did not answer within 3 s"}, {}, "tcp_blocked_there"),
-    "it does not hear what is sent to everybody": (REACHED | {"back": BOTH, "heard": True}, {}, "udp_blocked_there"),
-    "it hears and is heard": (REACHED | {"back": BOTH, "heard": True, "hears": True}, {}, ""),
+    "it does not hear what is sent to everybody": (REACHED | {"shut": [], "heard": True}, {}, "udp_blocked_there"),
+    "it hears and is heard": (REACHED | {"shut": [], "heard": True, "hears": True}, {}, ""),
     "it is only heard": ({"heard": True}, {}, "one_way"),
     "it was named and is silent": ({"named": "lab7"}, {}, "peer_silent"),
     "others told of it": ({}, {}, "peer_unreachable"),
@@ -63,7 +62,7 @@ def test_the_cause_follows_from_both_directions_and_from_how_others_fare(case: s
 
 def test_what_was_not_tried_is_not_called_blocked() -> None:
     """Of a worker that is known from the DHT alone, only its TCP address is."""
-    tcp_only = Neighbour(NodeId(2), tcp=ADDRESS, greeted=True, back=BOTH)
+    tcp_only = Neighbour(NodeId(2), tcp=ADDRESS, greeted=True, shut=[])
     assert qmesh.conclude(tcp_only, deaf=False, udp_elsewhere=False).verdict is Verdict.WELL
 
 

@@ -59,9 +59,9 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Visit
     directory = tmp_path_factory.mktemp("clinic")
     model = tiny_models.write_model("qwen2", directory / "tiny.gguf")
     with ExitStack() as made:
-        lans = [made.enter_context(Lan(directory, model)) for _ in range(6)]
+        lans = [made.enter_context(Lan(directory, model)) for _ in range(7)]
         wards = [healthy(lans[0]), faulty(lans[1]), another_topic(lans[2]), cloned(lans[3]), another_version(lans[4])]
-        wards.append(held(lans[5]))
+        wards += [held(lans[5]), crowded(lans[6])]
         calls = {name: call for ward in wards for name, call in ward.items()}
         with ThreadPoolExecutor(len(calls) + 1) as pool:
             script = LATER_VERSION.format(broadcast=lans[4].broadcast)
@@ -80,6 +80,16 @@ def healthy(lan: Lan) -> Calls:
     worker, desk = lan.machine("worker"), lan.machine("desk")
     start_workers(worker)
     return {"well, at a worker": (worker,), "well, at a desk": (desk,)}
+
+
+def crowded(lan: Lan) -> Calls:
+    """A machine with two workers, whose firewall knows of the first one's ports alone."""
+    home, other = lan.machine("home"), lan.machine("other")
+    start_workers(home, other)
+    second = home.start_worker()
+    shut = [f"udp dport {second.ready['udp'][1]} drop", f"tcp dport {second.ready['tcp'][1]} drop"]
+    home.namespace.filter("inet", "input", ['iifname "lo" accept', "ct state established accept", *shut])
+    return {"a second worker's ports are shut": (home,)}
 
 
 def faulty(lan: Lan) -> Calls:
@@ -161,6 +171,7 @@ def test_a_peer_that_answers_is_said_to_do_so_in_both_directions(visits: dict[st
 CAUSES = {
     "a worker's port is shut": {"udp_blocked_there"},
     "its own port is shut": {"udp_blocked_here"},
+    "a second worker's ports are shut": {"udp_blocked_here"},
     "no UDP gets in": {"udp_blocked_here"},
     "no TCP gets in": {"tcp_blocked_here"},
     "one direction is blocked": {"one_way", "udp_blocked_there"},  # and the other worker's port is shut
