@@ -308,13 +308,28 @@ def _parse_peers(value: Any) -> tuple[str, ...]:
     names = value.replace(",", " ").split() if isinstance(value, str) else list(value)
     for name in names:
         host, port = parse_address(name, DEFAULT_PORT)
-        try:
-            ip = ipaddress.ip_address(host)
-        except ValueError:
-            ip = None  # a name
-        if port == 0 or (ip is not None and (ip.is_unspecified or ip.is_multicast or str(ip) == "255.255.255.255")):
+        if port == 0 or (is_ip_address(host) and not is_one_machines(host)):
             raise ValueError(f"{name} is no address of a single machine")
     return tuple(names)
+
+
+def is_ip_address(host: str) -> bool:
+    """Whether a host is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+_MULTICAST6: Final = re.compile("ff[0-9a-f]{2}:")
+
+
+def is_one_machines(host: str) -> bool:
+    """Whether an IP address may be a single machine's: it is not unspecified, multicast, broadcast or reserved."""
+    if ":" in host:
+        return not (host == "::" or host.startswith("::ffff:") or _MULTICAST6.match(host))
+    return 0 < int(host.partition(".")[0]) < 224
 
 
 def _parse_topic(value: Any) -> str:
@@ -1054,13 +1069,6 @@ UNSPECIFIED: Final = "0.0.0.0"
 """The host of a record about its own sender: who reads it puts the datagram's source in its place."""
 
 
-def _is_nobodys(host: str, first: int) -> bool:
-    """Whether at an address, whose first byte is `first`, no single machine is asked: it is multicast, or reserved."""
-    if ":" in host:
-        return first == 0xFF or host == "::" or host.startswith("::ffff:")
-    return first >= 224 or (first == 0 and host != UNSPECIFIED)
-
-
 def _unpack_address(data: bytes, at: int) -> tuple[Address, int]:
     size = {4: 4, 6: 16}.get(data[at])
     if size is None or len(data) < at + 3 + size:
@@ -1070,7 +1078,7 @@ def _unpack_address(data: bytes, at: int) -> tuple[Address, int]:
     (port,) = struct.unpack_from(">H", data, at + 1 + size)
     if port == 0:
         raise WireError("an address with port 0")
-    if _is_nobodys(host, packed[0]):
+    if not is_one_machines(host) and host != UNSPECIFIED:
         raise WireError("an address that is no single machine's")
     return (host, port), at + 3 + size
 
@@ -1853,6 +1861,18 @@ class Cloned:
 Event = Joined | Found | Finished | Cloned
 
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def _remember(known: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> None:
+    """Note a value as the latest; beyond `most`, the one longest not noted is forgotten."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > most:
+        known.popitem(last=False)
+
+
 class RateLimiter:
     """A token bucket per sender: bursts pass, floods do not. The longest idle senders are forgotten.
 
@@ -1918,18 +1938,6 @@ class Gate:
         heard = (address, beacon.transaction) in self._beacons
         _remember(self._beacons, (address, beacon.transaction), None, MAX_BEACONS_HEARD)
         return heard
-
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-def _remember(known: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> None:
-    """Note a value as the latest; beyond `most`, the one longest not noted is forgotten."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > most:
-        known.popitem(last=False)
 
 
 class Responder:
@@ -2156,8 +2164,17 @@ class Requests:
     An unanswered request is repeated REQUEST_RETRIES times, each wait twice the one before.
     """
 
-    def __init__(self, *, codec: DatagramCodec, own: NodeId | None, table: RoutingTable, rng: random.Random) -> None:
+    def __init__(
+        self,
+        *,
+        codec: DatagramCodec,
+        own: NodeId | None,
+        table: RoutingTable,
+        rng: random.Random,
+        dropped: Counter[str],
+    ) -> None:
         self.sent: Counter[str] = Counter()
+        self._dropped = dropped
         self.out: list[tuple[bytes, Address]] = []
         self._codec = codec
         self._own = own
@@ -2189,6 +2206,7 @@ class Requests:
     ) -> bool:
         """Send a request of this size, and wait for its reply. False when too many are under way already."""
         if len(self._pending) >= MAX_TRANSACTIONS:
+            self._dropped["transactions"] += 1
             return False
         kind = request.kind
         data = self._codec.encode(request, pad_to=MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else size)
@@ -2276,9 +2294,9 @@ class Requests:
             self.drop(transaction)
         return transaction
 
-    def measured(self, transaction: Transaction, node_id: NodeId, now: float) -> None:
+    def measured(self, transaction: Transaction, node: KnownNode | None, now: float) -> None:
         """Learn from a node's reply how long it takes, and what is usual on this network."""
-        rtt, node = now - transaction.sent_at, self._table.get(node_id)
+        rtt = now - transaction.sent_at
         self._usual_rtt.measured(rtt, exact=not transaction.repeated)
         if node is not None:
             node.measured(rtt, exact=not transaction.repeated)
@@ -2424,11 +2442,11 @@ class Announcement:
         if len(self.holders) < K or self._topic.distance(node_id) < farthest:
             self.search_soon(now)
 
-    def now_at(self, node: KnownNode | None, now: float) -> None:
+    def now_at(self, contact: Contact, now: float) -> None:
         """A node is known at an address now: a holder that was told at another has to give a token for this one."""
-        holder = self.holders.get(node.contact.node_id) if node is not None else None
-        if node is not None and holder is not None and holder[0].address != node.contact.address:
-            self.lost(node.contact.node_id)
+        holder = self.holders.get(contact.node_id)
+        if holder is not None and holder[0].address != contact.address:
+            self.lost(contact.node_id)
             self.search_soon(now)
 
     def lost(self, node_id: NodeId) -> None:
@@ -2504,7 +2522,7 @@ class DhtEngine:
         self._responder = Responder(
             codec=self._codec, own=own or NodeId(0), topic=keys.topic, table=self.table, rng=rng
         )
-        self._requests = Requests(codec=self._codec, own=own, table=self.table, rng=rng)
+        self._requests = Requests(codec=self._codec, own=own, table=self.table, rng=rng, dropped=self.dropped)
         self.sent = self._requests.sent  # datagrams so far, by type
         self._announcement = Announcement(keys.topic)
         self._searches = Searches(own=own, table=self.table, ask=self._request)
@@ -2646,10 +2664,8 @@ class DhtEngine:
         search: Search | None = None,
     ) -> None:
         request = self._requests.make(kind, body)
-        if self._requests.begin(request, address, now, node_id, search):
-            return
-        self.dropped["transactions"] += 1
-        if search is not None and node_id is not None:
+        begun = self._requests.begin(request, address, now, node_id, search)
+        if not begun and search is not None and node_id is not None:
             search.gave_up(node_id, request)
 
     def _on_timeout(self, transaction: Transaction, now: float) -> None:
@@ -2687,8 +2703,10 @@ class DhtEngine:
     def _answered(self, contact: Contact, transaction: Transaction, now: float) -> None:
         self._whereabouts.answered(contact.address)
         joined = self.table.answered(contact, now)
-        self._announcement.now_at(self.table.get(contact.node_id), now)
-        self._requests.measured(transaction, contact.node_id, now)
+        node = self.table.get(contact.node_id)
+        self._requests.measured(transaction, node, now)
+        if node is not None:
+            self._announcement.now_at(node.contact, now)
         if joined:
             self._joined(contact, now)
 
@@ -4995,7 +5013,11 @@ class UdpSocket(asyncio.DatagramProtocol):
             return
         with contextlib.suppress(OSError):
             transport.sendto(data, _sockaddr(address))
-            self.sent.update(datagrams=1, bytes=len(data))
+            self._count(data)
+
+    def _count(self, data: bytes) -> None:
+        self.sent["datagrams"] += 1
+        self.sent["bytes"] += len(data)
 
     def beacon(self, data: bytes, outlet: Interface) -> None:
         """Send to everybody who may listen behind an interface, by every way there is."""
@@ -5016,12 +5038,27 @@ class UdpSocket(asyncio.DatagramProtocol):
                 own = socket.inet_aton(outlet.address)
                 self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, own)
                 self._sock.sendto(data, (BEACON_GROUP, BEACON_PORT))
-            self.sent.update(datagrams=1, bytes=len(data))
+            self._count(data)
 
     def broadcast(self, data: bytes, outlet: Interface) -> None:
         """IPv4's directed broadcast, which passes where switches or firewalls swallow multicast."""
         if outlet.broadcast is not None:
             self.send(data, (outlet.broadcast, BEACON_PORT))
+
+    def join(self, outlet: Interface) -> None:
+        """Hear what is sent to the group of beacons on an interface of this socket's IP version."""
+        if self._sock is None or (self._sock.family == socket.AF_INET6) != (":" in outlet.address):
+            return
+        try:
+            if ":" in outlet.address:
+                group = socket.inet_pton(socket.AF_INET6, BEACON_GROUP6) + struct.pack("@I", outlet.index)
+                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
+            else:
+                membership = socket.inet_aton(BEACON_GROUP) + socket.inet_aton(outlet.address)
+                self._sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:  # joined already
+                log.debug("no multicast on %s: %s", outlet.address, error)
 
     def close(self) -> None:
         if self._transport is None:
@@ -5043,6 +5080,38 @@ class UdpSocket(asyncio.DatagramProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._sock = None
         self.closed.set()
+
+
+class UdpSockets:
+    """The sockets of one port: IPv4's and IPv6's, or the one that a host allows."""
+
+    def __init__(self, receive: Callable[[bytes, Address], None]) -> None:
+        self._receive = receive
+        self._by_version: dict[bool, UdpSocket] = {}  # by whether it is IPv6's
+
+    def __iter__(self) -> Iterator[UdpSocket]:
+        return iter(list(self._by_version.values()))
+
+    async def add(self, *socks: socket.socket) -> None:
+        """Take over bound sockets, each in place of one of its version that is there."""
+        for sock in socks:
+            opened = UdpSocket(self._receive)
+            await opened.open(sock)
+            self._by_version[sock.family == socket.AF_INET6] = opened
+
+    def towards(self, host: str) -> UdpSocket | None:
+        """The socket from which an address is reached."""
+        return self._by_version.get(":" in host)
+
+    @property
+    def bound(self) -> Address:
+        """Where they are bound: IPv4's address, where there is one."""
+        return self._by_version[min(self._by_version)].bound
+
+    async def close(self) -> None:
+        for own in self:
+            own.close()
+            await own.closed.wait()
 
 
 def address_of(sockaddr: tuple[Any, ...]) -> Address:
@@ -5091,7 +5160,7 @@ class BeaconListener:
         self._failures: dict[str, str] = {}
         self._host = host
         self._receive = receive
-        self._open: dict[str, tuple[socket.socket, UdpSocket]] = {}  # by the address that is bound
+        self._open: dict[str, UdpSocket] = {}  # by the address that is bound
 
     async def follow(self, outlets: Sequence[Interface]) -> None:
         """Listen on these interfaces; done again and again, since one that comes back has to be joined anew."""
@@ -5103,10 +5172,9 @@ class BeaconListener:
                 except OSError as error:
                     if self._host or ":" not in place:  # else it is a machine without IPv6, and none the worse
                         self._failed(place, error)
-        for outlet in outlets:
-            for sock, _ in self._open.values():
-                if (sock.family == socket.AF_INET6) == (":" in outlet.address):
-                    self._join(sock, outlet)
+        for listening in self._open.values():
+            for outlet in outlets:
+                listening.join(outlet)
 
     def _places(self, outlets: Sequence[Interface]) -> list[str]:
         """What has to be bound: everything, or where one host is wanted, only what is sent to everybody there."""
@@ -5133,7 +5201,7 @@ class BeaconListener:
         except OSError:
             sock.close()
             raise
-        self._open[place] = sock, listening
+        self._open[place] = listening
 
     @staticmethod
     def _hear_own_groups_only(sock: socket.socket) -> None:
@@ -5155,21 +5223,8 @@ class BeaconListener:
         """Why some beacons cannot be heard; None when all can."""
         return next(iter(self._failures.values()), None)
 
-    @staticmethod
-    def _join(sock: socket.socket, outlet: Interface) -> None:
-        try:
-            if sock.family == socket.AF_INET6:
-                group = socket.inet_pton(socket.AF_INET6, BEACON_GROUP6) + struct.pack("@I", outlet.index)
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
-            else:
-                membership = socket.inet_aton(BEACON_GROUP) + socket.inet_aton(outlet.address)
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:  # joined already
-                log.debug("no multicast on %s: %s", outlet.address, error)
-
     def close(self) -> None:
-        for _, listening in self._open.values():
+        for listening in self._open.values():
             listening.close()
 
 
@@ -5177,7 +5232,7 @@ class UdpNode:
     """A DHT engine with sockets. Use `open`, and `close` at the end.
 
     clock: seconds, as `uptime_s` gives them; the engine's times are of the same clock.
-    unresolved: names given to `meet` that are not resolved yet, with the reason.
+    resolved, unresolved: names given to `meet`, with their addresses, or with the reason why they have none yet.
     """
 
     def __init__(
@@ -5185,12 +5240,13 @@ class UdpNode:
     ) -> None:
         self.engine = engine
         self.address: Address = (LOOPBACK, 0)
+        self.resolved: dict[str, list[Address]] = {}
         self.unresolved: dict[str, str] = {}
         self._host = host
         self._on_event = on_event
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._sockets: dict[bool, UdpSocket] = {}  # by whether it is for IPv6
+        self._sockets = UdpSockets(self._receive)
         self._listener: BeaconListener | None = None
         self._outlets: list[Interface] = []
         self._broadcasts: set[str | None] = set()
@@ -5214,10 +5270,9 @@ class UdpNode:
     ) -> UdpNode:
         """Bind and begin. listen: hear beacons, as clients do not. Raises UsageError when `port` is taken."""
         node = cls(engine, host, on_event, clock)
-        await asyncio.gather(
-            *map(node._attach, bind_preferred(socket.SOCK_DGRAM, host, port, DEFAULT_PORT if listen else CLIENT_PORT))
-        )
-        node.address = node._sockets[min(node._sockets)].bound  # IPv4's, where there is one
+        usual = DEFAULT_PORT if listen else CLIENT_PORT
+        await node._sockets.add(*bind_preferred(socket.SOCK_DGRAM, host, port, usual))
+        node.address = node._sockets.bound
         node._look_around()
         if listen:
             node._listener = BeaconListener(host, node._receive)
@@ -5229,11 +5284,6 @@ class UdpNode:
         self._outlets = outlets(self._host)
         # Somebody may name these as a node's address, to have a whole network answer each of our questions.
         self._broadcasts = {outlet.broadcast for outlet in self._outlets}
-
-    async def _attach(self, sock: socket.socket) -> None:
-        opened = UdpSocket(self._receive)
-        await opened.open(sock)
-        self._sockets[sock.family == socket.AF_INET6] = opened
 
     async def close(self) -> None:
         """Take our record back from its holders, and stop."""
@@ -5250,14 +5300,12 @@ class UdpNode:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._listener is not None:
             self._listener.close()
-        for opened in self._sockets.values():
-            opened.close()
-            await opened.closed.wait()
+        await self._sockets.close()
 
     def report(self) -> Json:
         """What passed over this node, for `status` and for whoever looks for a fault."""
         sent: Counter[str] = Counter()
-        for own in self._sockets.values():
+        for own in self._sockets:
             sent.update(own.sent)
         gate, now = self.engine.gate, self._clock()
         strangers = [
@@ -5288,9 +5336,10 @@ class UdpNode:
     def meet(self, names: Iterable[str], known: Iterable[Address] = ()) -> None:
         """Ask at these places whether a node is there, again and again: `names` as in --peer, known addresses."""
         places = {name: parse_address(name, DEFAULT_PORT) for name in names}
-        numeric = [place for place in places.values() if _is_numeric(place[0])]
-        self.run(lambda engine, now: engine.meet(dict.fromkeys([*numeric, *known]), now))
-        named = {name: place for name, place in places.items() if not _is_numeric(place[0])}
+        numeric = {name: place for name, place in places.items() if is_ip_address(place[0])}
+        self.resolved |= {name: [place] for name, place in numeric.items()}
+        self.run(lambda engine, now: engine.meet(dict.fromkeys([*numeric.values(), *known]), now))
+        named = {name: place for name, place in places.items() if name not in numeric}
         if named:
             self._own_task(self._resolve(named))
 
@@ -5311,6 +5360,7 @@ class UdpNode:
             self.unresolved[name] = str(error)
         else:
             self.unresolved.pop(name, None)
+            self.resolved[name] = found
             self.run(lambda engine, now: engine.meet(found, now))
 
     def _own_task(self, work: Coroutine[Any, Any, None]) -> None:
@@ -5370,7 +5420,7 @@ class UdpNode:
     def _send(self, data: bytes, address: Address) -> None:
         if address == BEACON:
             self._send_beacon(data)
-        elif address[0] not in self._broadcasts and (own := self._sockets.get(":" in address[0])) is not None:
+        elif address[0] not in self._broadcasts and (own := self._sockets.towards(address[0])) is not None:
             own.send(data, address)
 
     # --- Beacons ---
@@ -5383,10 +5433,10 @@ class UdpNode:
             log.info("the network has changed: looking for peers anew")
             self.run(lambda engine, now: engine.restart(now))
         for outlet in self._outlets:
-            own = self._sockets.get(":" in outlet.address)
+            own = self._sockets.towards(outlet.address)
             if own is not None:
                 own.beacon(data, outlet)
-        deaf = [own for own in self._sockets.values() if not own.test()]
+        deaf = [own for own in self._sockets if not own.test()]
         if not self._mending and not self._closing:
             self._mending = True
             self._own_task(self._mend(deaf))
@@ -5401,7 +5451,7 @@ class UdpNode:
                 own.close()
                 await own.closed.wait()
                 try:
-                    await self._attach(bind_one(socket.SOCK_DGRAM, *own.bound))
+                    await self._sockets.add(bind_one(socket.SOCK_DGRAM, *own.bound))
                 except OSError as error:
                     log.info("%s; tried again at the next beacon", bind_failure(*own.bound, error))
         finally:
@@ -5469,14 +5519,6 @@ def bind_failure(host: str, port: int, error: OSError) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
         return f"{host} is no address of this machine; --host takes one that is"
     return f"{place} cannot be bound: {error.strerror or error}"
-
-
-def _is_numeric(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 async def resolve(host: str, port: int) -> list[Address]:
@@ -5685,7 +5727,7 @@ async def _await_welcome(connection: Connection) -> None:
 async def greeted_by(address: Address) -> NodeId | None:
     """The id of the worker that greets over TCP at an address, None if none does."""
     try:
-        connection = await dial(address, NodeId.of_bytes(secrets.token_bytes(ID_BYTES)))
+        connection = await dial(address, NodeId.random(random.SystemRandom()))
     except QMeshError:
         return None
     connection.abort()
@@ -5916,6 +5958,7 @@ class Worker:
         self.address: Address = (UNSPECIFIED, 0)
         self.draining = False
         self._host_dir = self.state.path.parent
+        self._keys = MeshKeys.derive(settings.topic)
         self._window = HealthWindow()
         self._jobs: dict[int, tuple[Session, Job]] = {}
         self._deadlines: dict[int, float] = {}
@@ -5975,8 +6018,8 @@ class Worker:
             log.warning("llama.cpp is still busy; the process ends without it")
 
     async def _join(self) -> UdpNode:
-        settings, keys = self.settings, MeshKeys.derive(self.settings.topic)
-        dht = DhtEngine(keys=keys, own=self.worker_id, rng=random.SystemRandom(), now=uptime_s())
+        settings = self.settings
+        dht = DhtEngine(keys=self._keys, own=self.worker_id, rng=random.SystemRandom(), now=uptime_s())
         node = await UdpNode.open(dht, host=settings.host, port=settings.port, listen=True, on_event=self._on_dht_event)
         self._resources.push_async_callback(node.close)
         node.meet(settings.peers, remembered_peers(self._host_dir))
@@ -6109,10 +6152,8 @@ class Worker:
 
     async def dial_back(self, host: str, udp: int, tcp: int) -> Json:
         """Ping and dial two ports of a host: the ids of the nodes that answered there, None where none did."""
-
         async with self._dial_backs:
-            keys = MeshKeys.derive(self.settings.topic)
-            asked = udp_ping(keys, (host, udp), self.settings.host), greeted_by((host, tcp))
+            asked = udp_ping(self._keys, (host, udp), self.settings.host), greeted_by((host, tcp))
             pinged, greeted = [None if id_ is None else str(id_) for id_ in await asyncio.gather(*asked)]
         return {"udp": pinged, "tcp": greeted}
 
@@ -6704,8 +6745,7 @@ DOCTOR_LISTEN_S: Final = BEACON_PERIOD_S + 1.0  # every node of the network has 
 HEAR_ITSELF_S: Final = 0.5  # for what we sent to come back to us
 MAX_EXAMINED: Final = 64  # machines; beyond that the doctor would itself be a load
 EXAMINED_AT_ONCE: Final = 8
-OPEN_PORTS: Final = f"UDP {BEACON_PORT} to {CLIENT_PORT} and TCP {DEFAULT_PORT}"
-ALLOW_HERE: Final = f"allow incoming {OPEN_PORTS} in this machine's firewall, or Python altogether"
+USUAL_PORTS: Final = f"UDP {BEACON_PORT} to {CLIENT_PORT} and TCP {DEFAULT_PORT}"
 
 
 _SOFTWARE_CAUSES: Final = ("python_old", "tls_missing", "engine_missing", "engine_without_gpu", "no_model")
@@ -6717,6 +6757,14 @@ _MESH_CAUSES: Final = ("no_worker", "other_mesh", "other_topic", "other_version"
 CAUSES: Final = frozenset(
     (*_SOFTWARE_CAUSES, *_MACHINE_CAUSES, *_NETWORK_CAUSES, *_WALL_CAUSES, *_PEER_CAUSES, *_MESH_CAUSES)
 )
+
+
+def allow(ports: str, whose: str) -> str:
+    """What to do about ports that a firewall keeps shut."""
+    return f"allow incoming {ports} in {whose} machine's firewall, or Python altogether"
+
+
+ALLOW_HERE: Final = allow(USUAL_PORTS, "this")
 
 
 class Verdict(enum.Enum):
@@ -6845,7 +6893,7 @@ async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list
 # --- What others hear of us, and we of them ---
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Neighbour:
     """A node of the mesh on some machine, and how it fared.
 
@@ -6885,7 +6933,7 @@ class Neighbour:
 
     @property
     def remedy(self) -> str:
-        return f"allow incoming {self.ports} in that machine's firewall, or Python altogether"
+        return allow(self.ports, "that")
 
 
 def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
@@ -6909,8 +6957,7 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
     if peer.shut:
         cause = "udp_blocked_here" if peer.shut[0].startswith("UDP") else "tcp_blocked_here"
         found, ports = "answers, but its own calls do not reach this machine", " and ".join(peer.shut)
-        remedy = f"allow incoming {ports} in this machine's firewall, or Python altogether"
-        return problem(peer.title, cause, f"{found} at {ports}", remedy, tried)
+        return problem(peer.title, cause, f"{found} at {ports}", allow(ports, "this"), tried)
     if peer.heard and not peer.hears:
         found = f"answers when asked by itself, but not what is sent to everybody: UDP {BEACON_PORT} is shut there"
         return problem(peer.title, "udp_blocked_there", found, peer.remedy, tried)
@@ -6978,28 +7025,26 @@ class Ears:
         self.outlets = outlets(host)
         self.listener = BeaconListener(host, self._on_datagram)
         self.udp_port = 0
+        self.own_hosts = {item.address for item in list_interfaces()}
         self._host = host
-        self.own_id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
+        self.own_id = NodeId.random(random.SystemRandom())
         self._topic = keys.topic
         self._codec = DatagramCodec(keys.udp_key)
         self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
-        self._sockets: dict[bool, UdpSocket] = {}
+        self._sockets = UdpSockets(self._on_datagram)
         self._beacons: dict[bytes, tuple[Interface, str]] = {}
         self._heard_own: set[tuple[Interface, str]] = set()
 
     async def open(self) -> None:
         """Bind, the preferred port if it is free, and listen. Raises UsageError."""
-        for sock in bind_preferred(socket.SOCK_DGRAM, self._host, None, DEFAULT_PORT):
-            opened = UdpSocket(self._on_datagram)
-            await opened.open(sock)
-            self._sockets[sock.family == socket.AF_INET6] = opened
-            self.udp_port = opened.bound[1]
+        await self._sockets.add(*bind_preferred(socket.SOCK_DGRAM, self._host, None, DEFAULT_PORT))
+        self.udp_port = self._sockets.bound[1]
         await self.listener.follow(self.outlets)
 
     def say_hello(self) -> None:
         """A beacon by each way on each interface."""
         for outlet in self.outlets:
-            own = self._sockets.get(":" in outlet.address)
+            own = self._sockets.towards(outlet.address)
             if own is not None and outlet.address != LOOPBACK6:  # it knows no multicast
                 own.multicast(self._beacon(outlet, "multicast"), outlet)
                 if outlet.broadcast is not None:
@@ -7015,23 +7060,23 @@ class Ears:
         tried = [way for known, way in self._beacons.values() if known == outlet]
         return tried, [way for way in tried if (outlet, way) not in self._heard_own]
 
-    def close(self) -> None:
+    def is_here(self, host: str) -> bool:
+        """Whether an address is this machine's."""
+        return is_loopback(host) or host in self.own_hosts
+
+    async def close(self) -> None:
         self.listener.close()
-        for own in self._sockets.values():
-            own.close()
+        await self._sockets.close()
 
     def _on_datagram(self, data: bytes, address: Address) -> None:
         reason = self._codec.judge(data)
-        known = address[0] in self._own_hosts() or len(self.strangers) >= MAX_EXAMINED
+        known = self.is_here(address[0]) or len(self.strangers) >= MAX_EXAMINED
         if reason in DatagramCodec.STRANGER and not known:
             usual = reason == "mesh" and self._usual.judge(data) is None
             self.strangers[address[0]] = "topic" if usual else reason
         if reason is None:
             with contextlib.suppress(WireError):
                 self._on_own_mesh(self._codec.parse(data), address)
-
-    def _own_hosts(self) -> set[str]:
-        return {outlet.address for outlet in self.outlets}
 
     def _on_own_mesh(self, datagram: Datagram, address: Address) -> None:
         if datagram.kind == "beacon":
@@ -7044,7 +7089,9 @@ class Ears:
         elif datagram.kind == "ping" and datagram.sender is None:  # a node would take us for one
             self.callers.add(address[0])
             pong = self._codec.encode(Datagram("pong", datagram.transaction, self.own_id))
-            self._sockets[":" in address[0]].send(pong, address)
+            own = self._sockets.towards(address[0])
+            if own is not None:
+                own.send(pong, address)
 
 
 class Doctor:
@@ -7056,7 +7103,7 @@ class Doctor:
         self._keys = MeshKeys.derive(settings.topic)
         self._ears = Ears(self._keys, settings.host)
         self._id = self._ears.own_id
-        self._peers: dict[tuple[str, int], Neighbour] = {}  # by TCP address, or UDP's where that is not known
+        self._peers: list[Neighbour] = []
         self._tcp_port = 0
         self._client_finds = True
 
@@ -7084,7 +7131,7 @@ class Doctor:
                 yield check
             yield self._check_mesh()
         finally:
-            self._ears.close()
+            await self._ears.close()
             await server.stop()
 
     @staticmethod
@@ -7126,8 +7173,8 @@ class Doctor:
 
     @property
     def _deaf(self) -> bool:
-        checks = [self._check_interface(outlet) for outlet in self._network()]
-        return bool(checks) and all(check.verdict is Verdict.PROBLEM for check in checks)
+        heard = [self._ears.unheard(outlet) for outlet in self._network()]
+        return bool(heard) and all(unheard and unheard == tried for tried, unheard in heard)
 
     # --- Peers ---
 
@@ -7138,10 +7185,7 @@ class Doctor:
         except NoWorkerFound:
             self._client_finds = False
         await asyncio.sleep(max(0.0, until - asyncio.get_running_loop().time()))
-        names = {name: parse_address(name, DEFAULT_PORT) for name in self._settings.peers}
-        for name, found in zip(
-            names, await asyncio.gather(*(self._addresses(*at) for at in names.values())), strict=True
-        ):
+        for name, found in mesh.node.resolved.items():
             for address in found:
                 self._peer(None, address, address).named = name
         for (node_id, udp), record in self._ears.answers.items():
@@ -7157,61 +7201,54 @@ class Doctor:
         remedy = "correct --peer or QMESH_PEERS, or see why the name server does not know it"
         return [
             problem(f"peer {name}", "name_unresolved", f"cannot be resolved ({why})", remedy)
-            for name, why in mesh.node.unresolved.items()
+            for name in self._settings.peers
+            if (why := mesh.node.unresolved.get(name, "" if name in mesh.node.resolved else "no answer so far"))
         ]
 
     def _guess_ports(self) -> None:
         """Where a node told of no TCP port: that which it has on another way, else the number of its UDP port."""
-        known = {peer.node_id: peer.tcp[1] for peer in self._peers.values() if peer.tcp is not None}
-        for peer in self._peers.values():
+        known = {peer.node_id: peer.tcp[1] for peer in self._peers if peer.tcp is not None}
+        for peer in self._peers:
             if peer.tcp is None and peer.udp is not None:
                 peer.tcp = peer.udp[0], known.get(peer.node_id, peer.udp[1])
-
-    @staticmethod
-    async def _addresses(host: str, port: int) -> list[Address]:
-        with contextlib.suppress(QMeshError):
-            return await resolve(host, port)
-        return []
 
     def _peer(self, node_id: NodeId | None, udp: Address | None, tcp: Address | None) -> Neighbour:
         """The node at these addresses, met before or new. One node has one entry for each of its hosts."""
         host = (udp or tcp or (UNSPECIFIED, 0))[0]
-        for known in self._peers.values():
+        for known in self._peers:
             same_node = node_id is not None and known.node_id == node_id and known.host == host
             if same_node or (udp is not None and known.udp == udp) or (tcp is not None and known.tcp == tcp):
                 known.node_id, known.udp, known.tcp = known.node_id or node_id, known.udp or udp, known.tcp or tcp
                 return known
-        peer = Neighbour(node_id, udp, tcp, here=self._is_here(host))
+        peer = Neighbour(node_id, udp, tcp, here=self._ears.is_here(host))
         if len(self._peers) < MAX_EXAMINED:
-            self._peers[tcp or udp or (UNSPECIFIED, 0)] = peer
+            self._peers.append(peer)
         return peer
 
     async def _check_peers(self) -> list[Check]:
-        running = [peer for peer in self._peers.values() if peer.here]
+        running = [peer for peer in self._peers if peer.here]
         stand_in = [(self._ears.udp_port, self._tcp_port)]
         await self._examine_peers(running, stand_in)
         running = [peer for peer in running if peer.greeted and peer.node_id != self._id]
         # Workers of this machine are what others ask; where there is none, our own sockets stand in for it.
         ports = {(peer.udp[1], peer.tcp[1]): None for peer in running if peer.udp and peer.tcp and peer.pinged}
-        others = [peer for peer in self._peers.values() if not peer.here]
+        others = [peer for peer in self._peers if not peer.here]
         await self._examine_peers(others, list(ports)[:MAX_DIAL_BACKS_EACH] or stand_in)
-        self._peers = {key: peer for key, peer in self._peers.items() if peer.node_id != self._id}  # ourselves, named
+        self._peers = [peer for peer in self._peers if peer.node_id != self._id]  # ourselves may have been named
         own = dict.fromkeys(peer.node_id.short for peer in running if peer.node_id is not None)
         checks = [Check(f"worker {short}", "runs on this machine") for short in own]
-        answering = {peer.named for peer in self._peers.values() if peer.named and (peer.pinged or peer.greeted)}
-        for peer in self._peers.values():
+        answering = {peer.named for peer in self._peers if peer.named and (peer.pinged or peer.greeted)}
+        deaf = self._deaf
+        for peer in self._peers:
             if peer in running or (peer.named in answering and not peer.pinged and not peer.greeted):
                 continue  # of a name's addresses one is enough
             elsewhere = any(other.pinged for other in others if other.host != peer.host)
-            checks.append(conclude(peer, deaf=self._deaf, udp_elsewhere=elsewhere))
-        return checks + check_clones(self._peers.values())
+            checks.append(conclude(peer, deaf=deaf, udp_elsewhere=elsewhere))
+        return checks + check_clones(self._peers)
 
     async def _examine_peers(self, peers: Sequence[Neighbour], ports: Sequence[tuple[int, int]]) -> None:
         turns = asyncio.Semaphore(EXAMINED_AT_ONCE)
         await asyncio.gather(*(self._examine_peer(peer, ports, turns) for peer in peers))
-
-    def _is_here(self, host: str) -> bool:
-        return is_loopback(host) or any(item.address == host for item in list_interfaces())
 
     async def _examine_peer(self, peer: Neighbour, ports: Sequence[tuple[int, int]], turns: asyncio.Semaphore) -> None:
         async with turns:
@@ -7243,14 +7280,14 @@ class Doctor:
     # --- The mesh ---
 
     def _check_mesh(self) -> Check:
-        workers = {peer.node_id for peer in self._peers.values() if peer.greeted}
+        workers = {peer.node_id for peer in self._peers if peer.greeted}
         topic = self._settings.topic
         strangers = dict(self._ears.strangers)
-        for peer in self._peers.values():
+        for peer in self._peers:
             strangers = strangers_of(peer.status) | strangers
         tried = f"beacons, listening and a search of the DHT for the topic {topic!r}"
         found = f"{plural(len(workers), 'worker')} found in the open mesh {topic!r}"
-        if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers.values()):
+        if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers):
             found = f"{found}, but not by a client: what answers its beacons does not arrive at UDP {CLIENT_PORT}"
             return problem("mesh", "udp_blocked_here", found, ALLOW_HERE, tried)
         if not workers and not strangers:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from scripted_worker import record_of
+
 import qmesh
 
 PATIENCE_S = 60.0  # virtual; what has not come true by then never will
@@ -223,6 +225,7 @@ class VirtualNetwork:
 
 # --- What a mesh of many goes through ---
 
+WORKER_PORT = 47476
 PEERS_KNOWN = 3  # by a node that joins where there is no multicast
 JOINING_AT_ONCE = 20
 JOIN_PERIOD_S = 0.1
@@ -269,10 +272,7 @@ def introduce(network: VirtualNetwork, count: int, rng: random.Random, *, strang
 def employ(network: VirtualNetwork, workers: Iterable[Node]) -> None:
     """Make workers of these nodes, and let the news spread."""
     for node in workers:
-        record = qmesh.WorkerRecord(
-            node.node_id, (qmesh.UNSPECIFIED, 47476), 1, 80, qmesh.HealthState.HEALTHY, 4, "tiny", bytes(8)
-        )
-        node.engine.announce(record, network.now, at_once=True)
+        node.engine.announce(record_of(node.node_id, WORKER_PORT), network.now, at_once=True)
     network.run_for(2)
 
 
