@@ -127,7 +127,7 @@ def test_an_over_long_prompt_is_refused_with_the_numbers(two_workers: harness.Me
 
 def test_when_every_worker_is_full_it_is_exit_code_4(mesh: harness.Mesh) -> None:
     mesh.start_worker("--queue", "1", "--slots", "1")
-    with mesh.popen("prompt", "Write a long story.", "--max-tokens", "900") as busy:
+    with mesh.popen("prompt", "Write a long story.", "--max-tokens", "900", "--temperature", "0") as busy:
         assert busy.stdout is not None
         assert busy.stdout.read(1)
         finished = mesh.run("prompt", "hi", "--timeout", "1.5")
@@ -182,7 +182,7 @@ def read_terminal(descriptor: int) -> bytes:
 
 
 def test_an_interrupt_ends_the_answer_with_a_clean_line_and_130(two_workers: harness.Mesh) -> None:
-    with two_workers.popen("prompt", "Write a long story.", "--max-tokens", "900") as asking:
+    with two_workers.popen("prompt", "Write a long story.", "--max-tokens", "900", "--temperature", "0") as asking:
         assert asking.stdout is not None
         assert asking.stdout.read(5)
         asking.send_signal(signal.SIGINT)
