@@ -13,7 +13,7 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
      2  Errors                 what can go wrong, in the words a user reads
      3  Values                 ids, records, health, jobs, tokens, results
      4  Wire                   datagrams and TCP frames, bytes to messages and back
-     5  Mesh keys              what a mesh is called and what its members share
+     5  Keys and certificates  what a mesh's members share, and how a node proves its id
      6  Routing table          which nodes we know, in k-buckets
      7  Lookup                 finding the nodes closest to an id
      8  Records and tokens     which workers we vouch for, and who may tell us
@@ -50,6 +50,7 @@ import codecs
 import concurrent.futures
 import contextlib
 import ctypes
+import datetime
 import enum
 import errno
 import functools
@@ -1352,32 +1353,331 @@ class FrameReader:
 
 
 # ======================================================================================================
-# 5  Mesh keys
+# 5  Keys and certificates
 #
 # A mesh is a topic and a key. Without a key the mesh is open: the key is then derived from the topic's
-# name alone, so that there is one code path. From the key, under separate labels, come the key of the
-# datagrams' MAC and the key that hides the topic's name.
+# name alone, so that there is one code path. From the key, under separate labels, comes all that members
+# share: the key of the datagrams' MAC, the key that hides the topic's name, and the certificate authority.
+# Rule 1: a certificate is a fixed template around a public key; each of its bytes follows from the keys.
+# Rule 2: Ed25519 is written here for signing certificates, and for nothing that comes from outside: its
+# time depends on the secret. OpenSSL does every handshake and every verification.
+# Rule 3: no secret stands in what is printed.
 # ======================================================================================================
+
+KEY_BYTES: Final = 32
+KEY_PREFIX: Final = "qmesh1-"
+FINGERPRINT_CHARS: Final = 8  # 40 bits, for people to compare; nothing rests on them
+SIGNATURE_BYTES: Final = 64
+MAX_KEY_FILE_BYTES: Final = 4 * 1024  # a mesh key, those that it replaces, and some words
+OPEN_MESH: Final = "open"
+MAX_MESH_KEYS: Final = 2  # the one in force, and the one that it replaces
+
+
+# --- Ed25519 (RFC 8032, 5.1): points of the curve as (X, Y, Z, T), x = X/Z, y = Y/Z, x * y = T/Z ---
+
+_FIELD: Final = 2**255 - 19
+_ORDER: Final = 2**252 + 27742317777372353535851937790883648493
+_D2: Final = 2 * -121665 * pow(121666, -1, _FIELD) % _FIELD
+_BASE_X: Final = 15112221349535400772501151409588531511454012693041857206046113283949847762202
+_BASE_Y: Final = 4 * pow(5, -1, _FIELD) % _FIELD
+
+_Point = tuple[int, int, int, int]
+
+
+def _add(p: _Point, q: _Point) -> _Point:
+    a = (p[1] - p[0]) * (q[1] - q[0]) % _FIELD
+    b = (p[1] + p[0]) * (q[1] + q[0]) % _FIELD
+    c = p[3] * q[3] * _D2 % _FIELD
+    d = 2 * p[2] * q[2] % _FIELD
+    e, f, g, h = b - a, d - c, d + c, b + a
+    return e * f % _FIELD, g * h % _FIELD, f * g % _FIELD, e * h % _FIELD
+
+
+@functools.lru_cache(maxsize=1)
+def _doublings() -> tuple[_Point, ...]:
+    """The base point, twice that, four times that, and so on: made once, every product is a sum of them."""
+    points = [(_BASE_X, _BASE_Y, 1, _BASE_X * _BASE_Y % _FIELD)]
+    while len(points) < 8 * KEY_BYTES:
+        points.append(_add(points[-1], points[-1]))
+    return tuple(points)
+
+
+def _times_base(scalar: int) -> bytes:
+    """A multiple of the base point, encoded."""
+    total: _Point = (0, 1, 1, 0)
+    for bit, point in enumerate(_doublings()):
+        if scalar >> bit & 1:
+            total = _add(total, point)
+    inverse = pow(total[2], -1, _FIELD)
+    x, y = total[0] * inverse % _FIELD, total[1] * inverse % _FIELD
+    return (y | (x & 1) << 255).to_bytes(KEY_BYTES, "little")
+
+
+def _expand(seed: bytes) -> tuple[int, bytes]:
+    """A private key's scalar, and its prefix of nonces."""
+    if len(seed) != KEY_BYTES:
+        raise ValueError(f"an Ed25519 private key has {KEY_BYTES} bytes")
+    digest = hashlib.sha512(seed).digest()
+    scalar = int.from_bytes(digest[:KEY_BYTES], "little")
+    return scalar & ~7 & ((1 << 254) - 1) | 1 << 254, digest[KEY_BYTES:]
+
+
+def ed25519_public_key(seed: bytes) -> bytes:
+    """The 32 bytes of the public key that belongs to a private key of 32 bytes."""
+    return _times_base(_expand(seed)[0])
+
+
+def ed25519_sign(seed: bytes, message: bytes) -> bytes:
+    """The 64 bytes of a private key's signature of a message."""
+    scalar, prefix = _expand(seed)
+    public = _times_base(scalar)
+    nonce = int.from_bytes(hashlib.sha512(prefix + message).digest(), "little") % _ORDER
+    point = _times_base(nonce)
+    challenge = int.from_bytes(hashlib.sha512(point + public + message).digest(), "little")
+    return point + ((nonce + challenge * scalar) % _ORDER).to_bytes(KEY_BYTES, "little")
+
+
+# --- Mesh keys ---
+
+
+@dataclass(frozen=True, slots=True)
+class MeshKey:
+    """The secret of a closed mesh: whoever has it is a member. until: its last day (UTC), None for no end.
+
+    As text: "qmesh1-" and base32 of the 32 bytes; " until YYYY-MM-DD" follows where it is being replaced.
+    """
+
+    secret: bytes = field(repr=False)
+    until: datetime.date | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != KEY_BYTES:
+            raise ValueError(f"a mesh key has {KEY_BYTES} bytes")
+
+    @classmethod
+    def parse(cls, text: str) -> MeshKey:
+        """One key as text. Raises ValueError, which does not tell what may be the secret."""
+        match = re.fullmatch(KEY_PREFIX + r"([a-z2-7]{52})(?:\s+until\s+(\S{1,32}))?", text.strip(), re.IGNORECASE)
+        if match is None:
+            raise ValueError(f'a mesh key is "{KEY_PREFIX}" and 52 letters and digits')
+        try:
+            until = datetime.date.fromisoformat(match[2]) if match[2] else None
+        except ValueError:
+            raise ValueError(f"the last day of a key is written YYYY-MM-DD, not {printable(match[2])}") from None
+        return cls(base64.b32decode(match[1].upper() + "===="), until)
+
+    @property
+    def text(self) -> str:
+        until = f" until {self.until.isoformat()}" if self.until is not None else ""
+        return KEY_PREFIX + base64.b32encode(self.secret).decode().rstrip("=").lower() + until
+
+
+def parse_mesh_keys(text: str) -> tuple[MeshKey, ...]:
+    """The keys of a key file, the one in force first. One key a line; # begins a comment. Raises ValueError."""
+    lines = [(number, line.partition("#")[0].strip()) for number, line in enumerate(text.splitlines(), 1)]
+    keys = []
+    for number, line in lines:
+        if line:
+            try:
+                keys.append(MeshKey.parse(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    if not keys:
+        raise ValueError("there is no mesh key in it")
+    if keys[0].until is not None or any(key.until is None for key in keys[1:]):
+        raise ValueError("the first key is the one in force and has no last day; each key after it needs one")
+    if len(keys) > MAX_MESH_KEYS or len({key.secret for key in keys}) < len(keys):
+        raise ValueError(f"at most {MAX_MESH_KEYS} keys, each another: the one in force and the one that it replaces")
+    return tuple(keys)
 
 
 @dataclass(frozen=True, slots=True)
 class MeshKeys:
-    """What the members of one mesh share. topic: where workers are announced; udp_key: of every MAC."""
+    """What the members of one mesh share.
+
+    name: the topic's, for people. topic: where workers are announced. udp_key: of every MAC. ca_seed: the
+    authority's private key. fingerprint: what people call the mesh by, "open" for an open one.
+    until: the last day (UTC) on which it counts, None for no end.
+    """
 
     name: str
     topic: NodeId
     udp_key: bytes = field(repr=False)
+    ca_seed: bytes = field(repr=False)
+    fingerprint: str
+    until: datetime.date | None = None
 
     @classmethod
-    def derive(cls, topic_name: str) -> MeshKeys:
-        """The keys of the open mesh with this topic name."""
-        secret = hashlib.sha256(b"qmesh open mesh\0" + topic_name.encode()).digest()
-        topic = hmac.digest(_subkey(secret, b"topic"), topic_name.encode(), "sha256")
-        return cls(topic_name, NodeId.of_bytes(topic), _subkey(secret, b"udp"))
+    def derive(cls, topic_name: str, key: MeshKey | None = None) -> MeshKeys:
+        """The keys of the mesh with this topic name and key; of the open mesh, where there is no key."""
+        open_secret = hashlib.sha256(b"qmesh open mesh\0" + topic_name.encode()).digest()
+        secret = open_secret if key is None else key.secret
+        topic = NodeId.of_bytes(hmac.digest(_subkey(secret, b"topic"), topic_name.encode(), "sha256"))
+        told = base64.b32encode(_subkey(secret, b"fingerprint")).decode().lower()[:FINGERPRINT_CHARS]
+        keys = topic, _subkey(secret, b"udp"), _subkey(secret, b"ca")
+        return cls(topic_name, *keys, OPEN_MESH if key is None else told, None if key is None else key.until)
+
+    @property
+    def is_open(self) -> bool:
+        return self.fingerprint == OPEN_MESH
+
+    @property
+    def title(self) -> str:
+        """The mesh's name for people."""
+        kind = OPEN_MESH if self.is_open else f"closed ({self.fingerprint})"
+        return f"{kind} mesh {self.name!r}"
 
 
 def _subkey(secret: bytes, label: bytes) -> bytes:
     return hmac.digest(secret, b"qmesh " + label, "sha256")
+
+
+# --- Certificates (X.509 version 3, RFC 5280 and RFC 8410), in DER ---
+
+
+def _der(tag: int, *parts: bytes) -> bytes:
+    content = b"".join(parts)
+    size = len(content)
+    digits = b"" if size < 0x80 else size.to_bytes((size.bit_length() + 7) // 8, "big")
+    length = bytes([0x80 | len(digits)]) + digits if digits else bytes([size])
+    return bytes([tag]) + length + content
+
+
+_INTEGER: Final = 0x02
+_BITS: Final = 0x03
+_OCTETS: Final = 0x04
+_OBJECT_ID: Final = 0x06
+_UTF8: Final = 0x0C
+_UTC_TIME: Final = 0x17
+_TIME: Final = 0x18
+_SEQUENCE: Final = 0x30
+_SET: Final = 0x31
+_TRUE: Final = b"\x01\x01\xff"
+
+_ED25519: Final = _der(_SEQUENCE, _der(_OBJECT_ID, b"\x2b\x65\x70"))
+# A machine whose clock is wrong still joins: from 1970 to "no well-defined expiration" (RFC 5280, 4.1.2.5).
+_VALIDITY: Final = _der(_SEQUENCE, _der(_UTC_TIME, b"700101000000Z"), _der(_TIME, b"99991231235959Z"))
+_USAGE: Final = b"\x55\x1d\x0f"
+_KEY_ID_BYTES: Final = 20
+_SERIAL_BYTES: Final = 16
+
+
+def _name(common_name: str) -> bytes:
+    attribute = _der(_SEQUENCE, _der(_OBJECT_ID, b"\x55\x04\x03"), _der(_UTF8, common_name.encode()))
+    return _der(_SEQUENCE, _der(_SET, attribute))
+
+
+_CA_NAME: Final = _name("QMesh")
+_NODE_NAME: Final = _name("QMesh node")
+
+
+def _extension(object_id: bytes, value: bytes, *, critical: bool = False) -> bytes:
+    return _der(_SEQUENCE, _der(_OBJECT_ID, object_id), _TRUE if critical else b"", _der(_OCTETS, value))
+
+
+def _key_id(public: bytes) -> bytes:
+    return hashlib.sha256(public).digest()[:_KEY_ID_BYTES]
+
+
+def _subject_key(public: bytes) -> bytes:
+    return _extension(b"\x55\x1d\x0e", _der(_OCTETS, _key_id(public)))
+
+
+def _unsigned(public: bytes, subject: bytes, extensions: Sequence[bytes]) -> bytes:
+    digest = hashlib.sha256(b"serial" + public).digest()
+    serial = bytes([digest[0] & 0x3F | 0x40]) + digest[1:_SERIAL_BYTES]  # positive, and always of the same size
+    return _der(
+        _SEQUENCE,
+        _der(0xA0, _der(_INTEGER, b"\x02")),
+        _der(_INTEGER, serial),
+        _ED25519,
+        _CA_NAME,
+        _VALIDITY,
+        subject,
+        _der(_SEQUENCE, _ED25519, _der(_BITS, b"\0", public)),
+        _der(0xA3, _der(_SEQUENCE, *extensions)),
+    )
+
+
+def _signed(unsigned: bytes, signature: bytes) -> bytes:
+    return _der(_SEQUENCE, unsigned, _ED25519, _der(_BITS, b"\0", signature))
+
+
+class Authority:
+    """A mesh's certificate authority, the same for every member. certificate: its own, in DER."""
+
+    def __init__(self, seed: bytes) -> None:
+        self._seed = seed
+        self._public = ed25519_public_key(seed)
+        constraints = _der(_SEQUENCE, _TRUE, _der(_INTEGER, b"\0"))  # an authority, with no other below it
+        usage = _der(_BITS, b"\x02\x04")  # signs certificates
+        extensions = [_extension(b"\x55\x1d\x13", constraints, critical=True), _extension(_USAGE, usage, critical=True)]
+        self.certificate = self._sign(_unsigned(self._public, _CA_NAME, [*extensions, _subject_key(self._public)]))
+        marker = b"\xa5" * KEY_BYTES
+        self._key_at = _signed(self._leaf(marker), bytes(SIGNATURE_BYTES)).index(marker)
+
+    def certify(self, public: bytes) -> bytes:
+        """A node's certificate, in DER."""
+        return self._sign(self._leaf(public))
+
+    def node_id(self, certificate: bytes) -> NodeId:
+        """Whose certificate this is, once OpenSSL has verified it. Raises WireError if it is not of our form.
+
+        All but the signature has to be the template, so that no second key can hide in it.
+        """
+        public = certificate[self._key_at : self._key_at + KEY_BYTES]
+        expected = _signed(self._leaf(public), bytes(SIGNATURE_BYTES))
+        if len(certificate) != len(expected) or certificate[:-SIGNATURE_BYTES] != expected[:-SIGNATURE_BYTES]:
+            raise WireError("a certificate that is not of QMesh's form")
+        return NodeId.of_bytes(hashlib.sha256(public).digest())
+
+    def _leaf(self, public: bytes) -> bytes:
+        usage = _der(_BITS, b"\x07\x80")  # signs handshakes
+        roles = [_der(_OBJECT_ID, b"\x2b\x06\x01\x05\x05\x07\x03", role) for role in (b"\x01", b"\x02")]  # both sides
+        issuer = _der(_SEQUENCE, _der(0x80, _key_id(self._public)))
+        extensions = [_extension(_USAGE, usage, critical=True), _extension(b"\x55\x1d\x25", _der(_SEQUENCE, *roles))]
+        extensions += [_extension(b"\x55\x1d\x23", issuer), _subject_key(public)]
+        return _unsigned(public, _NODE_NAME, extensions)
+
+    def _sign(self, unsigned: bytes) -> bytes:
+        return _signed(unsigned, ed25519_sign(self._seed, unsigned))
+
+
+_PRIVATE_KEY: Final = bytes.fromhex("302e020100300506032b657004220420")  # PKCS #8's DER (RFC 8410, 7) up to the key
+
+
+@dataclass(frozen=True, slots=True)
+class NodeKey:
+    """A node's own private key. node_id: the SHA-256 of its public key, the same in every mesh."""
+
+    seed: bytes = field(repr=False)
+    public: bytes
+    node_id: NodeId
+
+    @classmethod
+    def of_seed(cls, seed: bytes) -> NodeKey:
+        public = ed25519_public_key(seed)
+        return cls(seed, public, NodeId.of_bytes(hashlib.sha256(public).digest()))
+
+    @classmethod
+    def parse(cls, text: str) -> NodeKey:
+        """The key in PEM. Raises ValueError."""
+        lines = "".join(text.split("-----")[2:3]).split()
+        data = base64.b64decode("".join(lines), validate=True)
+        if not data.startswith(_PRIVATE_KEY):
+            raise ValueError("no Ed25519 private key in PKCS #8")
+        return cls.of_seed(data[len(_PRIVATE_KEY) :])
+
+    @property
+    def pem(self) -> str:
+        return pem("PRIVATE KEY", _PRIVATE_KEY + self.seed)
+
+
+def pem(label: str, data: bytes) -> str:
+    """DER as text (RFC 7468)."""
+    lines = base64.b64encode(data).decode()
+    body = "\n".join(lines[at : at + 64] for at in range(0, len(lines), 64))
+    return f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n"
 
 
 # ======================================================================================================

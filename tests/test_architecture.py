@@ -23,7 +23,7 @@ MAP_LINE = re.compile(r"^ +(\d+)  (\S+(?: \S+)*) {2,}\S", re.MULTILINE)
 
 LAST_PURE = 11
 PURE_MODULES = frozenset(
-    {"__future__", "base64", "binascii", "bisect", "collections", "collections.abc", "dataclasses", "enum"}
+    {"__future__", "base64", "binascii", "bisect", "collections", "collections.abc", "dataclasses", "datetime", "enum"}
     | {"functools", "hashlib", "heapq", "hmac", "ipaddress", "itertools", "json", "math", "random", "re", "struct"}
     | {"typing"}
 )
