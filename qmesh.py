@@ -73,6 +73,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -163,6 +164,7 @@ MAX_TABLE_NODES: Final = 1024  # about 0.5 MB; a network of millions fills fewer
 MAX_RECORDS: Final = 4096  # about 2 MB; far more workers than one topic will see
 MAX_RECORDS_PER_HOST: Final = 64  # one machine runs a handful of workers; a flood is not one
 MAX_TRANSACTIONS: Final = 512  # several lookups' worth; more is a fault of ours
+MAX_IMPOSTORS: Final = 256  # addresses where another worker answered than was announced
 MAX_TOLD: Final = 256  # addresses that the owner gave: names with many addresses, and peers of earlier days
 MAX_LOST: Final = 8  # addresses of nodes that fell silent, asked now and then whether they are back
 MAX_BEACONS_HEARD: Final = 256  # each arrives once per way that it was sent; the copies are not answered
@@ -181,7 +183,15 @@ REMEMBER_PERIOD_S: Final = 60.0  # a worker that is killed has told its disk by 
 # --- TCP ---
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024  # a long prompt with its history, several times over
 MAX_HELLO_BYTES: Final = 4 * 1024  # before `welcome` nobody is owed more memory than a greeting
-HANDSHAKE_TIMEOUT_S: Final = 5.0  # connect, greet and be greeted; a slow link does it in one
+MAX_UNTRUSTED_BYTES: Final = 16 * 1024  # TLS's handshake and a greeting take 2, and 4 with keys for after quanta
+HANDSHAKE_TIMEOUT_S: Final = 5.0  # TLS, greet and be greeted; a slow link does it in one
+MAX_UNTRUSTED: Final = 256  # connections that have not greeted yet; the oldest makes room
+MAX_UNTRUSTED_PER_HOST: Final = 64  # a classroom behind one address that starts at once still fits
+HANDSHAKE_BURST: Final = 128.0  # connections from one host; a doctor and some clients
+HANDSHAKES_PER_S: Final = 20.0  # and then per second
+ALL_HANDSHAKES_BURST: Final = 512.0  # from all hosts together
+ALL_HANDSHAKES_PER_S: Final = 100.0  # each takes a millisecond of the processor: a tenth of one, at most
+ACCEPTS_AT_ONCE: Final = 16  # connections taken in before anything else goes on
 CONNECT_TIMEOUT_S: Final = 3.0  # a machine that is switched off does not refuse, it is silent
 DIAL_BACK_TIMEOUT_S: Final = 10.0  # for a ping and a connection to somebody who may not answer, and the way back
 MAX_DIAL_BACKS_EACH: Final = 4  # asked for at once on one connection
@@ -257,12 +267,15 @@ class Settings:
     host: address to bind and to beacon on; "" means every interface. port: 0 takes a free one; None takes
     DEFAULT_PORT, or a free one where that is taken.
     peers: "HOST", "HOST:PORT" or "[IPV6]:PORT". state_dir: None means the platform's own place.
+    key: the path of a file with the mesh's key, or the key as text; None takes the one that is sealed into the
+    program, and where there is none the mesh is open.
     """
 
     host: str = ""
     port: int | None = None
     peers: tuple[str, ...] = ()
     topic: str = DEFAULT_TOPIC
+    key: str | None = field(default=None, repr=False)
     state_dir: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
     log_level: str = "warning"
@@ -398,6 +411,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "port": ("--port", "QMESH_PORT", _parse_port),
     "peers": ("--peer", "QMESH_PEERS", _parse_peers),
     "topic": ("--topic", "QMESH_TOPIC", _parse_topic),
+    "key": ("--key", "QMESH_KEY", str),
     "state_dir": ("--state-dir", "QMESH_STATE_DIR", str),
     "timeout_s": ("--timeout", "QMESH_TIMEOUT", _parse_timeout),
     "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
@@ -415,6 +429,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
 #      +- Refused           exit 4      +- WorkerLost
 #      +- ModelNotFound     exit 5      +- DeadlineExceeded
 #      +- MissingPackage                +- WireError
+#      +- MissingTls                    +- WrongMesh
 #
 # Rule 1: a message says what happened; the class's docstring says what to do about it, and both are shown.
 # Rule 2: `code` is what crosses the wire; `retryable` says whether another worker, or a later try, may help.
@@ -484,6 +499,16 @@ class InvalidRequest(QMeshError):
     def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(message)
         self.reason = code
+
+
+class WrongMesh(QMeshError):
+    """Use the same --key (or sealed file) and the same --topic on all machines that are to work together."""
+
+    code = "wrong_mesh"
+
+
+class MissingTls(QMeshError):
+    """Use a Python that comes with OpenSSL 1.1.1 or newer, such as that of python.org, conda or a current system."""
 
 
 class WorkerLost(QMeshError):
@@ -615,6 +640,10 @@ class HealthReport:
             raise WireError(f"a health report that makes no sense: {error}") from None
 
 
+RecordKey = tuple[NodeId, str]
+"""Whose record it is, and the host that spoke for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerRecord:
     """What the DHT says of a worker: where it answers over TCP, how it does, what it serves.
@@ -640,6 +669,10 @@ class WorkerRecord:
             raise ValueError("a record's port is out of range")
         if len(self.fingerprint) != FINGERPRINT_BYTES or len(self.model.encode()) > MODEL_NAME_BYTES:
             raise ValueError("a record's model name or fingerprint has the wrong size")
+
+    @property
+    def key(self) -> RecordKey:
+        return self.worker_id, self.address[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1523,9 +1556,8 @@ class MeshKeys:
 
     @property
     def title(self) -> str:
-        """The mesh's name for people."""
-        kind = OPEN_MESH if self.is_open else f"closed ({self.fingerprint})"
-        return f"{kind} mesh {self.name!r}"
+        """What people call the mesh."""
+        return f"open mesh {self.name!r}" if self.is_open else f"closed mesh {self.name!r} ({self.fingerprint})"
 
 
 def _subkey(secret: bytes, label: bytes) -> bytes:
@@ -2021,14 +2053,18 @@ class AnnounceTokens:
 
 
 class RecordStore:
-    """Worker records by topic, each until it expires or is taken back."""
+    """Worker records by topic, each until it expires or is taken back.
+
+    A worker may be told of at several hosts, and each host speaks for itself: whoever announces another's id
+    puts nothing in the place of what that one announced. Who connects learns whose id it is.
+    """
 
     def __init__(self, *, capacity: int = MAX_RECORDS, per_host: int = MAX_RECORDS_PER_HOST) -> None:
         self._capacity = capacity
         self._per_host = per_host
-        self._topics: dict[NodeId, dict[NodeId, WorkerRecord]] = {}
-        self._sorted: dict[NodeId, list[NodeId]] = {}
-        self._expiry: OrderedDict[tuple[NodeId, NodeId], float] = OrderedDict()  # soonest first
+        self._topics: dict[NodeId, dict[RecordKey, WorkerRecord]] = {}
+        self._sorted: dict[NodeId, list[RecordKey]] = {}
+        self._expiry: OrderedDict[tuple[NodeId, RecordKey], float] = OrderedDict()  # soonest first
         self._hosts: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -2036,68 +2072,58 @@ class RecordStore:
 
     def put(self, topic: NodeId, record: WorkerRecord, now: float) -> bool:
         """Keep a record for RECORD_TTL_S, unless it is no news. False when a quota forbids it."""
-        key = (topic, record.worker_id)
-        known = self._topics.get(topic, {}).get(record.worker_id)
+        key = record.key
+        known = self._topics.get(topic, {}).get(key)
         if known is not None and known.stamp >= record.stamp:
             return True  # overtaken on its way, or repeated: by a retry, or by somebody who recorded it
-        host = record.address[0]
-        if known is None and len(self._expiry) >= self._capacity:
-            return False
-        if (known is None or known.address[0] != host) and self._hosts[host] >= self._per_host:
-            return False
         if known is None:
-            bisect.insort(self._sorted.setdefault(topic, []), record.worker_id)
-        else:
-            self._forget_host(known.address[0])
-        self._topics.setdefault(topic, {})[record.worker_id] = record
-        self._hosts[host] += 1
-        self._expiry[key] = now + RECORD_TTL_S
-        self._expiry.move_to_end(key)
+            if len(self._expiry) >= self._capacity or self._hosts[record.address[0]] >= self._per_host:
+                return False
+            bisect.insort(self._sorted.setdefault(topic, []), key)
+            self._hosts[record.address[0]] += 1
+        self._topics.setdefault(topic, {})[key] = record
+        self._expiry[topic, key] = now + RECORD_TTL_S
+        self._expiry.move_to_end((topic, key))
         return True
 
-    def remove(self, topic: NodeId, worker_id: NodeId) -> bool:
-        record = self._topics.get(topic, {}).pop(worker_id, None)
+    def remove(self, topic: NodeId, key: RecordKey) -> bool:
+        record = self._topics.get(topic, {}).pop(key, None)
         if record is None:
             return False
-        self._sorted[topic].remove(worker_id)
+        self._sorted[topic].remove(key)
         if not self._topics[topic]:
             del self._topics[topic], self._sorted[topic]
-        del self._expiry[topic, worker_id]
-        self._forget_host(record.address[0])
-        return True
-
-    def _forget_host(self, host: str) -> None:
+        del self._expiry[topic, key]
+        host = record.address[0]
         self._hosts[host] -= 1
         if not self._hosts[host]:
             del self._hosts[host]
+        return True
 
     def expire(self, now: float) -> None:
         """Forget every record whose time is up."""
         while self._expiry:
-            (topic, worker_id), expires = next(iter(self._expiry.items()))
+            (topic, key), expires = next(iter(self._expiry.items()))
             if expires > now:
                 return
-            self.remove(topic, worker_id)
+            self.remove(topic, key)
 
     def next_expiry(self) -> float | None:
         return next(iter(self._expiry.values()), None)
-
-    def get(self, topic: NodeId, worker_id: NodeId) -> WorkerRecord | None:
-        return self._topics.get(topic, {}).get(worker_id)
 
     def total(self, topic: NodeId) -> int:
         return len(self._topics.get(topic, ()))
 
     def page(self, topic: NodeId, after: NodeId, count: int) -> list[WorkerRecord]:
         """Up to `count` records with ids above `after`, in order of id."""
-        ids = self._sorted.get(topic, [])
-        start = bisect.bisect_right(ids, after)
-        return [self._topics[topic][worker_id] for worker_id in ids[start : start + max(0, count)]]
+        keys = self._sorted.get(topic, [])
+        start = bisect.bisect_right(keys, after, key=lambda key: key[0])
+        return [self._topics[topic][key] for key in keys[start : start + max(0, count)]]
 
     def sample(self, topic: NodeId, count: int, rng: random.Random) -> list[WorkerRecord]:
         """Up to `count` records drawn at random, so that clients do not all hear of the same few."""
-        ids = self._sorted.get(topic, [])
-        return [self._topics[topic][worker_id] for worker_id in rng.sample(ids, max(0, min(count, len(ids))))]
+        keys = self._sorted.get(topic, [])
+        return [self._topics[topic][key] for key in rng.sample(keys, max(0, min(count, len(keys))))]
 
 
 # ======================================================================================================
@@ -2209,6 +2235,10 @@ class Gate:
         self._beacons: OrderedDict[tuple[Address, bytes], None] = OrderedDict()
         self._clone_at = -math.inf
 
+    def is_ours(self, data: bytes) -> bool:
+        """Whether a datagram is of this mesh."""
+        return self._codec.judge(data) is None
+
     def cloned(self, now: float) -> bool:
         """Somebody uses our id. True when that is to be told again."""
         self.dropped["clone"] += 1
@@ -2308,9 +2338,8 @@ class Responder:
     def _withdraw(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         if not self._tokens.valid(request.body["token"], address, now):
             return "error", {"code": "token"}
-        record = self.store.get(request.body["topic"], request.sender) if request.sender is not None else None
-        if record is not None and record.address[0] == address[0]:
-            self.store.remove(request.body["topic"], record.worker_id)
+        if request.sender is not None:
+            self.store.remove(request.body["topic"], (request.sender, address[0]))
         return "ok", {}
 
 
@@ -2378,7 +2407,7 @@ class Search:
         patient = purpose is SearchPurpose.HOLDERS
         self.lookup = Lookup(target, deadline=now + LOOKUP_DEADLINE_S, patient=patient)
         self.purpose = purpose
-        self.records: dict[NodeId, WorkerRecord] = {}
+        self.records: dict[RecordKey, WorkerRecord] = {}
         self.tokens: dict[NodeId, bytes] = {}
         self.requests = 0
         self.pages_open = 0
@@ -2401,9 +2430,9 @@ class Search:
         """Unite an answer's records with those known; returns the new ones and the newer ones."""
         fresh = []
         for record in records:
-            known = self.records.get(record.worker_id)
+            known = self.records.get(record.key)
             if known is None or known.stamp < record.stamp:
-                self.records[record.worker_id] = record
+                self.records[record.key] = record
                 fresh.append(record)
         return tuple(fresh)
 
@@ -2813,6 +2842,7 @@ class DhtEngine:
 
     def __init__(self, *, keys: MeshKeys, own: NodeId | None, rng: random.Random, now: float) -> None:
         self.table = RoutingTable(own if own is not None else NodeId.random(rng))
+        self.keys = keys
         self._topic = keys.topic
         self._own = own
         self._rng = rng
@@ -2908,7 +2938,7 @@ class DhtEngine:
         if self._announcement.record is None or self._own is None:
             return False
         self._requests.drop_kind("announce")
-        self._responder.store.remove(self._topic, self._own)
+        self._responder.store.remove(self._topic, self._announcement.record.key)
         for contact, token in self._announcement.end(now):
             self._request("withdraw", {"topic": self._topic, "token": token}, contact.address, now, contact.node_id)
         self._responder.own_record = None
@@ -3303,7 +3333,9 @@ def expected_waits(remaining_s: Iterable[float], service_s: float, count: int) -
 # Rule 3: psutil is imported here and nowhere else.
 # ======================================================================================================
 
+NODE_KEY_FILE: Final = "node.key"
 WORKER_ID_FILE: Final = "worker-id.txt"
+SEALED_KEY_FILE: Final = "mesh.key"  # in an archive
 PEERS_FILE: Final = "peers.json"
 LOCK_FILE: Final = "lock"
 LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
@@ -3335,6 +3367,65 @@ def host_state_dir(state_dir: str | None, environ: Mapping[str, str]) -> Path:
     return root / (re.sub(r"[^A-Za-z0-9._-]", "_", platform.node()).lstrip(".") or "localhost")
 
 
+def utc_today() -> datetime.date:
+    return datetime.datetime.now(datetime.UTC).date()
+
+
+def in_force(keys: MeshKeys) -> bool:
+    """Whether a mesh's key counts today."""
+    return keys.until is None or utc_today() <= keys.until
+
+
+def running_archive() -> Path | None:
+    """The archive that this program runs from; None where it runs from its source."""
+    place = Path(__file__).resolve().parent
+    return place if place.is_file() else None
+
+
+def sealed_key() -> str | None:
+    """The content of the key file that was sealed into the archive that runs; None where there is none."""
+    archive = running_archive()
+    if archive is None:
+        return None
+    with zipfile.ZipFile(archive) as members, contextlib.suppress(KeyError):
+        return members.read(SEALED_KEY_FILE).decode("ascii", errors="replace")
+    return None
+
+
+def read_key_file(path: Path) -> str:
+    """A key file's text. Raises UsageError; warns when others can read it."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_KEY_FILE_BYTES + 1)
+            mode = os.fstat(file.fileno()).st_mode
+    except OSError as error:
+        raise UsageError(f"the key file {path} cannot be read ({error.strerror or error})") from None
+    if len(data) > MAX_KEY_FILE_BYTES:
+        raise UsageError(f"{path} is no key file: it has more than {MAX_KEY_FILE_BYTES:,} bytes")
+    if sys.platform != "win32" and stat.S_ISREG(mode) and mode & 0o077:
+        log.warning("other users of this machine can read the mesh's key: chmod 600 %s", path)
+    return data.decode("utf-8", errors="replace")
+
+
+def read_keys(settings: Settings) -> tuple[MeshKey, ...]:
+    """The mesh's keys that this process was told of, none for an open mesh. Raises UsageError."""
+    told, source = settings.key, "the mesh key in QMESH_KEY"
+    if told is None:
+        told, source = sealed_key(), f"the key in {running_archive()}"
+    elif not told.lower().startswith(KEY_PREFIX):
+        told, source = read_key_file(Path(told)), f"the key file {told}"
+    try:
+        return parse_mesh_keys(told) if told is not None else ()
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}; `qmesh.py init FILE` makes a key file") from None
+
+
+def read_mesh_keys(settings: Settings) -> tuple[MeshKeys, ...]:
+    """The meshes that this process is a member of today, first that of the key in force. Raises UsageError."""
+    keys = [MeshKeys.derive(settings.topic, key) for key in read_keys(settings) or (None,)]
+    return tuple(filter(in_force, keys))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new, whole."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -3347,6 +3438,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def private_file(text: str) -> Iterator[str]:
+    """The path of a file with this text, which only this user can read, for a moment. Raises QMeshError."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="qmesh-")
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(text)
+    except OSError as error:
+        raise QMeshError(
+            f"no temporary file can be written ({error.strerror or error}); TMPDIR names a place"
+        ) from None
+    try:
+        yield name
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def keep_aside(path: Path, reason: str) -> None:
@@ -3410,22 +3518,36 @@ class StateDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def worker_id(self) -> NodeId:
-        """This instance's id, made at its first start. Raises UsageError when it cannot be kept."""
-        path = self.path / WORKER_ID_FILE
+    def node_key(self) -> NodeKey:
+        """This instance's key, made at its first start; its id stands beside it, for people.
+
+        Raises UsageError when they cannot be kept.
+        """
         try:
-            with contextlib.suppress(FileNotFoundError):
-                with contextlib.suppress(ValueError, IsADirectoryError):
-                    return NodeId.of_hex(path.read_text("ascii").strip())
-                keep_aside(path, "holds no worker id (64 hexadecimal digits)")
-            worker_id = NodeId.of_bytes(secrets.token_bytes(ID_BYTES))
-            write_atomically(path, f"{worker_id}\n".encode())
+            key = self._known_key()
+            if key is None:
+                key = NodeKey.of_seed(secrets.token_bytes(KEY_BYTES))
+                write_atomically(self.path / NODE_KEY_FILE, key.pem.encode())
+            told = f"{key.node_id}\n".encode()
+            id_path = self.path / WORKER_ID_FILE
+            if not id_path.is_file() or id_path.read_bytes() != told:
+                write_atomically(id_path, told)
         except OSError as error:
             raise UsageError(
-                f"the worker id cannot be kept in {self.path} ({error.strerror or error}); "
+                f"the worker's key cannot be kept in {self.path} ({error.strerror or error}); "
                 "choose another place with --state-dir DIR"
             ) from None
-        return worker_id
+        return key
+
+    def _known_key(self) -> NodeKey | None:
+        path = self.path / NODE_KEY_FILE
+        with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
+                path.chmod(0o600)
+            with contextlib.suppress(ValueError, IsADirectoryError):
+                return NodeKey.parse(path.read_text("ascii"))
+            keep_aside(path, "holds no Ed25519 key")
+        return None
 
     def peers(self) -> list[Address]:
         """Addresses where nodes answered last time."""
@@ -3936,8 +4058,7 @@ def _fingerprint(file: IO[bytes], data_start: int, size: int) -> bytes:
 
 def program_dir() -> Path:
     """The directory that holds the module, or the archive it runs from."""
-    place = Path(__file__).resolve().parent
-    return place.parent if place.is_file() else place
+    return (running_archive() or Path(__file__).resolve()).parent
 
 
 def model_dirs() -> list[Path]:
@@ -5529,19 +5650,21 @@ class BeaconListener:
 
 
 class UdpNode:
-    """A DHT engine with sockets. Use `open`, and `close` at the end.
+    """A node's DHT engines with sockets. Use `open`, and `close` at the end.
 
-    clock: seconds, as `uptime_s` gives them; the engine's times are of the same clock.
+    engines: one for each mesh that the node is a member of, first that of the key in force.
+    clock: seconds, as `uptime_s` gives them; the engines' times are of the same clock.
     resolved, unresolved: names given to `meet`, with their addresses, or with the reason why they have none yet.
     """
 
     def __init__(
-        self, engine: DhtEngine, host: str, on_event: Callable[[Event], None], clock: Callable[[], float]
+        self, engines: Sequence[DhtEngine], host: str, on_event: Callable[[Event], None], clock: Callable[[], float]
     ) -> None:
-        self.engine = engine
+        self.engines = list(engines)
         self.address: Address = (LOOPBACK, 0)
         self.resolved: dict[str, list[Address]] = {}
         self.unresolved: dict[str, str] = {}
+        self._leaving: list[DhtEngine] = []  # those of meshes whose key has had its last day
         self._host = host
         self._on_event = on_event
         self._clock = clock
@@ -5560,8 +5683,7 @@ class UdpNode:
     @classmethod
     async def open(
         cls,
-        engine: DhtEngine,
-        *,
+        *engines: DhtEngine,
         host: str,
         port: int | None,
         listen: bool,
@@ -5569,7 +5691,7 @@ class UdpNode:
         clock: Callable[[], float] = uptime_s,
     ) -> UdpNode:
         """Bind and begin. listen: hear beacons, as clients do not. Raises UsageError when `port` is taken."""
-        node = cls(engine, host, on_event, clock)
+        node = cls(engines, host, on_event, clock)
         usual = DEFAULT_PORT if listen else CLIENT_PORT
         await node._sockets.add(*bind_preferred(socket.SOCK_DGRAM, host, port, usual))
         node.address = node._sockets.bound
@@ -5588,7 +5710,7 @@ class UdpNode:
     async def close(self) -> None:
         """Take our record back from its holders, and stop."""
         self.run(lambda engine, now: engine.withdraw(now))
-        if self.engine.sent["withdraw"]:  # the holders are to hear of it before the socket is gone
+        if any(engine.sent["withdraw"] for engine in self.engines):  # holders are to hear it while the socket is there
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(GOODBYE_TIMEOUT_S):
                     await self._settled()
@@ -5607,31 +5729,45 @@ class UdpNode:
         sent: Counter[str] = Counter()
         for own in self._sockets:
             sent.update(own.sent)
-        gate, now = self.engine.gate, self._clock()
+        received: Counter[str] = Counter()
+        dropped: Counter[str] = Counter()
+        for engine in self.engines:
+            received.update(engine.gate.received)
+            dropped.update(engine.gate.dropped)
+        now = self._clock()
         strangers = [
             {"host": host, "reason": reason, "age_s": round(now - heard, 1)}
-            for host, (reason, heard) in gate.strangers.items()
+            for host, (reason, heard) in self.engine.gate.strangers.items()
         ]
         return {
-            "peers": len(self.engine.table),
+            "peers": len(self.contacts()),
             "sent": dict(sent),
-            "received": dict(gate.received),
-            "dropped": dict(gate.dropped),
+            "received": dict(received),
+            "dropped": dict(dropped),
             "strangers": strangers,
             "interfaces": [outlet.address for outlet in self._outlets],
             "deaf": self._listener.failure if self._listener is not None else None,
         }
 
+    @property
+    def engine(self) -> DhtEngine:
+        """That of the mesh whose key is in force."""
+        return self.engines[0]
+
+    def contacts(self) -> list[Contact]:
+        """The nodes that are known, of all meshes."""
+        return list(dict.fromkeys(contact for engine in self.engines for contact in engine.table))
+
     async def _settled(self) -> None:
-        while not self.engine.settled:
+        while not all(engine.settled for engine in self.engines):
             self._progress = self._loop.create_future()
             await self._progress
 
-    def run(self, action: Callable[[DhtEngine, float], T]) -> T:
-        """Do something with the engine now, and move what comes of it."""
-        result = action(self.engine, self._clock())
+    def run(self, action: Callable[[DhtEngine, float], T]) -> list[T]:
+        """Do something with each engine now, and move what comes of it."""
+        results = [action(engine, self._clock()) for engine in self.engines]
         self._pump()
-        return result
+        return results
 
     def meet(self, names: Iterable[str], known: Iterable[Address] = ()) -> None:
         """Ask at these places whether a node is there, again and again: `names` as in --peer, known addresses."""
@@ -5649,7 +5785,7 @@ class UdpNode:
         while True:
             await asyncio.gather(*(self._resolve_one(name, place) for name, place in waiting.items()))
             await asyncio.sleep(BEACON_PERIOD_S)
-            waiting = {name: places[name] for name in places if name in self.unresolved or not len(self.engine.table)}
+            waiting = {name: places[name] for name in places if name in self.unresolved or not self.contacts()}
 
     async def _resolve_one(self, name: str, place: Address) -> None:
         try:
@@ -5678,13 +5814,30 @@ class UdpNode:
     def _receive(self, data: bytes, address: Address) -> None:
         if self._closing:
             return
-        self.engine.receive_datagram(data, address, self._clock())
+        ours = [engine for engine in self._all[1:] if engine.gate.is_ours(data)]
+        engine = ours[0] if ours else self.engine  # which also counts what is of no mesh of ours
+        engine.receive_datagram(data, address, self._clock())
         self._pump()
+
+    @property
+    def _all(self) -> list[DhtEngine]:
+        return self.engines + self._leaving
 
     def _on_timer(self) -> None:
         self._timer = None
-        self.engine.handle_timer(self._clock())
+        self._leave_meshes()
+        for engine in self._all:
+            engine.handle_timer(self._clock())
         self._pump()
+
+    def _leave_meshes(self) -> None:
+        """Take our record back from meshes whose key has had its last day, and be silent there."""
+        over = [engine for engine in self.engines if not in_force(engine.keys)]
+        for engine in over:
+            log.info("the last day of a key is over: leaving the %s", engine.keys.title)
+            self.engines.remove(engine)
+            engine.withdraw(self._clock())
+        self._leaving = [engine for engine in self._leaving + over if not engine.settled]
 
     def _pump(self) -> None:
         """Move what there is to move, and what the owner adds on hearing of it, until nothing is left."""
@@ -5701,17 +5854,21 @@ class UdpNode:
             self._progress.set_result(None)
 
     def _move(self) -> bool:
-        datagrams = self.engine.datagrams_to_send(self._clock())
-        for data, address in datagrams:
-            self._send(data, address)
-        event = self.engine.next_event()
-        if event is not None:
-            self._on_event(event)
-        return bool(datagrams) or event is not None
+        moved = False
+        for engine in self._all:
+            for data, address in engine.datagrams_to_send(self._clock()):
+                self._send(data, address)
+                moved = True
+            event = engine.next_event()
+            if event is not None:
+                self._on_event(event)
+                moved = True
+        return moved
 
     def _arm_timer(self) -> None:
         # The engine is asked often, as the loop's own clock stands still while the machine sleeps.
-        due = self._loop.time() + min(max(0.0, self.engine.get_timer() - self._clock()), CLOCK_CHECK_S)
+        next_due = min(engine.get_timer() for engine in self._all)
+        due = self._loop.time() + min(max(0.0, next_due - self._clock()), CLOCK_CHECK_S)
         if not self._closing and (self._timer is None or due < self._timer.when()):
             if self._timer is not None:
                 self._timer.cancel()
@@ -5885,54 +6042,334 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
 # ======================================================================================================
 # 16  TCP shell
 #
-# Connections that carry frames, with a deadline on every wait and a bound on every buffer.
-# Rule 1: `dial` and `TcpServer` are the only places that make streams: TLS enters through their `tls`.
-# Rule 2: the first frame each way is `hello` and `welcome`; until then a peer is owed 4 KiB and 5 s.
+# Connections that carry frames, inside TLS 1.3 and nothing else, with a deadline on every wait and a bound
+# on every buffer.
+# Rule 1: both sides show a certificate of the mesh's authority; who the other side is, its certificate tells.
+# Rule 2: the first frame each way is `hello` and `welcome`, since TLS 1.3 tells the dialler that all is well
+# before its own certificate has been judged. Until then a peer is trusted with nothing: see `Door`.
 # Rule 3: a connection that breaks the protocol is closed, after being told why; no other one notices.
 # ======================================================================================================
 
-STREAM_BUFFER_BYTES: Final = 32 * 1024  # asyncio reads ahead up to twice this for each connection
+STREAM_BUFFER_BYTES: Final = 32 * 1024  # of what a connection sent and nobody has asked for yet; then it waits
 DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells more than silence does
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
 LAST_FRAMES: Final = ("inference_result", "inference_error")  # nothing follows them for their request
 
 
-class Connection:
-    """Frames over one TCP stream. peer_id: who the other side said it is, after the greeting."""
+def load_ssl() -> Any:
+    """The standard library's ssl. Raises MissingTls where it cannot do what the mesh needs."""
+    try:
+        import ssl
+    except ImportError as error:
+        raise MissingTls(f"this Python has no TLS ({error})") from None
+    if not ssl.HAS_TLSv1_3 or ssl.OPENSSL_VERSION_INFO < (1, 1, 1):
+        raise MissingTls(f"this Python's {ssl.OPENSSL_VERSION} has no TLS 1.3 with Ed25519")
+    return ssl
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+class Membership:
+    """What a node shows in one mesh, and whom it trusts there."""
+
+    def __init__(self, keys: MeshKeys, key: NodeKey) -> None:
+        self.keys = keys
+        self.authority = Authority(keys.ca_seed)
+        self.server_name = f"{str(keys.topic)[:32]}.qmesh"  # no secret: beacons carry the topic's id too
+        self._pem = pem("CERTIFICATE", self.authority.certify(key.public)) + key.pem
+
+    @functools.cached_property
+    def dialling(self) -> ssl.SSLContext:
+        return self._context("PROTOCOL_TLS_CLIENT")
+
+    @functools.cached_property
+    def listening(self) -> ssl.SSLContext:
+        return self._context("PROTOCOL_TLS_SERVER")
+
+    def _context(self, protocol: str) -> ssl.SSLContext:
+        ssl = load_ssl()
+        context: Any = ssl.SSLContext(getattr(ssl, protocol))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.check_hostname = False  # a node's name is its id, which the certificate tells
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        if protocol == "PROTOCOL_TLS_SERVER":
+            context.num_tickets = 0  # connections last; nobody resumes one
+        try:
+            context.load_verify_locations(cadata=self.authority.certificate)
+            with private_file(self._pem) as path:  # OpenSSL's keys come from files
+                context.load_cert_chain(path)
+        except ssl.SSLError as error:
+            raise MissingTls(f"this Python's {ssl.OPENSSL_VERSION} does not take Ed25519 ({error})") from None
+        return context  # type: ignore[no-any-return]
+
+
+class Identity:
+    """Who a node is to others, in each of its meshes; the one whose key is the latest comes first."""
+
+    def __init__(self, key: NodeKey, meshes: Sequence[MeshKeys]) -> None:
+        self.node_id = key.node_id
+        self._memberships = [Membership(keys, key) for keys in meshes]
+
+    @classmethod
+    def ephemeral(cls, meshes: Sequence[MeshKeys]) -> Identity:
+        """Somebody who was never here before and will not be again, as clients are."""
+        return cls(NodeKey.of_seed(secrets.token_bytes(KEY_BYTES)), meshes)
+
+    @property
+    def memberships(self) -> list[Membership]:
+        """Those that count today."""
+        return [membership for membership in self._memberships if in_force(membership.keys)]
+
+    @functools.cached_property
+    def listening(self) -> ssl.SSLContext:
+        """For a listener: whom a dialler names is whom it talks to, and it has to name one of our meshes."""
+        context = self._memberships[0].listening
+        context.sni_callback = self._choose
+        return context
+
+    def _choose(self, tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
+        named = next((member for member in self.memberships if member.server_name == name), None)
+        if named is None:
+            return int(load_ssl().ALERT_DESCRIPTION_UNRECOGNIZED_NAME)
+        tls.context = named.listening
+        return None
+
+    def chosen(self, tls: ssl.SSLObject) -> Membership:
+        """The mesh in which a connection that was accepted is made."""
+        return next(member for member in self._memberships if member.listening is tls.context)
+
+
+class TlsStream:
+    """TLS over bytes that others move: `feed` it what arrived, and send on what `to_send` gives."""
+
+    def __init__(self) -> None:
+        self._ssl = load_ssl()
+        self._incoming = self._ssl.MemoryBIO()
+        self._outgoing = self._ssl.MemoryBIO()
+        self.tls: Any = None
+
+    def begin(self, context: ssl.SSLContext, name: str | None) -> None:
+        """Make ready for the handshake: with whom is dialled by this name, or as who was dialled."""
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=name is None, server_hostname=name)
+
+    def feed(self, data: memoryview) -> None:
+        self._incoming.write(data)
+
+    def feed_eof(self) -> None:
+        self._incoming.write_eof()
+
+    def to_send(self) -> bytes:
+        data: bytes = self._outgoing.read()
+        return data
+
+    @property
+    def unread(self) -> int:
+        """Bytes that arrived and were not asked for."""
+        return int(self._incoming.pending)
+
+    def handshake(self) -> bool:
+        """Go on with the handshake; whether it is done. Raises ssl.SSLError."""
+        with contextlib.suppress(self._ssl.SSLWantReadError):
+            self.tls.do_handshake()
+            return True
+        return False
+
+    def read(self) -> bytes | None:
+        """What the other side said: None when more has to arrive, b"" when it has closed. Raises ssl.SSLError."""
+        try:
+            data: bytes = self.tls.read(READ_BYTES)
+        except self._ssl.SSLWantReadError:
+            return None
+        except (self._ssl.SSLZeroReturnError, self._ssl.SSLEOFError):
+            return b""
+        return data
+
+    def write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[self.tls.write(left) :]
+
+    def close(self) -> None:
+        """Say that nothing more follows."""
+        with contextlib.suppress(self._ssl.SSLError):
+            self.tls.unwrap()
+
+
+# What the other side says when it does not take us for a member (RFC 8446, 6.2), in OpenSSL's words.
+_NOT_A_MEMBER: Final = ("UNRECOGNIZED_NAME", "ALERT_UNKNOWN_CA", "ALERT_BAD_CERTIFICATE", "ALERT_DECRYPT_ERROR")
+
+
+def tls_failure(error: OSError, peer: str) -> QMeshError:
+    """What an ssl.SSLError means."""
+    ssl, reason = load_ssl(), getattr(error, "reason", None) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return WrongMesh(f"{peer} is not of this mesh: its certificate is not signed by this mesh's key")
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return WorkerLost(f"{peer} closed during the handshake")
+    if reason.endswith(_NOT_A_MEMBER):
+        return WrongMesh(f"{peer} is of another mesh, with another key or topic")
+    return WireError(f"{peer} does not speak TLS as QMesh does ({reason})")
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Frames over one TLS connection. peer_id: who the other side is, once it has greeted."""
+
+    # One buffer for all connections: what arrives in it is taken over before anything else arrives.
+    _ARRIVALS: ClassVar = memoryview(bytearray(READ_BYTES))
+
+    def __init__(self, on_made: Callable[[Connection], None] | None = None) -> None:
         self.peer_id = ""
         self.peer_agent = ""
-        self._reader = reader
-        self._writer = writer
+        self._on_made = on_made
+        self._stream = TlsStream()
+        self._membership: Membership | None = None
+        self._certified = ""
+        self._untrusted_bytes = 0
         self._frames = FrameReader()
-        self._draining = asyncio.Lock()
-        writer.transport.set_write_buffer_limits(high=0)  # so that drain waits for all of it
+        self._arrived = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._reading = True
+        self._failure: QMeshError | None = None
+        self._transport: Any = None
+
+    # --- What asyncio calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._transport.set_write_buffer_limits(high=0)  # so that drain waits for all of it
+        self._writable.set()
+        if self._on_made is not None:
+            self._on_made(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._ARRIVALS
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._stream.feed(self._ARRIVALS[:nbytes])
+        if not self.peer_id:
+            self._untrusted_bytes += nbytes
+            if self._untrusted_bytes > MAX_UNTRUSTED_BYTES:
+                self._fail(WireError(f"{self.peer_name} sent {self._untrusted_bytes:,} bytes before it greeted"))
+                self.abort()
+        if self._reading and self._stream.unread > STREAM_BUFFER_BYTES:
+            self._reading = False
+            self._transport.pause_reading()
+        self._arrived.set()
+
+    def eof_received(self) -> bool:
+        self._stream.feed_eof()
+        self._arrived.set()
+        return True  # what we have to say can still be sent
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(WorkerLost(f"the connection to {self.peer_name} broke" + (f": {exc}" if exc is not None else "")))
+        self._writable.set()
+        self._closed.set()
+
+    def _fail(self, failure: QMeshError) -> None:
+        self._failure = self._failure or failure
+        self._arrived.set()
+
+    # --- The handshake ---
+
+    async def secure(self, identity: Identity, dialled: Membership | None = None) -> None:
+        """Do TLS's handshake: with a member of a mesh whom we dialled, or as who was dialled.
+
+        Raises WrongMesh, WireError or WorkerLost.
+        """
+        if dialled is None:
+            await self._more()  # nothing is spent on somebody who says nothing
+        context = identity.listening if dialled is None else dialled.dialling
+        self._stream.begin(context, dialled.server_name if dialled is not None else None)
+        while not self._attempt(self._stream.handshake):
+            await self._more()
+        self._membership = dialled or identity.chosen(self._stream.tls)
+        certificate = self._stream.tls.getpeercert(binary_form=True)
+        self._certified = str(self._membership.authority.node_id(certificate))
+
+    @property
+    def keys(self) -> MeshKeys:
+        """Of the mesh in which this connection is made."""
+        assert self._membership is not None, "the handshake is not done"
+        return self._membership.keys
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the handshake is done: the other side is a member, and hears us."""
+        return bool(self._certified)
+
+    def greeted(self, body: Json) -> None:
+        """Take in the other side's greeting. Raises WireError when it speaks another version, or under another id."""
+        if body.get("version") != PROTOCOL_VERSION:
+            raise WireError(
+                f"{self.peer_name} runs {printable(body.get('agent', 'unknown'))} and speaks version "
+                f"{printable(body.get('version'))} of the protocol; "
+                f"this is {AGENT} with version {PROTOCOL_VERSION}"
+            )
+        if body.get("node_id") != self._certified:
+            raise WireError(f"{self.peer_name} greets under another id than its certificate's")
+        self.peer_id, self.peer_agent = self._certified, printable(body.get("agent", ""))
+        self._frames.limit = MAX_FRAME_BYTES
+
+    def _attempt(self, step: Callable[[], T]) -> T:
+        """A step of TLS, and what it has to send; a failure in our words."""
+        try:
+            return step()
+        except OSError as error:
+            raise tls_failure(error, self.peer_name) from None
+        finally:
+            self._flush()
+
+    async def _more(self) -> None:
+        """Wait until something has arrived. Raises WorkerLost or WireError."""
+        if self._failure is not None:
+            raise self._failure
+        if not self._reading:
+            self._reading = True
+            self._transport.resume_reading()
+        self._arrived.clear()
+        await self._arrived.wait()
+
+    # --- Frames ---
 
     @property
     def address(self) -> Address:
-        return address_of(self._writer.get_extra_info("peername") or (UNSPECIFIED, 0))
+        return address_of(self._transport.get_extra_info("peername") or (UNSPECIFIED, 0))
+
+    @property
+    def peer_name(self) -> str:
+        return format_address(self.address)
 
     def write(self, body: Mapping[str, Any]) -> None:
         """Put a frame into the outgoing buffer; call `drain` after one or more."""
-        self._writer.write(encode_frame(body))
+        self._stream.write(encode_frame(body))
+        self._flush()
+
+    def _flush(self) -> None:
+        data = self._stream.to_send()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
 
     @property
     def lagging(self) -> bool:
         """Whether some of what was written has not been handed to the system yet."""
-        return self._writer.transport.get_write_buffer_size() > 0
+        return bool(self._transport.get_write_buffer_size())
 
     async def drain(self) -> None:
         """Wait until the other side takes what was written. Raises WorkerLost when it does not."""
-        if not self.lagging:
-            return
         try:
-            async with self._draining, asyncio.timeout(SEND_TIMEOUT_S):
-                await self._writer.drain()
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._writable.wait()
         except TimeoutError:
             raise WorkerLost(f"{self.peer_name} took nothing for {SEND_TIMEOUT_S:g} s") from None
-        except OSError as error:
-            raise WorkerLost(f"the connection to {self.peer_name} broke: {error}") from None
+        if self._failure is not None:
+            raise self._failure
 
     async def send(self, body: Mapping[str, Any]) -> None:
         self.write(body)
@@ -5944,44 +6381,31 @@ class Connection:
             frame = self._frames.read()
             if frame is not None:
                 return frame
-            try:
-                data = await self._reader.read(READ_BYTES)
-            except OSError as error:
-                raise WorkerLost(f"the connection to {self.peer_name} broke: {error}") from None
-            if not data:
-                if self._frames.pending:
-                    raise WorkerLost(f"{self.peer_name} closed in the middle of a message")
+            data = self._attempt(self._stream.read)
+            if data is None:
+                await self._more()
+            elif data:
+                self._frames.feed(data)
+            elif self._frames.pending:
+                raise WorkerLost(f"{self.peer_name} closed in the middle of a message")
+            else:
                 return None
-            self._frames.feed(data)
 
-    @property
-    def peer_name(self) -> str:
-        return format_address(self.address)
-
-    def greeted(self, body: Json) -> None:
-        """Take in the other side's greeting. Raises WireError when it speaks another version."""
-        version, node_id = body.get("version"), body.get("node_id")
-        if version != PROTOCOL_VERSION:
-            raise WireError(
-                f"{self.peer_name} runs {printable(body.get('agent', 'unknown'))} and speaks version "
-                f"{printable(version)} of the protocol; "
-                f"this is {AGENT} with version {PROTOCOL_VERSION}"
-            )
-        if not isinstance(node_id, str) or not re.fullmatch(r"[0-9a-f]{64}", node_id):
-            raise WireError(f"{self.peer_name} greets without a node id")
-        self.peer_id, self.peer_agent = node_id, printable(body.get("agent", ""))
-        self._frames.limit = MAX_FRAME_BYTES
+    # --- The end ---
 
     def abort(self) -> None:
         """Drop the connection now."""
-        self._writer.transport.abort()
+        self._transport.abort()
 
     async def close(self) -> None:
         """Send what is written, and close."""
-        self._writer.close()
-        with contextlib.suppress(OSError, TimeoutError):
+        if self.is_secure:
+            self._stream.close()
+            self._flush()
+        self._transport.close()
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._writer.wait_closed()
+                await self._closed.wait()
         self.abort()
 
 
@@ -5989,20 +6413,33 @@ def greeting(kind: str, node_id: NodeId) -> Json:
     return {"type": kind, "version": PROTOCOL_VERSION, "node_id": str(node_id), "agent": AGENT}
 
 
-async def dial(address: Address, own: NodeId, *, tls: ssl.SSLContext | None = None) -> Connection:
-    """Connect and greet. Raises WorkerLost when nobody answers, WireError when it is no QMesh of ours."""
+async def dial(address: Address, identity: Identity) -> Connection:
+    """Connect to a member of one of our meshes, and greet.
+
+    Raises WorkerLost when nobody answers, WrongMesh or WireError when it is no member of ours.
+    """
+    wrong = WrongMesh("this node is a member of no mesh any more: the last day of its key is over")
+    for membership in identity.memberships:
+        try:
+            return await _dial_as(address, identity, membership)
+        except WrongMesh as error:
+            wrong = error
+    raise wrong
+
+
+async def _dial_as(address: Address, identity: Identity, membership: Membership) -> Connection:
     place = format_address(address)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
-            streams = await asyncio.open_connection(*address, limit=STREAM_BUFFER_BYTES, ssl=tls)
+            _, connection = await asyncio.get_running_loop().create_connection(Connection, *address)
     except TimeoutError:
         raise WorkerLost(f"{place} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
         raise WorkerLost(f"{place} cannot be reached: {error.strerror or error}") from None
-    connection = Connection(*streams)
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            await connection.send(greeting("hello", own))
+            await connection.secure(identity, membership)
+            await connection.send(greeting("hello", identity.node_id))
             await _await_welcome(connection)
     except BaseException as error:
         connection.abort()
@@ -6024,10 +6461,10 @@ async def _await_welcome(connection: Connection) -> None:
     connection.greeted(body)
 
 
-async def greeted_by(address: Address) -> NodeId | None:
+async def greeted_by(address: Address, identity: Identity) -> NodeId | None:
     """The id of the worker that greets over TCP at an address, None if none does."""
     try:
-        connection = await dial(address, NodeId.random(random.SystemRandom()))
+        connection = await dial(address, identity)
     except QMeshError:
         return None
     connection.abort()
@@ -6038,27 +6475,31 @@ Handler = Callable[[Connection], Awaitable[None]]
 
 
 class TcpServer:
-    """Accepts connections, greets them, and hands each to `handler`, whose end is the connection's."""
+    """Accepts connections, greets them, and hands each to `handler`, whose end is the connection's.
 
-    def __init__(self, handler: Handler, own: NodeId, *, tls: ssl.SSLContext | None = None) -> None:
-        self.refused = 0
+    dropped: connections that were not, by reason.
+    """
+
+    def __init__(self, handler: Handler, identity: Identity) -> None:
+        self.dropped: Counter[str] = Counter()
         self._handler = handler
-        self._own = own
-        self._tls = tls
+        self._identity = identity
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._hosts: Counter[str] = Counter()
+        self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # by host; the oldest first
+        self._hosts: Counter[str] = Counter()  # of those that are trusted
+        self._rate = RateLimiter(burst=HANDSHAKE_BURST, per_s=HANDSHAKES_PER_S)
+        self._rate_in_all = RateLimiter(burst=ALL_HANDSHAKES_BURST, per_s=ALL_HANDSHAKES_PER_S)
 
     async def start(self, host: str, port: int | None) -> Address:
-        """Listen; returns the address. Raises UsageError when `port` is taken."""
+        """Listen; returns the address. Raises UsageError when `port` is taken, MissingTls."""
+        _ = self._identity.listening  # what is missing for it is said now
         socks = bind_preferred(socket.SOCK_STREAM, host, port, DEFAULT_PORT)
-        started = [
-            asyncio.start_server(
-                self._accept, sock=sock, limit=STREAM_BUFFER_BYTES, ssl=self._tls, backlog=MAX_CONNECTIONS
-            )
-            for sock in socks
-        ]
-        self._servers = await asyncio.gather(*started)
+        loop = asyncio.get_running_loop()
+        for sock in socks:
+            server = await loop.create_server(lambda: Connection(self._accept), sock=sock, backlog=ACCEPTS_AT_ONCE)
+            sock.listen(MAX_CONNECTIONS)  # more may wait than are accepted in one go
+            self._servers.append(server)
         return address_of(socks[0].getsockname())
 
     async def stop(self) -> None:
@@ -6069,40 +6510,64 @@ class TcpServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = Connection(reader, writer)
-        host = connection.address[0]
-        if len(self._tasks) >= MAX_CONNECTIONS or self._hosts[host] >= MAX_CONNECTIONS_PER_HOST:
-            self.refused += 1
-            connection.write(error_frame(None, Refused("this worker has too many connections open")))
-            writer.close()  # what is written still goes out, and nothing is read
+    # --- Who is not trusted yet ---
+
+    def _accept(self, connection: Connection) -> None:
+        host, now = connection.address[0], asyncio.get_running_loop().time()
+        if not (self._rate.allow(connection.address, now) and self._rate_in_all.allow((UNSPECIFIED, 0), now)):
+            self.dropped["rate"] += 1
+            connection.abort()
             return
-        self._hosts[host] += 1
+        self._make_room(host)
         task = asyncio.create_task(self._serve(connection))
         self._tasks.add(task)
-        task.add_done_callback(lambda done: self._ended(done, host))
+        self._untrusted[task] = host
+        task.add_done_callback(self._ended)
 
-    def _ended(self, task: asyncio.Task[None], host: str) -> None:
+    def _make_room(self, host: str) -> None:
+        """Those who take long to greet make room for those who come."""
+        same_host = [task for task, other in self._untrusted.items() if other == host]
+        if len(same_host) >= MAX_UNTRUSTED_PER_HOST or len(self._untrusted) >= MAX_UNTRUSTED:
+            oldest = same_host[0] if len(same_host) >= MAX_UNTRUSTED_PER_HOST else next(iter(self._untrusted))
+            del self._untrusted[oldest]
+            oldest.cancel()
+            self.dropped["shed"] += 1
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._hosts[host] -= 1
-        if not self._hosts[host]:
-            del self._hosts[host]
+        self._untrusted.pop(task, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("a connection's handler failed", exc_info=task.exception())
 
     async def _serve(self, connection: Connection) -> None:
         try:
-            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-                await self._greet(connection)
-            await self._handler(connection)
-        except WireError as error:
+            if await self._trust(connection):
+                await self._serve_member(connection)
+        except QMeshError as error:
             log.info("%s: %s", connection.peer_name, error)
-            with contextlib.suppress(QMeshError):
-                await connection.send(error_frame(None, InvalidRequest(str(error))))
-        except (QMeshError, TimeoutError) as error:
-            log.info("%s: %s", connection.peer_name, str(error) or "it did not greet in time")
         finally:
+            if not connection.is_secure:
+                connection.abort()
             await connection.close()
+
+    async def _trust(self, connection: Connection) -> bool:
+        """Whether somebody turns out to be a member of the mesh, in time."""
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await connection.secure(self._identity)
+                await self._explained(self._greet(connection), connection)
+            return True
+        except TimeoutError:
+            reason, why = "slow", f"it did not greet within {HANDSHAKE_TIMEOUT_S:g} s"
+        except WrongMesh as error:
+            reason, why = "mesh", str(error)
+        except WireError as error:
+            reason, why = "protocol", str(error)
+        except WorkerLost as error:
+            reason, why = "closed", str(error)
+        self.dropped[reason] += 1
+        log.info("%s: %s", connection.peer_name, why)
+        return False
 
     async def _greet(self, connection: Connection) -> None:
         body = await connection.receive()
@@ -6111,7 +6576,33 @@ class TcpServer:
         if body["type"] != "hello":
             raise WireError(f"a greeting is needed before {body['type']}")
         connection.greeted(body)
-        await connection.send(greeting("welcome", self._own))
+
+    # --- Members ---
+
+    async def _serve_member(self, connection: Connection) -> None:
+        host = connection.address[0]
+        if self._hosts.total() >= MAX_CONNECTIONS or self._hosts[host] >= MAX_CONNECTIONS_PER_HOST:
+            self.dropped["full"] += 1
+            await connection.send(error_frame(None, Refused("this worker has too many connections open")))
+            return
+        self._hosts[host] += 1
+        try:
+            await connection.send(greeting("welcome", self._identity.node_id))
+            await self._explained(self._handler(connection), connection)
+        finally:
+            self._hosts[host] -= 1
+            if not self._hosts[host]:
+                del self._hosts[host]
+
+    @staticmethod
+    async def _explained(work: Awaitable[None], connection: Connection) -> None:
+        """Tell a member that breaks the protocol why it is hung up on."""
+        try:
+            await work
+        except WireError as error:
+            with contextlib.suppress(QMeshError):
+                await connection.send(error_frame(None, InvalidRequest(str(error))))
+            raise
 
 
 class WorkerLink:
@@ -6226,6 +6717,11 @@ def _parse_answer(body: Json) -> Queued | Token | Result:
         raise WireError(f"a place in the queue that makes no sense: {error}") from None
 
 
+def mesh_json(keys: MeshKeys) -> Json:
+    """Which mesh this is, for people and programs; nothing of it is secret."""
+    return {"topic": keys.name, "open": keys.is_open, "fingerprint": keys.fingerprint}
+
+
 # ======================================================================================================
 # 17  Worker
 #
@@ -6253,12 +6749,12 @@ class Worker:
     def __init__(self, settings: Settings, options: WorkerOptions, environ: Mapping[str, str]) -> None:
         self.settings = settings
         self.options = options
+        self.meshes = read_mesh_keys(settings)
         self.state = StateDirectory.claim(host_state_dir(settings.state_dir, environ))
         self.worker_id = NodeId(0)
         self.address: Address = (UNSPECIFIED, 0)
         self.draining = False
         self._host_dir = self.state.path.parent
-        self._keys = MeshKeys.derive(settings.topic)
         self._window = HealthWindow()
         self._jobs: dict[int, tuple[Session, Job]] = {}
         self._deadlines: dict[int, float] = {}
@@ -6277,11 +6773,13 @@ class Worker:
     async def start(self) -> None:
         """Load the model, join the mesh and take requests. Raises a QMeshError that says what is missing."""
         try:
-            self.worker_id = self.state.worker_id()
+            key = self.state.node_key()
+            self.worker_id = key.node_id
+            self._identity = Identity(key, self.meshes)
             self._monitor = SystemMonitor()
             self._monitor.lower_priority(self.options.nice)
             self.engine = await self._start_engine()
-            self._server = TcpServer(self._serve, self.worker_id)
+            self._server = TcpServer(self._serve, self._identity)
             self.address = await self._server.start(self.settings.host, self.settings.port)
             self._resources.push_async_callback(self._server.stop)
             self.node = await self._join()
@@ -6319,8 +6817,11 @@ class Worker:
 
     async def _join(self) -> UdpNode:
         settings = self.settings
-        dht = DhtEngine(keys=self._keys, own=self.worker_id, rng=random.SystemRandom(), now=uptime_s())
-        node = await UdpNode.open(dht, host=settings.host, port=settings.port, listen=True, on_event=self._on_dht_event)
+        rng, now = random.SystemRandom(), uptime_s()
+        engines = [DhtEngine(keys=keys, own=self.worker_id, rng=rng, now=now) for keys in self.meshes]
+        node = await UdpNode.open(
+            *engines, host=settings.host, port=settings.port, listen=True, on_event=self._on_dht_event
+        )
         self._resources.push_async_callback(node.close)
         node.meet(settings.peers, remembered_peers(self._host_dir))
         return node
@@ -6333,7 +6834,7 @@ class Worker:
                 "%s uses this worker's id: its state directory is a copy of %s. Delete the copy's %s and restart it",
                 format_address(event.address),
                 self.state.path,
-                WORKER_ID_FILE,
+                NODE_KEY_FILE,
             )
 
     async def wait(self) -> None:
@@ -6399,7 +6900,7 @@ class Worker:
 
     def _remember_peers(self) -> None:
         self._remember_at = time.monotonic() + REMEMBER_PERIOD_S
-        peers = [contact.address for contact in self.node.engine.table]
+        peers = [contact.address for contact in self.node.contacts()]
         if peers:
             self.state.remember(peers)
 
@@ -6426,6 +6927,7 @@ class Worker:
             "udp": list(self.node.address),
             "model": self.engine.plan.model.name,
             "slots": self.engine.plan.slots,
+            "mesh": mesh_json(self.meshes[0]),
         }
 
     def status(self) -> Json:
@@ -6444,16 +6946,17 @@ class Worker:
             "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.capacity},
             "speed": round(self.engine.speed.tokens_per_s, 1),
             "gpu": {"layers": layers, "devices": self.engine.devices if layers else [], "cards": cards},
-            "network": self.node.report() | {"connections_refused": self._server.refused},
+            "mesh": mesh_json(self.meshes[0]),
+            "network": self.node.report() | {"connections_dropped": dict(self._server.dropped)},
             "run_id": self._run_id,
             "agent": AGENT,
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
 
-    async def dial_back(self, host: str, udp: int, tcp: int) -> Json:
-        """Ping and dial two ports of a host: the ids of the nodes that answered there, None where none did."""
+    async def dial_back(self, keys: MeshKeys, host: str, udp: int, tcp: int) -> Json:
+        """Ping and dial two ports of a member's host: the ids of who answered there, None where nobody did."""
         async with self._dial_backs:
-            asked = udp_ping(self._keys, (host, udp), self.settings.host), greeted_by((host, tcp))
+            asked = udp_ping(keys, (host, udp), self.settings.host), greeted_by((host, tcp), self._identity)
             pinged, greeted = [None if id_ is None else str(id_) for id_ in await asyncio.gather(*asked)]
         return {"udp": pinged, "tcp": greeted}
 
@@ -6625,7 +7128,7 @@ class Session:
         task.add_done_callback(self._dialling.discard)
 
     async def _dial_back(self, request_id: str, udp: int, tcp: int) -> None:
-        outcome = await self._worker.dial_back(self._connection.address[0], udp, tcp)
+        outcome = await self._worker.dial_back(self._connection.keys, self._connection.address[0], udp, tcp)
         self._connection.write({"type": "dialled", "request_id": request_id, **outcome})
 
     def _on_prompt(self, body: Json) -> None:
@@ -6745,12 +7248,14 @@ class Client:
     ) -> None:
         self.settings = settings
         self._rng = rng or random.SystemRandom()
-        self._id = NodeId.random(random.SystemRandom())
+        self.meshes = read_mesh_keys(settings)
+        self._impostors: OrderedDict[tuple[NodeId, Address], float] = OrderedDict()  # with the time they showed
         self._host_dir = host_state_dir(settings.state_dir, os.environ if environ is None else environ)
         self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
         self._links: dict[NodeId, WorkerLink] = {}
         self._dialling: dict[NodeId, asyncio.Lock] = {}
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
+        self._searches = 0
         self._search_is_whole = False
         self._searched = False
         self._everything = False
@@ -6761,18 +7266,21 @@ class Client:
     async def __aenter__(self) -> Client:
         self._loop = asyncio.get_running_loop()
         self._opened_at = self._loop.time()
-        keys = MeshKeys.derive(self.settings.topic)
-        dht = DhtEngine(keys=keys, own=None, rng=random.SystemRandom(), now=uptime_s())
-        self.node = await UdpNode.open(dht, host=self.settings.host, port=None, listen=False, on_event=self._on_event)
+        rng, now = random.SystemRandom(), uptime_s()
+        engines = [DhtEngine(keys=keys, own=None, rng=rng, now=now) for keys in self.meshes]
+        self.node = await UdpNode.open(
+            *engines, host=self.settings.host, port=None, listen=False, on_event=self._on_event
+        )
         self._remembered = remembered_peers(self._host_dir)
         self.node.meet(self.settings.peers, self._remembered)
+        self._identity = Identity.ephemeral(self.meshes)  # made while the first answers are on their way
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         await asyncio.gather(*(link.close() for link in self._links.values()))
         if self._searching is not None:
             self._searching.cancel()
-        met = [contact.address for contact in self.node.engine.table]
+        met = [contact.address for contact in self.node.contacts()]
         await self.node.close()
         if met:
             StateDirectory.of_client(self._host_dir).remember(met)
@@ -6780,7 +7288,7 @@ class Client:
     def _tried(self) -> str:
         """What was tried to find a worker, for people."""
         place = f"on {self.settings.host}" if self.settings.host else "on this network and this machine"
-        tried = [f"beacons {place} (UDP {BEACON_PORT}, topic {self.settings.topic!r})"]
+        tried = [f"beacons {place} (UDP {BEACON_PORT}, {self.meshes[0].title})"]
         for name in self.settings.peers:
             why = f" (cannot be resolved: {self.node.unresolved[name]})" if name in self.node.unresolved else ""
             tried.append(f"--peer {name}{why}")
@@ -6809,9 +7317,12 @@ class Client:
 
     def _begin_search(self) -> None:
         everything = self._search_is_whole = self._everything
-        self.node.run(lambda engine, now: engine.find_workers(now, everything=everything))
+        self._searches = len(self.node.run(lambda engine, now: engine.find_workers(now, everything=everything)))
 
     def _search_ended(self) -> None:
+        self._searches -= 1  # one in each mesh
+        if self._searches > 0:
+            return
         self._searching = None
         self._searched = self._search_is_whole or not self._everything
         if not self._searched:
@@ -6819,6 +7330,8 @@ class Client:
 
     def _heard_of(self, records: Iterable[WorkerRecord]) -> None:
         for record in records:
+            if self._impostors.get((record.worker_id, record.address), -math.inf) > self._loop.time() - RECORD_TTL_S:
+                continue
             known = self._records.get(record.worker_id)
             order = record.stamp, reach(record.address)  # of two addresses, the one that leads further
             if known is None or (known[0].stamp, reach(known[0].address)) <= order:
@@ -6870,9 +7383,12 @@ class Client:
             link = self._links.get(record.worker_id)
             if link is not None and link.alive:
                 return link
-            connection = await dial(record.address, self._id)
+            connection = await dial(record.address, self._identity)
             if connection.peer_id != str(record.worker_id):
                 connection.abort()
+                self._impostors[record.worker_id, record.address] = self._loop.time()
+                while len(self._impostors) > MAX_IMPOSTORS:
+                    self._impostors.popitem(last=False)
                 raise WorkerLost(f"{format_address(record.address)} is another worker now")
             link = self._links[record.worker_id] = WorkerLink(connection)
             return link
@@ -7114,14 +7630,11 @@ def check_python() -> list[Check]:
 
 
 def check_tls() -> list[Check]:
-    remedy = "install a Python that comes with OpenSSL 1.1.1 or newer"
     try:
-        import ssl
-    except ImportError as error:
-        return [problem("tls", "tls_missing", f"this Python has no TLS ({error})", remedy)]
-    if not ssl.HAS_TLSv1_3 or ssl.OPENSSL_VERSION_INFO < (1, 1, 1):
-        return [problem("tls", "tls_missing", f"{ssl.OPENSSL_VERSION} has no TLS 1.3 with Ed25519", remedy)]
-    return [Check("tls", f"{ssl.OPENSSL_VERSION}, TLS 1.3")]
+        _ = Identity.ephemeral([MeshKeys.derive(DEFAULT_TOPIC)]).listening
+    except MissingTls as error:
+        return [problem("tls", "tls_missing", str(error), error.remedy)]
+    return [Check("tls", f"{load_ssl().OPENSSL_VERSION}, TLS 1.3 with Ed25519")]
 
 
 def check_engine(gpu_layers: int | None) -> list[Check]:
@@ -7166,11 +7679,12 @@ def check_state(host_dir: Path) -> list[Check]:
     for worker_id, paths in owners.items():
         if len(paths) > 1:
             found = f"worker {worker_id[:6]} stands in {' and in '.join(map(str, paths))}"
-            return [problem("state", "cloned_identity", found, "delete all but one of them, and restart those workers")]
+            remedy = f"delete {NODE_KEY_FILE} beside all but one of them, and restart those workers"
+            return [problem("state", "cloned_identity", found, remedy)]
     return [Check("state", f"{host_dir} can be written, {plural(len(owners), 'worker id')}")]
 
 
-async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list[Check]:
+async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys, identity: Identity) -> list[Check]:
     """Whether the preferred port is to be had, and if not, whether a worker has it."""
     name = f"port {'UDP' if kind == socket.SOCK_DGRAM else 'TCP'} {DEFAULT_PORT}"
     try:
@@ -7182,7 +7696,7 @@ async def check_port(kind: socket.SocketKind, host: str, keys: MeshKeys) -> list
             remedy = "give --host an address of this machine, a link-local one with %INTERFACE, or leave it away"
             return [problem(name, "port_unusable", bind_failure(host, DEFAULT_PORT, error), remedy)]
     own = (host or LOOPBACK, DEFAULT_PORT)
-    holder = await udp_ping(keys, own) if kind == socket.SOCK_DGRAM else await greeted_by(own)
+    holder = await (udp_ping(keys, own) if kind == socket.SOCK_DGRAM else greeted_by(own, identity))
     if holder is not None:
         return [Check(name, f"is held by worker {holder.short} of this mesh")]
     remedy = "stop what holds it, or open the firewall for the port that the worker takes instead (--port)"
@@ -7198,8 +7712,9 @@ class Neighbour:
     """A node of the mesh on some machine, and how it fared.
 
     here: on this machine. named: as it was given by --peer. heard: its beacons reach us. hears: it answers ours.
-    pinged, greeted: whether it answers over UDP, over TCP. called: its ping reached this machine when it was asked
-    to call back. shut: those of our ports that its calls did not reach, None where it made none.
+    pinged, greeted: whether it answers over UDP, over TCP. foreign: a QMesh of another mesh answers there.
+    called: its ping reached this machine when it was asked to call back. shut: those of our ports that its calls did
+    not reach, None where it made none.
     """
 
     node_id: NodeId | None
@@ -7212,6 +7727,7 @@ class Neighbour:
     pinged: bool = False
     greeted: bool = False
     called: bool = False
+    foreign: bool = False
     shut: list[str] | None = None
     status: Json = field(default_factory=dict)
     failure: str = ""
@@ -7276,6 +7792,8 @@ def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool
 
 
 def _unreachable(peer: Neighbour, tried: str) -> Check:
+    if peer.foreign:
+        return problem(peer.title, "other_mesh", peer.failure, _OTHER_MESHES["mesh"][1], tried)
     neither = "answers neither over UDP nor over TCP" + (f" ({peer.failure})" if peer.failure else "")
     if peer.heard:
         found = f"is heard, but {neither}: something drops what goes there, or its answers"
@@ -7296,7 +7814,7 @@ def check_clones(peers: Iterable[Neighbour]) -> list[Check]:
         if peer.node_id is not None and peer.status.get("run_id"):
             address = format_address(peer.tcp or peer.udp or (UNSPECIFIED, 0))
             users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = address
-    remedy = f"stop one of them, delete its {WORKER_ID_FILE} in its state directory, and start it again"
+    remedy = f"stop one of them, delete its {NODE_KEY_FILE} in its state directory, and start it again"
     return [
         problem(
             f"worker {node_id.short}",
@@ -7317,7 +7835,7 @@ class Ears:
     or "version". callers: hosts whose pings arrived. own_id: under which pings are answered.
     """
 
-    def __init__(self, keys: MeshKeys, host: str) -> None:
+    def __init__(self, keys: MeshKeys, host: str, own_id: NodeId) -> None:
         self.heard: dict[Address, NodeId] = {}
         self.answers: dict[tuple[NodeId, Address], WorkerRecord | None] = {}
         self.strangers: dict[str, str] = {}
@@ -7327,7 +7845,7 @@ class Ears:
         self.udp_port = 0
         self.own_hosts = {item.address for item in list_interfaces()}
         self._host = host
-        self.own_id = NodeId.random(random.SystemRandom())
+        self.own_id = own_id
         self._topic = keys.topic
         self._codec = DatagramCodec(keys.udp_key)
         self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
@@ -7400,9 +7918,11 @@ class Doctor:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._environ = environ
-        self._keys = MeshKeys.derive(settings.topic)
-        self._ears = Ears(self._keys, settings.host)
-        self._id = self._ears.own_id
+        meshes = read_mesh_keys(settings)
+        self._keys = meshes[0]
+        self._identity = Identity.ephemeral(meshes)
+        self._id = self._identity.node_id
+        self._ears = Ears(self._keys, settings.host, self._id)
         self._peers: list[Neighbour] = []
         self._tcp_port = 0
         self._client_finds = True
@@ -7412,11 +7932,11 @@ class Doctor:
         for check in await asyncio.to_thread(self._check_machine):
             yield check
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-            for check in await check_port(kind, self._settings.host, self._keys):
+            for check in await check_port(kind, self._settings.host, self._keys, self._identity):
                 yield check
                 if check.verdict is Verdict.PROBLEM:
                     return  # with an address that is not ours, nothing of the network can be examined
-        server = TcpServer(self._hang_up, self._id)
+        server = TcpServer(self._hang_up, self._identity)
         _, self._tcp_port = await server.start(self._settings.host, None)
         try:
             await self._ears.open()
@@ -7491,7 +8011,7 @@ class Doctor:
         for (node_id, udp), record in self._ears.answers.items():
             tcp = (udp[0], record.address[1]) if record is not None else None
             self._peer(node_id, udp, tcp).hears = True
-        for contact in mesh.node.engine.table:
+        for contact in mesh.node.contacts():
             self._peer(contact.node_id, contact.address, None)
         for worker in mesh.records():
             self._peer(worker.worker_id, None, worker.address)
@@ -7559,9 +8079,9 @@ class Doctor:
             if peer.tcp is None:
                 return
             try:
-                link = WorkerLink(await dial(peer.tcp, self._id))
+                link = WorkerLink(await dial(peer.tcp, self._identity))
             except QMeshError as error:
-                peer.failure = str(error)
+                peer.failure, peer.foreign = str(error), isinstance(error, WrongMesh)
                 return
             try:
                 peer.greeted, peer.node_id = True, NodeId.of_hex(link.worker_id)
@@ -7581,12 +8101,11 @@ class Doctor:
 
     def _check_mesh(self) -> Check:
         workers = {peer.node_id for peer in self._peers if peer.greeted}
-        topic = self._settings.topic
         strangers = dict(self._ears.strangers)
         for peer in self._peers:
             strangers = strangers_of(peer.status) | strangers
-        tried = f"beacons, listening and a search of the DHT for the topic {topic!r}"
-        found = f"{plural(len(workers), 'worker')} found in the open mesh {topic!r}"
+        tried = f"beacons, listening and a search of the DHT for the topic {self._settings.topic!r}"
+        found = f"{plural(len(workers), 'worker')} found in the {self._keys.title}"
         if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers):
             found = f"{found}, but not by a client: what answers its beacons does not arrive at UDP {CLIENT_PORT}"
             return problem("mesh", "udp_blocked_here", found, ALLOW_HERE, tried)
@@ -7630,7 +8149,7 @@ _OTHER_MESHES: Final = {
     ),
     "mesh": (
         "belongs to a mesh with another topic or key",
-        "give --topic (or QMESH_TOPIC) the same value on all machines that are to work together",
+        "use the same --key (or sealed file) and the same --topic on all machines that are to work together",
     ),
 }
 
@@ -7657,12 +8176,28 @@ examples:
   qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
   qmesh.pyz status                              see every worker
   qmesh.pyz doctor                              find out why machines do not find each other
+  qmesh.pyz init lab.key                        make a key that closes the mesh to others
+  qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
 
-Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_MODEL,
+Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
 QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
 
 exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
 """
+
+
+KEY_FILE_HEADER: Final = """\
+# The key of a QMesh mesh. Whoever has it is a member: keep it as you would a password.
+"""
+
+INIT_ADVICE: Final = """\
+   Its members are those who have it; nobody else can ask them, answer for them or read what they say:
+     python {program} worker --key {file}        on each machine; QMESH_KEY={file} does the same
+     python {program} seal lab.pyz --key {file}  puts it into a copy of the program, so that one file is all"""
+
+OPEN_MESH_ADVICE: Final = """\
+🔓 This mesh is open: everybody on this network can ask, serve and so read prompts. `{program} init lab.key` makes
+   a key that closes it"""
 
 
 class Terminal:
@@ -7759,7 +8294,10 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
         place = f"{plural(layers, 'layer')} on {', '.join(worker.engine.devices) or plan.gpu.backend}"
     terminal.say(f"🚀 Worker {worker.worker_id.short} serves {plan.model.name} ({plural(plan.slots, 'slot')}, {place})")
     udp, tcp = format_address(worker.node.address), format_address(worker.address)
-    terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp}, topic {worker.settings.topic!r}; Ctrl-C stops it")
+    mesh = worker.meshes[0]
+    terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp} in the {mesh.title}; Ctrl-C stops it")
+    if mesh.is_open and not is_loopback(worker.address[0]):
+        terminal.say(OPEN_MESH_ADVICE.format(program=program_name()))
     if not worker.engine.has_template:
         log.warning("%s has no chat template: conversations get a plain User:/Assistant: form", plan.model.name)
     warning = offload_warning(worker.engine)
@@ -7903,30 +8441,32 @@ class AnswerPrinter:
 # --- status ---
 
 
-async def ask_all(settings: Settings) -> tuple[list[Json], list[Json], Json]:
+async def ask_all(settings: Settings) -> tuple[list[Json], list[Json], Json, MeshKeys]:
     async with Client(settings) as mesh:
         await mesh.discover(everything=True)
-        return (*await mesh.statuses(), mesh.node.report())
+        return (*await mesh.statuses(), mesh.node.report(), mesh.meshes[0])
 
 
 def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
     started = time.monotonic()
-    workers, silent, network = asyncio.run(ask_all(settings))
+    workers, silent, network, mesh = asyncio.run(ask_all(settings))
     elapsed_ms = round(1000 * (time.monotonic() - started), 1)
     if arguments.json:
-        print_json({"workers": workers, "unreachable": silent, "network": network, "elapsed_ms": elapsed_ms})
+        answer = {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh_json(mesh)}
+        print_json(answer | {"elapsed_ms": elapsed_ms})
     else:
-        print_status(workers, silent)
+        print_status(mesh, workers, silent)
     if not workers and not arguments.json:
         raise NoWorkerFound(f"{plural(len(silent), 'worker')} heard of, and none that answers")
     return 0 if workers else NoWorkerFound.exit_code
 
 
-def print_status(workers: Sequence[Json], silent: Sequence[Json]) -> None:
+def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]) -> None:
     header = ("WORKER", "STATE", "SCORE", "CPU", "MEMORY", "ACTIVE", "WAITING", "TOKENS/S", "MODEL", "ADDRESS")
     rows = [status_row(status) for status in workers]
     if rows:
         print(table(header, rows))
+        print(f"{plural(len(rows), 'worker')} in the {mesh.title}")
     for status in silent:
         print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
 
@@ -8101,6 +8641,81 @@ def print_check(check: Check) -> None:
             print(f"      to do: {check.remedy.replace('qmesh.py', program_name())}", flush=True)
 
 
+# --- init and seal ---
+
+
+def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
+    target = Path(arguments.file)
+    if (arguments.replace is None) != (arguments.until is None):
+        raise UsageError("--replace OLD and --until YYYY-MM-DD belong together")
+    new = MeshKey(secrets.token_bytes(KEY_BYTES))
+    keys = [new] if arguments.replace is None else [new, old_key(Path(arguments.replace), arguments.until)]
+    text = KEY_FILE_HEADER + "".join(f"{key.text}\n" for key in keys)
+    try:
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w", encoding="ascii") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{target} is there already; its key may be in use, so it is left as it is") from None
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written ({error.strerror or error})") from None
+    terminal = Terminal(shown=True)
+    terminal.say(f"🔑 Made the key of a closed mesh ({MeshKeys.derive(settings.topic, new).fingerprint})")
+    terminal.say(INIT_ADVICE.format(program=program_name(), file=target))
+    print(target)
+    return 0
+
+
+def old_key(path: Path, until: str) -> MeshKey:
+    """The key in force of a key file, with its last day. Raises UsageError."""
+    try:
+        key = parse_mesh_keys(read_key_file(path))[0]
+        return MeshKey.parse(f"{key.text} until {until}")
+    except ValueError as error:
+        raise UsageError(f"--replace {path} --until {until}: {error}") from None
+
+
+def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
+    archive, target = running_archive(), Path(arguments.file)
+    if archive is None:
+        raise UsageError("only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz, which can seal")
+    keys = "".join(f"{key.text}\n" for key in read_keys(settings))
+    if not keys:
+        raise UsageError("there is no key to put in: name one with --key FILE, as `qmesh.py init FILE` makes it")
+    try:
+        seal(archive, keys, target)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written ({error.strerror or error})") from None
+    terminal = Terminal(shown=True)
+    fingerprint = read_mesh_keys(settings)[0].fingerprint
+    terminal.say(f"🔒 Sealed for the closed mesh {fingerprint}: copy it to each machine of the mesh, and run it there")
+    terminal.say("   Whoever can read this file is a member; so far only you can, and of copies you decide")
+    print(target)
+    return 0
+
+
+def seal(archive: Path, keys: str, target: Path) -> None:
+    """Copy an archive as it is, with these keys in it: the same bytes each time. Only this user can read it."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w+b") as file, zipfile.ZipFile(archive) as members:
+            with archive.open("rb") as original:
+                file.write(original.read(min(info.header_offset for info in members.infolist())))
+            with zipfile.ZipFile(file, "a") as copy:
+                for info in members.infolist():
+                    if info.filename != SEALED_KEY_FILE:
+                        with members.open(info) as source, copy.open(info, "w") as into:
+                            shutil.copyfileobj(source, into)
+                info = zipfile.ZipInfo(SEALED_KEY_FILE)  # dated 1980-01-01, whenever it is made
+                info.create_system, info.external_attr = 3, 0o600 << 16  # Unix's, everywhere
+                copy.writestr(info, keys)
+        Path(name).chmod(0o700)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 # --- Arguments ---
 
 
@@ -8136,7 +8751,20 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", help="bind to this address of the machine and no other (all)")
     group.add_argument("--peer", dest="peers", action="append", metavar="HOST[:PORT]", help="ask here too; repeatable")
     group.add_argument("--topic", help=f"the mesh's name ({DEFAULT_TOPIC})")
+    add_key(group)
     group.add_argument("--state-dir", metavar="DIR", help="where ids and remembered peers are kept")
+
+
+def add_key(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--key", type=key_file, metavar="FILE", help="the mesh's key (the sealed one, or an open mesh)")
+
+
+def key_file(text: str) -> str:
+    if text.strip().lower().startswith(KEY_PREFIX):
+        raise argparse.ArgumentTypeError(
+            "a key in a command can be read by everybody on this machine: name a file that holds it, or set QMESH_KEY"
+        )
+    return text
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
@@ -8229,6 +8857,19 @@ def pull_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
+def init_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the key file to make")
+    parser.add_argument("--replace", type=key_file, metavar="OLD", help="a key file whose key this one replaces")
+    parser.add_argument("--until", metavar="YYYY-MM-DD", help="the last day (UTC) on which the old key counts")
+    add_common(parser)
+
+
+def seal_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="OUT.pyz", help="the copy to make")
+    add_key(parser)
+    add_common(parser)
+
+
 def models_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     add_common(parser)
@@ -8242,6 +8883,8 @@ _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], N
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
     "status": ("Show every worker of the mesh.", "status --json", status_arguments, run_status),
     "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
+    "init": ("Make a key that closes the mesh to others.", "init lab.key", init_arguments, run_init),
+    "seal": ("Copy this program with a key in it.", "seal lab.pyz --key lab.key", seal_arguments, run_seal),
     "pull": ("Fetch a model.", "pull", pull_arguments, run_pull),
     "models": ("List the models on this machine.", "models", models_arguments, run_models),
     "demo": ("Try it all on this machine alone.", 'demo "Why is the sky blue?"', demo_arguments, run_demo),
