@@ -202,6 +202,9 @@ IDLE_TIMEOUT_S: Final = 120.0  # a connection with nothing in flight is closed a
 MAX_CONNECTIONS: Final = 1024  # below the usual limit on open files
 MAX_CONNECTIONS_PER_HOST: Final = 64  # a classroom behind one address still fits
 MAX_REQUESTS_PER_CONNECTION: Final = 64  # more wait on the client's side
+MEMBER_BURST: Final = 256.0  # requests that one member may make at once; a large one counts for many
+MEMBER_PER_S: Final = 128.0  # and then per second: beyond it, its requests are read no faster
+BYTES_PER_REQUEST: Final = 16 * 1024  # a request of so many more bytes counts for one more: reading it takes as long
 READ_BYTES: Final = 64 * 1024
 MAX_SHOWN_CHARS: Final = 64  # of a name or type that a peer sent, in messages for people
 MAX_ERROR_CHARS: Final = 1000  # of a worker's explanation
@@ -726,7 +729,8 @@ class Sampling:
 
 def printable(value: Any, limit: int = MAX_SHOWN_CHARS) -> str:
     """What a peer sent, fit to be shown: cut, and without what could steer a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in str(value)[:limit])
+    shown = type(value).__name__ if isinstance(value, (list, dict)) else str(value)  # those may be nested deeply
+    return "".join(char if char.isprintable() else "?" for char in shown[:limit])
 
 
 def _integer(name: str, value: object) -> int:
@@ -943,13 +947,27 @@ class Result:
     def from_json(cls, body: Json) -> Result:
         try:
             _one_of("finish_reason", body.get("finish_reason"), FINISH_REASONS)
-            usage = {name: _count("usage", value) for name, value in _object("usage", body.get("usage")).items()}
-            timings = _object("timings", body.get("timings"))
-            timings = {name: _number("timings", value) for name, value in timings.items()}
+            usage, timings = (_object(name, body.get(name)) for name in ("usage", "timings"))
+            usage = {_text("usage", name): _count("usage", value) for name, value in usage.items()}
+            timings = {_text("timings", name): _number("timings", value) for name, value in timings.items()}
             names = ("text", "finish_reason", "model", "worker_id")
             return cls(usage=usage, timings=timings, **{name: _text(name, body.get(name)) for name in names})
         except InvalidRequest as error:
             raise WireError(f"a result that makes no sense ({error})") from None
+
+
+def check_status(body: Json) -> None:
+    """Whether what a worker's `status_response` tells people makes sense. Raises WireError."""
+    try:
+        HealthReport.from_json(body.get("health"))
+        queue = _object("queue", body.get("queue"))
+        for name, value in (("slots", body.get("slots")), *((name, queue.get(name)) for name in ("active", "waiting"))):
+            _count(name, value)
+        _number("speed", body.get("speed"))
+        for model in _list("models", body.get("models")):
+            _text("name", _object("model", model).get("name"))
+    except InvalidRequest as error:
+        raise WireError(f"a status that makes no sense ({error})") from None
 
 
 def plural(count: int, noun: str) -> str:
@@ -1359,6 +1377,7 @@ class FrameReader:
 
     def __init__(self, limit: int = MAX_HELLO_BYTES) -> None:
         self.limit = limit
+        self.last_bytes = 0  # of the message read last
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
@@ -1375,6 +1394,7 @@ class FrameReader:
             return None
         body = parse_json(self._buffer[_FRAME_LENGTH.size : end])
         del self._buffer[:end]
+        self.last_bytes = size
         if not isinstance(body.get("type"), str) or body["type"] not in FRAMES:
             raise WireError(f"a message of an unknown type: {printable(body.get('type'))!r}")
         return body
@@ -1490,14 +1510,16 @@ class MeshKey:
     @classmethod
     def parse(cls, text: str) -> MeshKey:
         """One key as text. Raises ValueError, which does not tell what may be the secret."""
-        match = re.fullmatch(KEY_PREFIX + r"([a-z2-7]{52})(?:\s+until\s+(\S{1,32}))?", text.strip(), re.IGNORECASE)
-        if match is None:
+        words = text.lower().split() if text.isascii() else []
+        match = re.fullmatch(KEY_PREFIX + "([a-z2-7]{52})", words[0]) if words else None
+        key = cls(base64.b32decode(match[1].upper() + "====")) if match is not None else None
+        if key is None or key.text != words[0]:
             raise ValueError(f'a mesh key is "{KEY_PREFIX}" and 52 letters and digits')
-        try:
-            until = datetime.date.fromisoformat(match[2]) if match[2] else None
-        except ValueError:
-            raise ValueError(f"the last day of a key is written YYYY-MM-DD, not {printable(match[2])}") from None
-        return cls(base64.b32decode(match[1].upper() + "===="), until)
+        if len(words) == 1:
+            return key
+        if len(words) != 3 or words[1] != "until" or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", words[2]):
+            raise ValueError('behind a key that is being replaced stands "until YYYY-MM-DD", its last day')
+        return replace(key, until=datetime.date.fromisoformat(words[2]))
 
     @property
     def text(self) -> str:
@@ -1694,11 +1716,12 @@ class NodeKey:
     @classmethod
     def parse(cls, text: str) -> NodeKey:
         """The key in PEM. Raises ValueError."""
-        lines = "".join(text.split("-----")[2:3]).split()
-        data = base64.b64decode("".join(lines), validate=True)
-        if not data.startswith(_PRIVATE_KEY):
-            raise ValueError("no Ed25519 private key in PKCS #8")
-        return cls.of_seed(data[len(_PRIVATE_KEY) :])
+        body = "".join(text.split()[3:-3])
+        data = base64.b64decode(body) if re.fullmatch("[A-Za-z0-9+/]{64}", body) else b""
+        key = cls.of_seed(data[len(_PRIVATE_KEY) :]) if len(data) == len(_PRIVATE_KEY) + KEY_BYTES else None
+        if key is None or key.pem.split() != text.split():
+            raise ValueError("no Ed25519 private key in PEM (PKCS #8)")
+        return key
 
     @property
     def pem(self) -> str:
@@ -2199,11 +2222,13 @@ def _remember(known: OrderedDict[Key, Value], key: Key, value: Value, most: int)
         known.popitem(last=False)
 
 
-class RateLimiter:
-    """A token bucket per sender: bursts pass, floods do not. The longest idle senders are forgotten.
+def sender_of(address: Address) -> Address | str:
+    """Who shares a quota: a host, whatever ids it takes; on the loopback, which all processes share, a socket."""
+    return address if is_loopback(address[0]) else address[0]
 
-    A sender is a host; on the loopback, where all processes share one, it is a socket.
-    """
+
+class RateLimiter:
+    """A token bucket per sender: bursts pass, floods do not. The longest idle senders are forgotten."""
 
     def __init__(self, *, burst: float = RATE_BURST, per_s: float = RATE_PER_S) -> None:
         self._burst = burst
@@ -2211,12 +2236,23 @@ class RateLimiter:
         self._buckets: OrderedDict[Address | str, tuple[float, float]] = OrderedDict()
 
     def allow(self, address: Address, now: float) -> bool:
-        sender = address if is_loopback(address[0]) else address[0]
-        level, since = self._buckets.get(sender, (self._burst, now))
-        level = min(self._burst, level + (now - since) * self._per_s)
-        allowed = level >= 1
-        _remember(self._buckets, sender, (level - allowed, now), MAX_RATED_ADDRESSES)
-        return allowed
+        """Whether one more of a sender's is taken now."""
+        level = self._level(address, now)
+        self._set(address, level - (level >= 1), now)
+        return level >= 1
+
+    def charge(self, address: Address, now: float, cost: float) -> float:
+        """Take what costs a sender so much, and return for how many seconds it has to pause for that."""
+        level = self._level(address, now) - cost
+        self._set(address, level, now)
+        return max(0.0, -level / self._per_s)
+
+    def _level(self, address: Address, now: float) -> float:
+        level, since = self._buckets.get(sender_of(address), (self._burst, now))
+        return min(self._burst, level + (now - since) * self._per_s)
+
+    def _set(self, address: Address, level: float, now: float) -> None:
+        _remember(self._buckets, sender_of(address), (level, now), MAX_RATED_ADDRESSES)
 
 
 class Gate:
@@ -2843,7 +2879,6 @@ class DhtEngine:
     def __init__(self, *, keys: MeshKeys, own: NodeId | None, rng: random.Random, now: float) -> None:
         self.table = RoutingTable(own if own is not None else NodeId.random(rng))
         self.keys = keys
-        self._topic = keys.topic
         self._own = own
         self._rng = rng
         self._codec = DatagramCodec(keys.udp_key)
@@ -2922,7 +2957,7 @@ class DhtEngine:
 
         Returns the number that the `Found` and `Finished` events of this search carry.
         """
-        return self._start(Search(self._topic, now, workers=True, everything=everything), now)
+        return self._start(Search(self.keys.topic, now, workers=True, everything=everything), now)
 
     def find_node(self, target: NodeId, now: float) -> int:
         """Search for the k nodes closest to `target`; its end is a `Finished` event with this number."""
@@ -2938,9 +2973,9 @@ class DhtEngine:
         if self._announcement.record is None or self._own is None:
             return False
         self._requests.drop_kind("announce")
-        self._responder.store.remove(self._topic, self._announcement.record.key)
+        self._responder.store.remove(self.keys.topic, self._announcement.record.key)
         for contact, token in self._announcement.end(now):
-            self._request("withdraw", {"topic": self._topic, "token": token}, contact.address, now, contact.node_id)
+            self._request("withdraw", {"topic": self.keys.topic, "token": token}, contact.address, now, contact.node_id)
         self._responder.own_record = None
         return True
 
@@ -3102,25 +3137,25 @@ class DhtEngine:
     def _hold_own_record(self, now: float) -> None:
         self._responder.own_record = record = self._announcement.record
         if record is not None:
-            self._responder.store.put(self._topic, record, now)
+            self._responder.store.put(self.keys.topic, record, now)
 
     def _send_announcements(self, now: float) -> None:
         self._hold_own_record(now)
         self._requests.drop_kind("announce")  # what is not answered yet is out of date
         if self._announcement.next_round(now, self._rng):
-            self._start(Search(self._topic, now, purpose=SearchPurpose.HOLDERS), now)
+            self._start(Search(self.keys.topic, now, purpose=SearchPurpose.HOLDERS), now)
         for contact, token in self._announcement.holders.values():
             self._announce_to(contact, token, now)
 
     def _announce_to(self, contact: Contact, token: bytes, now: float) -> None:
         if self._announcement.record is not None:
-            body = {"topic": self._topic, "token": token, "record": self._announcement.record}
+            body = {"topic": self.keys.topic, "token": token, "record": self._announcement.record}
             self._request("announce", body, contact.address, now, contact.node_id)
 
     # --- Beacons and upkeep ---
 
     def _send_beacon(self, now: float) -> None:
-        self._request("beacon", {"topic": self._topic, "known": len(self.table)}, BEACON, now)
+        self._request("beacon", {"topic": self.keys.topic, "known": len(self.table)}, BEACON, now)
         self._requests.ping_unless_asked(self._whereabouts.to_ask(all_of_them=not len(self.table)), now)
         self._beacons.sent(now)
 
@@ -3404,7 +3439,7 @@ def read_key_file(path: Path) -> str:
         raise UsageError(f"{path} is no key file: it has more than {MAX_KEY_FILE_BYTES:,} bytes")
     if sys.platform != "win32" and stat.S_ISREG(mode) and mode & 0o077:
         log.warning("other users of this machine can read the mesh's key: chmod 600 %s", path)
-    return data.decode("utf-8", errors="replace")
+    return data.decode("utf-8-sig", errors="replace")
 
 
 def read_keys(settings: Settings) -> tuple[MeshKey, ...]:
@@ -3792,7 +3827,7 @@ def parse_gpu_load(text: str) -> list[GpuLoad]:
     cards = []
     for line in text.splitlines():
         name, *cells = (cell.strip() for cell in line.split(","))
-        numbers = [float(cell) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", cell) else None for cell in cells]
+        numbers = [float(cell) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", cell) else None for cell in cells]
         if len(numbers) == 3 and numbers[0] is not None and numbers[1] is not None:
             used, total = int(numbers[0] * 2**20), int(numbers[1] * 2**20)
             cards.append(GpuLoad(printable(name), used, total, numbers[2]))
@@ -6154,9 +6189,6 @@ class TlsStream:
     def feed(self, data: memoryview) -> None:
         self._incoming.write(data)
 
-    def feed_eof(self) -> None:
-        self._incoming.write_eof()
-
     def to_send(self) -> bytes:
         data: bytes = self._outgoing.read()
         return data
@@ -6179,7 +6211,7 @@ class TlsStream:
             data: bytes = self.tls.read(READ_BYTES)
         except self._ssl.SSLWantReadError:
             return None
-        except (self._ssl.SSLZeroReturnError, self._ssl.SSLEOFError):
+        except self._ssl.SSLZeroReturnError:
             return b""
         return data
 
@@ -6203,8 +6235,10 @@ def tls_failure(error: OSError, peer: str) -> QMeshError:
     ssl, reason = load_ssl(), getattr(error, "reason", None) or type(error).__name__
     if isinstance(error, ssl.SSLCertVerificationError):
         return WrongMesh(f"{peer} is not of this mesh: its certificate is not signed by this mesh's key")
-    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+    if isinstance(error, ssl.SSLZeroReturnError):
         return WorkerLost(f"{peer} closed during the handshake")
+    if reason == "CALLBACK_FAILED":
+        return WrongMesh(f"{peer} dials another mesh, of another key or topic")
     if reason.endswith(_NOT_A_MEMBER):
         return WrongMesh(f"{peer} is of another mesh, with another key or topic")
     return WireError(f"{peer} does not speak TLS as QMesh does ({reason})")
@@ -6229,6 +6263,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writable = asyncio.Event()
         self._closed = asyncio.Event()
         self._reading = True
+        self._ended = False
         self._failure: QMeshError | None = None
         self._transport: Any = None
 
@@ -6257,7 +6292,7 @@ class Connection(asyncio.BufferedProtocol):
         self._arrived.set()
 
     def eof_received(self) -> bool:
-        self._stream.feed_eof()
+        self._ended = True
         self._arrived.set()
         return True  # what we have to say can still be sent
 
@@ -6330,6 +6365,8 @@ class Connection(asyncio.BufferedProtocol):
         """Wait until something has arrived. Raises WorkerLost or WireError."""
         if self._failure is not None:
             raise self._failure
+        if self._ended:
+            raise WorkerLost(f"{self.peer_name} closed the connection")
         if not self._reading:
             self._reading = True
             self._transport.resume_reading()
@@ -6337,6 +6374,11 @@ class Connection(asyncio.BufferedProtocol):
         await self._arrived.wait()
 
     # --- Frames ---
+
+    @property
+    def last_frame_bytes(self) -> int:
+        """The size of the frame received last."""
+        return self._frames.last_bytes
 
     @property
     def address(self) -> Address:
@@ -6382,7 +6424,7 @@ class Connection(asyncio.BufferedProtocol):
             if frame is not None:
                 return frame
             data = self._attempt(self._stream.read)
-            if data is None:
+            if data is None and not self._ended:
                 await self._more()
             elif data:
                 self._frames.feed(data)
@@ -6691,7 +6733,8 @@ class WorkerLink:
         lost: QMeshError = WorkerLost(f"{self._connection.peer_name} closed the connection")
         try:
             while (body := await self._connection.receive()) is not None:
-                inbox = self._waiting.get(str(body.get("request_id")))
+                request_id = body.get("request_id")
+                inbox = self._waiting.get(request_id) if isinstance(request_id, str) else None
                 if inbox is not None:
                     inbox.put_nowait(body)
                 elif body["type"] == "inference_error" and "request_id" not in body:
@@ -6761,6 +6804,8 @@ class Worker:
         self._next_ticket = 0
         self._started = time.monotonic()
         self._dial_backs = asyncio.Semaphore(MAX_DIAL_BACKS)
+        self._begun: set[int] = set()  # tickets of jobs that have given a token
+        self.rate = RateLimiter(burst=MEMBER_BURST, per_s=MEMBER_PER_S)
         self._run_id = secrets.token_hex(8)  # tells this process from a copy of it with the same worker id
         self._remember_at = 0.0
         self._gpus: list[GpuLoad] = []
@@ -6972,7 +7017,7 @@ class Worker:
             raise ModelNotFound(f"this worker has no model {job.model}; it has {name}")
         if self.draining:
             raise Refused("this worker is being shut down", "draining")
-        if len(self._jobs) >= self.capacity:
+        if len(self._jobs) >= self.capacity and not self._make_room(session.member):
             raise Refused(f"this worker's queue is full ({self.capacity} requests)")
         if self.health().state is HealthState.OVERLOADED:
             raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
@@ -6980,8 +7025,19 @@ class Worker:
         self._jobs[self._next_ticket] = session, job
         self._deadlines[self._next_ticket] = time.monotonic() + job.timeout_s
         self._idle.clear()
-        self.engine.submit(self._next_ticket, session.client_id, job)
+        self.engine.submit(self._next_ticket, str(session.member), job)
         return self._next_ticket
+
+    def _make_room(self, member: Member) -> bool:
+        """Turn away what the member with the most requests asked last, if that leaves it no worse off than this one."""
+        held = Counter(session.member for session, _ in self._jobs.values())
+        greediest, most = held.most_common(1)[0]
+        waiting = [ticket for ticket in self._jobs if ticket not in self._begun]
+        last = max((ticket for ticket in waiting if self._jobs[ticket][0].member == greediest), default=None)
+        if last is None or most < held[member] + 2:
+            return False
+        self._end(last, Refused("this worker's queue is full, and others have fewer requests in it"))
+        return True
 
     def cancel(self, ticket: int) -> None:
         """Stop working for a ticket; nothing more is said of it."""
@@ -6991,6 +7047,7 @@ class Worker:
     def _forget(self, ticket: int) -> bool:
         known = self._jobs.pop(ticket, None) is not None
         self._deadlines.pop(ticket, None)
+        self._begun.discard(ticket)
         if not self._jobs:
             self._idle.set()
         return known
@@ -7006,6 +7063,8 @@ class Worker:
             if session is None or job is None:
                 continue  # cancelled meanwhile
             last = isinstance(said, (Result, QMeshError))
+            if isinstance(said, Token):
+                self._begun.add(ticket)
             if last:
                 self._forget(ticket)
             if last or job.stream or isinstance(said, Queued):
@@ -7021,13 +7080,17 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
 
 
 Said = Queued | Token | Result | QMeshError
+Member = Address | str
 
 
 class Session:
-    """One client's connection to the worker: reads its frames, and writes what the engine says of its jobs."""
+    """One client's connection to the worker: reads its frames, and writes what the engine says of its jobs.
+
+    member: who takes turns with others, and shares quotas.
+    """
 
     def __init__(self, worker: Worker, connection: Connection) -> None:
-        self.client_id = connection.peer_id
+        self.member: Member = sender_of(connection.address)
         self._worker = worker
         self._connection = connection
         self._tickets: dict[str, int] = {}
@@ -7098,11 +7161,19 @@ class Session:
                 raise WorkerLost(f"nothing was asked for {IDLE_TIMEOUT_S:g} s") from None
             if body is None:
                 return
+            await self._wait_for_turn()
             handle = _SESSION_HANDLERS.get(body["type"])
             if handle is None:
                 raise WireError(f"a client does not send {body['type']}")
             handle(self, body)
             await self._connection.drain()  # who does not take its answers is not listened to
+
+    async def _wait_for_turn(self) -> None:
+        """Who asks too much is read more slowly, until its own buffers make it wait."""
+        cost = 1 + self._connection.last_frame_bytes / BYTES_PER_REQUEST
+        pause_s = self._worker.rate.charge(self._connection.address, time.monotonic(), cost)
+        if pause_s > 0:
+            await asyncio.sleep(pause_s)
 
     def _on_status(self, body: Json) -> None:
         answer = self._worker.status()
@@ -7145,7 +7216,8 @@ class Session:
             self.speak()
 
     def _on_cancel(self, body: Json) -> None:
-        ticket = self._tickets.pop(str(body.get("request_id")), None)
+        request_id = body.get("request_id")
+        ticket = self._tickets.pop(request_id, None) if isinstance(request_id, str) else None
         if ticket is not None:
             self._worker.cancel(ticket)
 
@@ -7238,6 +7310,40 @@ class Selected:
 Progressed = Discovered | Selected | Queued | Token | Answer
 
 
+class KnownWorkers:
+    """The workers that a client heard of, each for as long as its record counts. first_at: when the first was."""
+
+    def __init__(self) -> None:
+        self.first_at = math.inf
+        self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
+        self._impostors: OrderedDict[tuple[NodeId, Address], float] = OrderedDict()  # with the time they showed
+
+    def heard_of(self, records: Iterable[WorkerRecord], now: float) -> None:
+        """Take in what was told: of a worker's records the latest, and of two addresses that which leads further."""
+        for record in records:
+            if self._impostors.get((record.worker_id, record.address), -math.inf) > now - RECORD_TTL_S:
+                continue
+            known = self._records.get(record.worker_id)
+            order = record.stamp, reach(record.address)
+            if known is None or (known[0].stamp, reach(known[0].address)) <= order:
+                self._records[record.worker_id] = record, now
+                self.first_at = min(self.first_at, now)
+
+    def records(self, now: float) -> list[WorkerRecord]:
+        """Those that have not expired."""
+        self._records = {key: entry for key, entry in self._records.items() if entry[1] >= now - RECORD_TTL_S}
+        return [record for record, _ in self._records.values()]
+
+    def forget(self, worker_id: NodeId) -> None:
+        """It does not answer: it counts again when it is heard of again."""
+        self._records.pop(worker_id, None)
+
+    def is_another(self, record: WorkerRecord, now: float) -> None:
+        """Who answered there has another id: whoever says so again is not believed for a while."""
+        self.forget(record.worker_id)
+        _remember(self._impostors, (record.worker_id, record.address), now, MAX_IMPOSTORS)
+
+
 class Client:
     """A guest of the mesh: `async with Client(settings) as mesh`, then `run`, `complete` or `statuses`."""
 
@@ -7249,9 +7355,8 @@ class Client:
         self.settings = settings
         self._rng = rng or random.SystemRandom()
         self.meshes = read_mesh_keys(settings)
-        self._impostors: OrderedDict[tuple[NodeId, Address], float] = OrderedDict()  # with the time they showed
         self._host_dir = host_state_dir(settings.state_dir, os.environ if environ is None else environ)
-        self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
+        self._known = KnownWorkers()
         self._links: dict[NodeId, WorkerLink] = {}
         self._dialling: dict[NodeId, asyncio.Lock] = {}
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
@@ -7259,7 +7364,6 @@ class Client:
         self._search_is_whole = False
         self._searched = False
         self._everything = False
-        self._first_found_at = math.inf
         self._changed = asyncio.Event()
         self._remembered: list[Address] = []
 
@@ -7302,9 +7406,9 @@ class Client:
         if isinstance(event, Joined):
             self._search()
         elif isinstance(event, Found):
-            self._heard_of(event.records)
+            self._known.heard_of(event.records, self._loop.time())
         elif isinstance(event, Finished):
-            self._heard_of(event.records)
+            self._known.heard_of(event.records, self._loop.time())
             self._search_ended()
         self._changed.set()
 
@@ -7328,21 +7432,9 @@ class Client:
         if not self._searched:
             self._search()
 
-    def _heard_of(self, records: Iterable[WorkerRecord]) -> None:
-        for record in records:
-            if self._impostors.get((record.worker_id, record.address), -math.inf) > self._loop.time() - RECORD_TTL_S:
-                continue
-            known = self._records.get(record.worker_id)
-            order = record.stamp, reach(record.address)  # of two addresses, the one that leads further
-            if known is None or (known[0].stamp, reach(known[0].address)) <= order:
-                self._records[record.worker_id] = record, self._loop.time()
-                self._first_found_at = min(self._first_found_at, self._loop.time())
-
     def records(self) -> list[WorkerRecord]:
         """The workers heard of and not expired."""
-        oldest = self._loop.time() - RECORD_TTL_S
-        self._records = {key: entry for key, entry in self._records.items() if entry[1] >= oldest}
-        return [record for record, _ in self._records.values()]
+        return self._known.records(self._loop.time())
 
     async def discover(self, *, everything: bool = False, timeout_s: float | None = None) -> None:
         """Wait until workers are known: the first few, or as good as all.
@@ -7373,7 +7465,7 @@ class Client:
         if everything:  # beacons at 0 and 0.25 s have been answered, and the search has ended
             beaconing = self._opened_at + BEACON_TIMES_S[1] + DISCOVERY_GATHER_S - now
             return max(0.0, beaconing, 0.0 if self._searched else self._opened_at + LOOKUP_DEADLINE_S - now)
-        return 0.0 if self._searched else max(0.0, self._first_found_at + DISCOVERY_GATHER_S - now)
+        return 0.0 if self._searched else max(0.0, self._known.first_at + DISCOVERY_GATHER_S - now)
 
     # --- Workers ---
 
@@ -7386,9 +7478,7 @@ class Client:
             connection = await dial(record.address, self._identity)
             if connection.peer_id != str(record.worker_id):
                 connection.abort()
-                self._impostors[record.worker_id, record.address] = self._loop.time()
-                while len(self._impostors) > MAX_IMPOSTORS:
-                    self._impostors.popitem(last=False)
+                self._known.is_another(record, self._loop.time())
                 raise WorkerLost(f"{format_address(record.address)} is another worker now")
             link = self._links[record.worker_id] = WorkerLink(connection)
             return link
@@ -7408,12 +7498,15 @@ class Client:
         records = sorted(self.records(), key=lambda record: record.worker_id)
         workers, silent = [], []
         for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
-            address = {"address": list(record.address)}
-            if isinstance(answer, QMeshError):
-                silent.append({"worker_id": str(record.worker_id), **address, "error": str(answer)})
-            else:
-                status = {name: value for name, value in answer[0].items() if name not in ("type", "request_id")}
-                workers.append({**status, **address})
+            who = {"worker_id": str(record.worker_id), "address": list(record.address)}
+            try:
+                if isinstance(answer, QMeshError):
+                    raise answer
+                check_status(answer[0])
+                told = {name: value for name, value in answer[0].items() if name not in ("type", "request_id")}
+                workers.append(told | who)
+            except QMeshError as error:
+                silent.append(who | {"error": str(error)})
         return workers, silent
 
     async def _choose(
@@ -7431,7 +7524,7 @@ class Client:
                     continue
                 failure = answer
                 if not isinstance(answer, Refused):
-                    self._records.pop(record.worker_id, None)
+                    self._known.forget(record.worker_id)
             chosen = choose_worker(healths, self._rng)
             if chosen is not None:
                 return (chosen, healths[chosen]), None
@@ -7508,7 +7601,7 @@ class Client:
                     else:
                         yield said
         except WorkerLost as error:
-            self._records.pop(record.worker_id, None)
+            self._known.forget(record.worker_id)
             if first_token is None:
                 raise _NotStarted(str(error)) from None
             raise WorkerLost(f"worker {record.worker_id.short} was lost in the middle of its answer: {error}") from None
@@ -8396,6 +8489,18 @@ async def ask(job: Job, settings: Settings, terminal: Terminal, *, show: bool, e
     raise WorkerLost("the answer has no end")
 
 
+_CONTROLS: Final = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
+
+
+def without_controls(text: str) -> str:
+    """What a model said, without what could steer a terminal.
+
+    >>> without_controls("one\\ttwo\\x1b[2J\\n")
+    'one\\ttwo[2J\\n'
+    """
+    return text.translate(_CONTROLS)
+
+
 class AnswerPrinter:
     """Prints what happens to a job: progress to stderr, the answer to stdout."""
 
@@ -8427,7 +8532,7 @@ class AnswerPrinter:
             self._begun = True
             self._terminal.say("📥 Response: ", end="")
         if text and self._show:
-            sys.stdout.write(text)
+            sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
         self._line_open = True
 
@@ -8482,7 +8587,7 @@ def status_row(status: Json) -> tuple[str, ...]:
         f"{waiting['active']}/{status['slots']}",
         str(waiting["waiting"]),
         f"{status['speed']:.0f}",
-        ", ".join(model["name"] for model in status["models"]),
+        ", ".join(printable(model["name"]) for model in status["models"]),
         format_address((status["address"][0], status["address"][1])),
     )
 
@@ -8755,7 +8860,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--state-dir", metavar="DIR", help="where ids and remembered peers are kept")
 
 
-def add_key(group: argparse._ActionsContainer) -> None:
+def add_key(group: Any) -> None:  # a parser, or a group of one
     group.add_argument("--key", type=key_file, metavar="FILE", help="the mesh's key (the sealed one, or an open mesh)")
 
 

@@ -1,15 +1,19 @@
-"""A client of the TCP port that can break every rule: bytes out, frames in, with a deadline on every wait."""
+"""A client of the TCP port that can break every rule but TLS's: bytes out, frames in, a deadline on every wait.
+
+Its TLS is asyncio's own, so that ours is not tested against itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
+import socket
 import struct
 from collections.abc import AsyncIterator
 from typing import Any
 
 from loop import PATIENCE_S
+from members import OPEN
 
 import qmesh
 
@@ -22,7 +26,8 @@ def frame(payload: bytes) -> bytes:
 class RawClient:
     """One connection. Nothing is sent but what is asked for; nothing that comes is dropped."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, identity: qmesh.Identity) -> None:
+        self.identity = identity
         self._reader = reader
         self._writer = writer
         self._frames = qmesh.FrameReader(limit=qmesh.MAX_FRAME_BYTES)
@@ -41,7 +46,7 @@ class RawClient:
 
     async def greet(self) -> qmesh.Json:
         """Say hello; returns what the other side says to it."""
-        await self.send(qmesh.greeting("hello", qmesh.NodeId.of_bytes(secrets.token_bytes(32))))
+        await self.send(qmesh.greeting("hello", self.identity.node_id))
         return await self.receive()
 
     async def receive(self) -> qmesh.Json:
@@ -57,7 +62,7 @@ class RawClient:
 
     def send_no_more(self) -> None:
         """Close this side only, as a sender that was cut off does."""
-        self._writer.write_eof()
+        self._writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
 
     def abort(self) -> None:
         """Vanish, as a process that is killed does."""
@@ -92,17 +97,23 @@ class RawClient:
 
 
 @contextlib.asynccontextmanager
-async def connected(address: qmesh.Address, *, greeted: bool = True) -> AsyncIterator[RawClient]:
-    """A connection that is closed at the end, and has greeted unless it is not to."""
+async def connected(
+    address: qmesh.Address, *, greeted: bool = True, identity: qmesh.Identity | None = None
+) -> AsyncIterator[RawClient]:
+    """A connection that is closed at the end, and has greeted unless it is not to; of a member of `OPEN`."""
+    identity = identity or qmesh.Identity.ephemeral([OPEN])
+    membership = identity.memberships[0]
     async with asyncio.timeout(PATIENCE_S):
-        reader, writer = await asyncio.open_connection(*address)
-    client = RawClient(reader, writer)
+        reader, writer = await asyncio.open_connection(
+            *address, ssl=membership.dialling, server_hostname=membership.server_name
+        )
+    client = RawClient(reader, writer, identity)
     try:
         if greeted:
             welcome = await client.greet()
             assert welcome["type"] == "welcome", welcome
         yield client
     finally:
-        writer.close()
+        writer.transport.abort()
         with contextlib.suppress(OSError):
             await writer.wait_closed()

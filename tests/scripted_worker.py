@@ -29,7 +29,7 @@ def health_of(score: float) -> Json:
 class ScriptedWorker:
     """Does what `script` says with every prompt. `told_score` is what its record says, `score` its fresh status.
 
-    tcp_id: the id that it greets with, if not its own. status: all that its status says, if not the usual;
+    tcp_key: the key that it has over TCP, if not its own. status: all that its status says, if not the usual;
     NO_STATUS for silence.
     """
 
@@ -37,9 +37,9 @@ class ScriptedWorker:
     score: float = 80
     told_score: int | None = None
     model: str = "tiny"
-    tcp_id: NodeId | None = None
+    tcp_key: qmesh.NodeKey | None = None
     status: Json | None = None
-    worker_id: NodeId = field(default_factory=lambda: NodeId.of_bytes(secrets.token_bytes(32)))
+    key: qmesh.NodeKey = field(default_factory=lambda: qmesh.NodeKey.of_seed(secrets.token_bytes(32)))
     udp_address: qmesh.Address = ("", 0)
     prompts: list[Json] = field(default_factory=list)
     statuses: int = 0
@@ -47,10 +47,15 @@ class ScriptedWorker:
     connections: int = 0
     closed: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
 
+    @property
+    def worker_id(self) -> NodeId:
+        return self.key.node_id
+
     @contextlib.asynccontextmanager
     async def on(self, topic: str, *, beacons: bool = True) -> AsyncIterator[ScriptedWorker]:
         """Join the mesh of this topic. beacons: whether clients find it with no address given."""
-        server = qmesh.TcpServer(self._serve, self.tcp_id or self.worker_id)
+        identity = qmesh.Identity(self.tcp_key or self.key, [qmesh.MeshKeys.derive(topic)])
+        server = qmesh.TcpServer(self._serve, identity)
         _, port = await server.start(qmesh.LOOPBACK, 0)
         try:
             record = self._record(port)
@@ -73,12 +78,17 @@ class ScriptedWorker:
         finally:
             self.closed.put_nowait(None)
 
+    def _usual_status(self) -> Json:
+        queue = {"active": 0, "waiting": 0, "capacity": 16}
+        load = {"health": health_of(self.score), "slots": 4, "queue": queue, "speed": 1.0}
+        return {**load, "models": [{"name": self.model}]}
+
     async def _answer(self, connection: Connection, body: Json) -> bool:
         if body["type"] == "cancel":
             self.cancelled.put_nowait(body["request_id"])
         elif body["type"] == "status":
             self.statuses += 1
-            status = {"health": health_of(self.score)} if self.status is None else self.status
+            status = self._usual_status() if self.status is None else self.status
             if status is not NO_STATUS:
                 await connection.send({"type": "status_response", **status, "request_id": body["request_id"]})
         else:

@@ -14,6 +14,7 @@ from typing import Any
 import harness
 import pytest
 from loop import PATIENCE_S, in_a_loop
+from members import node_key
 from scripted_worker import (
     HANGS_UP,
     IS_SILENT,
@@ -274,7 +275,7 @@ async def test_a_worker_whose_model_only_begins_like_the_one_wanted_is_passed_ov
 
 @in_a_loop
 async def test_a_worker_that_answers_under_another_id_is_not_used(topic: str, tmp_path: Path) -> None:
-    impostor = ScriptedWorker(says("no"), score=99, tcp_id=NodeId(666))
+    impostor = ScriptedWorker(says("no"), score=99, tcp_key=node_key(666))
     honest = ScriptedWorker(says("yes"), score=50)
     async with mesh_of(topic, tmp_path, impostor, honest) as mesh:
         assert (await mesh.complete(job())).result.text == "yes"

@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 
+import members
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -813,8 +814,12 @@ def test_a_worker_is_found_at_the_address_it_moved_to() -> None:
     moved = network.add_node(own=worker.node_id)
     network.run_for(1)
     work(network, moved, stamp=2)
-    (record,) = find(network, client_of(network, holder)).records
-    assert record.address == (moved.address[0], 47476)
+    left, found = sorted(find(network, client_of(network, holder)).records, key=lambda record: record.stamp)
+    assert found.address == (moved.address[0], 47476)
+    assert left.address == (worker.address[0], 47476)
+    network.run_for(qmesh.RECORD_TTL_S)  # what it said at the old one, nobody believes any longer
+    (found,) = find(network, client_of(network, holder)).records
+    assert found.address == (moved.address[0], 47476)
 
 
 # --- Strangers ---
@@ -858,6 +863,31 @@ def test_nobody_can_withdraw_the_record_of_a_worker_at_another_host() -> None:
     thief = Stranger(network)
     thief.ask(holder, "withdraw", worker.node_id, topic=TOPIC, token=thief.token_from(holder))
     assert found_ids(network, client_of(network, holder)) == {worker.node_id}
+    thief.plant(holder, record_of(worker.node_id, stamp=9))
+    thief.ask(holder, "withdraw", worker.node_id, topic=TOPIC, token=thief.token_from(holder))
+    (record,) = find(network, client_of(network, holder)).records  # it took its own back
+    assert record.address == (worker.address[0], 47476)
+
+
+@pytest.mark.parametrize("stamp", [0, 1, 0xFFFFFFFF])
+@pytest.mark.parametrize("everything", [False, True])
+def test_who_announces_under_anothers_id_displaces_its_record_at_no_holder(stamp: int, everything: bool) -> None:
+    """Over UDP an id is a claim; the dialled worker's certificate tells whose it is."""
+    network = VirtualNetwork(57)
+    worker, *holders = join(network, 4)
+    work(network, worker)
+    impostor = Stranger(network)
+    for holder in holders:
+        impostor.plant(holder, record_of(worker.node_id, stamp=stamp, score=100))
+    network.run_for(qmesh.ANNOUNCE_PERIOD_S)
+    for holder in holders:
+        records = find(network, client_of(network, holder), everything=everything).records
+        assert {record.worker_id for record in records} == {worker.node_id}
+        assert {record.address[0] for record in records} == {worker.address[0], STRANGER[0]}
+    network.run_for(qmesh.RECORD_TTL_S)
+    for holder in holders:  # the worker goes on announcing itself, whatever the other's stamps are
+        (record,) = find(network, client_of(network, holder), everything=everything).records
+        assert record.address == (worker.address[0], 47476)
 
 
 def test_a_withdrawal_without_a_valid_token_is_refused() -> None:
@@ -929,17 +959,43 @@ def test_lists_fill_the_room_there_is_and_keep_some_for_nodes(laden: bytes) -> N
     assert reply.body["total"] >= 50
 
 
-def test_a_datagram_of_another_mesh_is_dropped_in_silence_and_counted() -> None:
+OTHER_MESHES = {
+    "another topic": qmesh.MeshKeys.derive("another"),
+    "the same topic with a key": members.closed(1, "virtual"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MESHES)
+def test_a_datagram_of_another_mesh_is_dropped_in_silence_and_counted(kind: str) -> None:
     network = VirtualNetwork(56)
     (node,) = join(network, 1)
     since = len(network.sent)
-    foreign = qmesh.DatagramCodec(qmesh.MeshKeys.derive("another").udp_key)
+    foreign = qmesh.DatagramCodec(OTHER_MESHES[kind].udp_key)
     ping = foreign.encode(qmesh.Datagram("ping", bytes(8), NodeId(9)), pad_to=FULL)
     node.engine.receive_datagram(ping, STRANGER, network.now)
     assert node.engine.datagrams_to_send(network.now) == []
     assert node.engine.dropped == {"mesh": 1}
     assert node.engine.gate.strangers == {STRANGER[0]: ("mesh", network.now)}
     assert len(network.sent) == since
+
+
+@pytest.mark.parametrize("other", [qmesh.MeshKeys.derive("virtual"), members.closed(2, "virtual")])
+def test_in_a_closed_mesh_nothing_is_heard_of_the_open_one_or_of_another_key(other: qmesh.MeshKeys) -> None:
+    closed = members.closed(1, "virtual")
+    inside, outside = (
+        qmesh.DhtEngine(keys=keys, own=NodeId(number), rng=random.Random(number), now=0.0)
+        for number, keys in ((1, closed), (2, other))
+    )
+    for target, speaker in ((inside, outside), (outside, inside)):
+        speaker.meet([STRANGER], 0.0)
+        speaker.handle_timer(0.0)
+        said = [data for data, _ in speaker.datagrams_to_send(0.0)]
+        assert len(said) >= 2  # a ping and a beacon
+        target.datagrams_to_send(0.0)
+        for data in said:
+            target.receive_datagram(data, STRANGER, 0.0)
+        assert target.datagrams_to_send(0.0) == []
+        assert (target.dropped["mesh"], list(target.table)) == (len(said), [])
 
 
 def damaged_datagrams() -> st.SearchStrategy[bytes]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import re
 import socket
+import ssl
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import members
 import pytest
-from loop import in_a_loop
+from loop import PATIENCE_S, in_a_loop
 from scripted_worker import announced, record_of
 
 import qmesh
@@ -76,7 +81,8 @@ def only(checks: list[Check]) -> Check:
 
 def test_this_python_will_do() -> None:
     assert only(qmesh.check_python()).verdict is Verdict.WELL
-    assert only(qmesh.check_tls()).verdict is Verdict.WELL
+    check = only(qmesh.check_tls())
+    assert check == Check("tls", f"{ssl.OPENSSL_VERSION}, TLS 1.3 with Ed25519")
 
 
 def test_an_old_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,9 +92,38 @@ def test_an_old_python_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "3.11" in check.remedy
 
 
+def tls_is_missing() -> str:
+    """What is found where TLS is; what to do about it is told too."""
+    check = only(qmesh.check_tls())
+    assert (check.name, check.verdict, check.cause) == ("tls", Verdict.PROBLEM, "tls_missing")
+    assert check.remedy.startswith("Use a Python that comes with OpenSSL 1.1.1 or newer")
+    return check.found
+
+
 def test_a_tls_library_without_tls_1_3_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl.HAS_TLSv1_3", False)
-    assert only(qmesh.check_tls()).cause == "tls_missing"
+    assert tls_is_missing() == f"this Python's {ssl.OPENSSL_VERSION} has no TLS 1.3 with Ed25519"
+
+
+def test_a_tls_library_that_is_too_old_for_ed25519_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl.OPENSSL_VERSION", "OpenSSL 1.1.0l  10 Sep 2019")
+    monkeypatch.setattr("ssl.OPENSSL_VERSION_INFO", (1, 1, 0, 12, 15))
+    assert tls_is_missing() == "this Python's OpenSSL 1.1.0l  10 Sep 2019 has no TLS 1.3 with Ed25519"
+
+
+def test_a_tls_library_that_takes_no_ed25519_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of some systems, built without it, or told not to."""
+
+    def refused(*_: object) -> None:
+        raise ssl.SSLError(1, "[SSL] unsupported algorithm")
+
+    monkeypatch.setattr("ssl.SSLContext.load_cert_chain", refused)
+    assert "does not take Ed25519" in tls_is_missing()
+
+
+def test_a_python_without_tls_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ssl", None)
+    assert tls_is_missing().startswith("this Python has no TLS (")
 
 
 def test_a_machine_without_the_workers_packages_can_still_ask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +179,7 @@ def test_an_id_that_stands_in_two_places_is_a_problem(tmp_path: Path) -> None:
 # --- Ports ---
 
 KEYS = qmesh.MeshKeys.derive("doctor")
+OURSELVES = members.member(1, KEYS)
 
 
 @pytest.fixture
@@ -156,7 +192,7 @@ def usual_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 @in_a_loop
 async def test_a_port_that_another_program_holds_is_told_from_one_of_a_worker(usual_port: socket.socket) -> None:
-    check = only(await qmesh.check_port(socket.SOCK_DGRAM, qmesh.LOOPBACK, KEYS))
+    check = only(await qmesh.check_port(socket.SOCK_DGRAM, qmesh.LOOPBACK, KEYS, OURSELVES))
     assert (check.verdict, check.cause) == (Verdict.NOTE, "port_taken")
 
 
@@ -164,7 +200,7 @@ async def test_a_port_that_another_program_holds_is_told_from_one_of_a_worker(us
 async def test_a_port_that_a_worker_holds_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     async with announced("doctor", record_of(NodeId(5), 1), beacons=False) as (_, port):
         monkeypatch.setattr(qmesh, "DEFAULT_PORT", port)
-        check = only(await qmesh.check_port(socket.SOCK_DGRAM, qmesh.LOOPBACK, KEYS))
+        check = only(await qmesh.check_port(socket.SOCK_DGRAM, qmesh.LOOPBACK, KEYS, OURSELVES))
         assert check.verdict is Verdict.WELL
         assert NodeId(5).short in check.found
 
@@ -175,7 +211,7 @@ async def test_a_port_that_may_not_be_bound_is_a_problem(monkeypatch: pytest.Mon
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(qmesh, "bind_all", forbidden)
-    assert only(await qmesh.check_port(socket.SOCK_STREAM, qmesh.LOOPBACK, KEYS)).cause == "port_unusable"
+    assert only(await qmesh.check_port(socket.SOCK_STREAM, qmesh.LOOPBACK, KEYS, OURSELVES)).cause == "port_unusable"
 
 
 # --- The whole examination, on the loopback ---
@@ -235,11 +271,15 @@ def test_what_is_wrong_is_named_for_people_and_programs(
         assert line in printed, line
 
 
+def member_of(mesh: harness.Mesh) -> qmesh.Identity:
+    return members.member(1, qmesh.MeshKeys.derive(mesh.topic))
+
+
 @in_a_loop
 async def test_a_worker_that_is_asked_to_call_back_tells_who_answered(two_workers: harness.Mesh) -> None:
     """The other worker at its own ports, nobody at a port that is closed."""
     one, other = (process.ready for process in two_workers.processes)
-    link = qmesh.WorkerLink(await qmesh.dial(tuple(one["tcp"]), NodeId(1)))
+    link = qmesh.WorkerLink(await qmesh.dial(tuple(one["tcp"]), member_of(two_workers)))
     try:
         with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as closed:
             nobody = closed.getsockname()[1]
@@ -253,7 +293,8 @@ async def test_a_worker_that_is_asked_to_call_back_tells_who_answered(two_worker
 
 @in_a_loop
 async def test_a_worker_calls_back_a_few_at_a_time(two_workers: harness.Mesh) -> None:
-    link = qmesh.WorkerLink(await qmesh.dial(tuple(two_workers.processes[0].ready["tcp"]), NodeId(1)))
+    ready = two_workers.processes[0].ready
+    link = qmesh.WorkerLink(await qmesh.dial(tuple(ready["tcp"]), member_of(two_workers)))
     try:
         with qmesh.bind_one(socket.SOCK_DGRAM, qmesh.LOOPBACK, 0) as silent:
             port = silent.getsockname()[1]
@@ -262,6 +303,59 @@ async def test_a_worker_calls_back_a_few_at_a_time(two_workers: harness.Mesh) ->
     finally:
         await link.close()
     assert sum(isinstance(outcome, qmesh.Refused) for outcome in outcomes) == 3
+
+
+CLOSED = members.closed(1)
+KEY = qmesh.MeshKey(bytes(range(32)))
+
+
+@contextlib.contextmanager
+def listening(*meshes: qmesh.MeshKeys) -> Iterator[int]:
+    """A node of these meshes that answers over TCP, and not over UDP; yields its port."""
+
+    async def hang_up(connection: qmesh.Connection) -> None:
+        return
+
+    loop = asyncio.new_event_loop()
+    server = qmesh.TcpServer(hang_up, members.member(2, *meshes))
+    _, port = loop.run_until_complete(server.start(qmesh.LOOPBACK, 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield port
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(), loop).result(PATIENCE_S)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(PATIENCE_S)
+        loop.close()
+
+
+@pytest.mark.parametrize("meshes", [[members.OPEN], [CLOSED], [CLOSED, members.closed(3)]])
+def test_a_peer_of_another_mesh_is_told_from_one_that_is_silent(
+    mesh: harness.Mesh, examine: Callable[..., tuple[int, str]], meshes: list[qmesh.MeshKeys]
+) -> None:
+    with listening(*meshes) as port:
+        exit_code, printed = examine(mesh, "--json", "--peer", f"127.0.0.1:{port}")
+    told = json.loads(printed)
+    (check,) = (check for check in told["checks"] if check["name"] == f"peer 127.0.0.1:{port}")
+    assert (exit_code, check["cause"], check["verdict"]) == (1, "other_mesh", "problem")
+    assert "another mesh" in check["found"]
+    assert "--key" in check["remedy"]
+    assert "peer_silent" not in causes(told)
+
+
+def test_the_mesh_that_was_examined_is_named(mesh: harness.Mesh, examine: Callable[..., tuple[int, str]]) -> None:
+    key = mesh.directory / "lab.key"
+    key.write_text(KEY.text)
+    key.chmod(0o600)
+    for arguments, title in (
+        ([], f"open mesh '{mesh.topic}'"),
+        (["--key", str(key)], qmesh.MeshKeys.derive(mesh.topic, KEY).title),
+    ):
+        told = json.loads(examine(mesh, "--json", *arguments)[1])
+        found = {check["name"]: check["found"] for check in told["checks"]}
+        assert title in found["mesh"]
+        assert KEY.text[7:20] not in json.dumps(told)
 
 
 # --- What workers say of others ---

@@ -187,13 +187,11 @@ def test_what_is_nearly_a_key_is_refused_without_telling_the_secret(text: str) -
     assert_says_nothing_of([SECRET], refusal(text))
 
 
-@pytest.mark.xfail(reason="what stands in place of the last day is told, and that may be a piece of a key")
 def test_a_secret_in_place_of_the_last_day_is_not_told() -> None:
     other = MeshKey(SEEDS[3]).text.removeprefix("qmesh1-")
     assert_says_nothing_of([SECRET, SEEDS[3]], refusal(f"{TEXT} until {other[:32]}"))
 
 
-@pytest.mark.xfail(reason="any date of ISO 8601, letters that fold to ASCII, and spare bits are taken")
 @pytest.mark.parametrize(
     "text",
     [
@@ -351,12 +349,6 @@ def test_another_topic_of_one_key_is_another_place_in_the_dht() -> None:
     assert len(topics) == 3
 
 
-@pytest.mark.xfail(reason="the keys of the MAC and of the authority follow from the mesh key alone")
-def test_another_topic_of_one_key_shares_nothing() -> None:
-    found = {value for name in ("lab", "office") for value in shared(MeshKeys.derive(name, MeshKey(SECRET)))}
-    assert len(found) == 6
-
-
 def test_a_fingerprint_is_of_the_key_and_not_of_the_topic() -> None:
     lab, office = (MeshKeys.derive(name, MeshKey(SECRET)) for name in ("lab", "office"))
     assert lab.fingerprint == office.fingerprint
@@ -374,7 +366,7 @@ def test_only_an_open_mesh_is_called_open() -> None:
 
 def test_people_are_told_what_kind_of_mesh_it_is() -> None:
     assert MeshKeys.derive("lab").title == "open mesh 'lab'"
-    assert MeshKeys.derive("lab", MeshKey(SECRET)).title == "closed (hiyeym3p) mesh 'lab'"
+    assert MeshKeys.derive("lab", MeshKey(SECRET)).title == "closed mesh 'lab' (hiyeym3p)"
 
 
 def test_keys_count_as_long_as_the_mesh_key_and_change_nothing_else_by_it() -> None:
@@ -653,6 +645,7 @@ DER = base64.b64decode(BODY)
         NODE.pem.replace(BODY, BODY[:-4]),
         NODE.pem.replace(BODY, BODY + "AAAA"),
         NODE.pem.replace(BODY, "!" + BODY[1:]),
+        NODE.pem.replace(BODY, BODY[:10] + "!" + BODY[10:]),
         NODE.pem.replace(BODY, "é" + BODY[1:]),
         NODE.pem.replace(BODY, "\ud800" + BODY[1:]),
         NODE.pem.replace(BODY, ""),
@@ -674,7 +667,6 @@ def test_a_node_key_that_is_cut_before_its_end_is_refused() -> None:
         assert_no_node_key(NODE.pem[:size])
 
 
-@pytest.mark.xfail(reason="the label, the last line and excess padding of the PEM are not looked at")
 @pytest.mark.parametrize(
     "text",
     [

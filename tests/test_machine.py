@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import dataclasses
+import datetime
 import json
 import logging
 import os
@@ -11,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +23,7 @@ import psutil
 import pytest
 
 import qmesh
-from qmesh import NodeId, StateDirectory, SystemMonitor, UsageError
+from qmesh import NodeId, Settings, StateDirectory, SystemMonitor, UsageError
 
 LAB = ("10.0.0.1", 47475)
 HOME = ("192.168.1.7", 4000)
@@ -30,7 +34,7 @@ HOLDER = """
 import sys, qmesh
 from pathlib import Path
 state = qmesh.StateDirectory.claim(Path(sys.argv[1]))
-print(state.path.name, state.worker_id(), flush=True)
+print(state.path.name, state.node_key().node_id, flush=True)
 sys.stdin.read()
 """
 
@@ -115,22 +119,68 @@ def claim(tmp_path: Path) -> Iterator[Callable[[], StateDirectory]]:
 def test_two_instances_have_two_directories_and_two_ids(claim: Callable[[], StateDirectory]) -> None:
     first, second = claim(), claim()
     assert first.path != second.path
-    assert first.worker_id() != second.worker_id()
+    assert first.node_key().node_id != second.node_key().node_id
 
 
-def test_an_instance_keeps_its_id(claim: Callable[[], StateDirectory]) -> None:
+def test_an_instance_makes_its_key_once_and_keeps_it(claim: Callable[[], StateDirectory]) -> None:
     first = claim()
-    worker_id = first.worker_id()
-    assert first.worker_id() == worker_id
+    key = first.node_key()
+    written = (first.path / "node.key").read_bytes()
+    assert first.node_key() == key
     first.release()
     again = claim()
-    assert (again.path, again.worker_id()) == (first.path, worker_id)
+    assert (again.path, again.node_key()) == (first.path, key)
+    assert (first.path / "node.key").read_bytes() == written
+
+
+def test_the_key_is_pem_as_openssl_writes_it(claim: Callable[[], StateDirectory]) -> None:
+    state = claim()
+    key = state.node_key()
+    head, body, end = (state.path / "node.key").read_text("ascii").splitlines()
+    assert (head, end) == ("-----BEGIN PRIVATE KEY-----", "-----END PRIVATE KEY-----")
+    assert base64.b64decode(body).endswith(key.seed)
 
 
 def test_the_id_stands_in_a_file_that_people_can_read(claim: Callable[[], StateDirectory]) -> None:
     state = claim()
-    worker_id = state.worker_id()
+    worker_id = state.node_key().node_id
     assert (state.path / "worker-id.txt").read_text("ascii") == f"{worker_id}\n"
+
+
+@pytest.mark.parametrize("told", [b"", b"00ff", b"a" * 64 + b"\n", b"\xff" * 64, None])
+def test_the_file_with_the_id_follows_the_key(claim: Callable[[], StateDirectory], told: bytes | None) -> None:
+    """It may be older than keys are, or have been edited: what it says is nobody's id."""
+    state = claim()
+    key = state.node_key()
+    if told is None:
+        (state.path / "worker-id.txt").unlink()
+    else:
+        (state.path / "worker-id.txt").write_bytes(told)
+    assert state.node_key() == key
+    assert (state.path / "worker-id.txt").read_text("ascii") == f"{key.node_id}\n"
+    assert not (state.path / "worker-id.txt.unusable").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX's")
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_only_its_user_can_read_a_key_whatever_the_umask(claim: Callable[[], StateDirectory], umask: int) -> None:
+    state = claim()
+    before = os.umask(umask)
+    try:
+        state.node_key()
+    finally:
+        os.umask(before)
+    assert (state.path / "node.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX's")
+@pytest.mark.parametrize("mode", [0o644, 0o666, 0o640, 0o400])
+def test_a_key_that_was_opened_to_others_is_shut_again(claim: Callable[[], StateDirectory], mode: int) -> None:
+    state = claim()
+    key = state.node_key()
+    (state.path / "node.key").chmod(mode)
+    assert state.node_key() == key
+    assert (state.path / "node.key").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_released_instance_is_taken_before_a_new_one(claim: Callable[[], StateDirectory]) -> None:
@@ -153,9 +203,9 @@ def test_another_process_gets_another_instance_and_its_death_frees_it(claim: Cal
         finally:
             holder.kill()
     assert len({own.path.name, name, third.path.name}) == 3
-    assert len({str(own.worker_id()), other_id, str(third.worker_id())}) == 3
+    assert len({str(own.node_key().node_id), other_id, str(third.node_key().node_id)}) == 3
     successor = claim()
-    assert (successor.path.name, str(successor.worker_id())) == (name, other_id)
+    assert (successor.path.name, str(successor.node_key().node_id)) == (name, other_id)
 
 
 def test_there_is_an_end_to_the_instances_of_one_machine(
@@ -174,7 +224,7 @@ def test_a_folder_copied_to_another_host_makes_another_identity(
         monkeypatch.setattr("platform.node", lambda: host)
         state = StateDirectory.claim(qmesh.host_state_dir(str(root), {}))
         try:
-            return state.worker_id()
+            return state.node_key().node_id
         finally:
             state.release()
 
@@ -184,35 +234,60 @@ def test_a_folder_copied_to_another_host_makes_another_identity(
     assert identity(tmp_path / "a", "lab-1") == original
 
 
-DAMAGED_IDS = [b"", b"\n", b"00ff", b"z" * 64, b"A" * 64, b"0" * 63, b"0" * 65, b"\xff" * 64, bytes(64)]
+KEY = qmesh.NodeKey.of_seed(bytes(range(32)))
+RSA = qmesh.pem("PRIVATE KEY", bytes.fromhex("300d06092a864886f70d0101010500") + bytes(100))
+X25519 = KEY.pem.replace("K2VwBCI", "K2VuBCI")  # the object id ends in 110, not 112
+DAMAGED_KEYS = {
+    "empty": b"",
+    "a blank line": b"\n",
+    "garbage": b"\xff" * 64,
+    "zeros": bytes(64),
+    "an id": b"0" * 64,
+    "cut off": KEY.pem.encode()[:70],
+    "a line cut off": KEY.pem.encode()[:-30],
+    "without its frame": KEY.pem.encode().splitlines()[1],
+    "another letter": KEY.pem.encode().replace(b"MC4", b"M!4"),
+    "too short": qmesh.pem("PRIVATE KEY", bytes.fromhex("302e020100300506032b657004220420") + bytes(31)).encode(),
+    "too long": qmesh.pem("PRIVATE KEY", bytes.fromhex("302e020100300506032b657004220420") + bytes(33)).encode(),
+    "RSA": RSA.encode(),
+    "X25519": X25519.encode(),
+    "a certificate": qmesh.pem("CERTIFICATE", bytes(100)).encode(),
+}
 
 
-@pytest.mark.parametrize("damage", DAMAGED_IDS)
-def test_a_damaged_id_is_kept_aside_renewed_and_spoken_of(
-    claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture, damage: bytes
+@pytest.mark.parametrize("kind", DAMAGED_KEYS)
+def test_a_damaged_key_is_kept_aside_renewed_and_spoken_of(
+    claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    state = claim()
-    path = state.path / "worker-id.txt"
+    state, damage = claim(), DAMAGED_KEYS[kind]
+    assert damage != KEY.pem.encode()
+    path = state.path / "node.key"
     path.write_bytes(damage)
     with caplog.at_level(logging.WARNING, "qmesh"):
-        renewed = state.worker_id()
-    assert (state.path / "worker-id.txt.unusable").read_bytes() == damage
-    assert str(path) in caplog.text
-    assert state.worker_id() == renewed
+        renewed = state.node_key()
+    assert (state.path / "node.key.unusable").read_bytes() == damage
+    assert f"{path} holds no Ed25519 key: kept as node.key.unusable and renewed" in caplog.text
+    assert damage.decode("latin-1").strip() == "" or damage.decode("latin-1").strip() not in caplog.text
+    assert state.node_key() == renewed != KEY
+    assert (state.path / "worker-id.txt").read_text("ascii") == f"{renewed.node_id}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_an_id_that_is_no_file_is_kept_aside_and_renewed(claim: Callable[[], StateDirectory]) -> None:
+def test_a_key_that_is_no_file_is_kept_aside_and_renewed(
+    claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture
+) -> None:
     state = claim()
-    (state.path / "worker-id.txt").mkdir()
-    renewed = state.worker_id()
-    assert (state.path / "worker-id.txt.unusable").is_dir()
-    assert state.worker_id() == renewed
+    (state.path / "node.key").mkdir()
+    renewed = state.node_key()
+    assert (state.path / "node.key.unusable").is_dir()
+    assert state.node_key() == renewed
+    assert str(state.path / "node.key") in caplog.text
 
 
-def test_blanks_around_an_id_do_no_harm(claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture) -> None:
+def test_blanks_around_a_key_do_no_harm(claim: Callable[[], StateDirectory], caplog: pytest.LogCaptureFixture) -> None:
     state = claim()
-    (state.path / "worker-id.txt").write_bytes(b" " + b"0a" * 32 + b"\r\n")
-    assert str(state.worker_id()) == "0a" * 32
+    (state.path / "node.key").write_bytes(b"\r\n" + KEY.pem.replace("\n", "\r\n").encode() + b"\r\n\n")
+    assert state.node_key() == KEY
     assert not caplog.records
 
 
@@ -221,18 +296,19 @@ READ_FORBIDDEN = """
 import os, qmesh, sys
 from pathlib import Path
 os.chdir(sys.argv[1])
-Path("worker-id.txt").write_bytes(b"0" * 64)
-Path("worker-id.txt").chmod(0)
+key = qmesh.NodeKey.of_seed(bytes(32))
+Path("node.key").write_text(key.pem)
+Path("node.key").chmod(0)
 if os.getuid() == 0:
     os.setuid(65534)
 try:
-    print(qmesh.StateDirectory(Path()).worker_id() != qmesh.NodeId(0))
+    print(qmesh.StateDirectory(Path()).node_key() != key or os.stat("node.key").st_uid == os.getuid())
 except qmesh.UsageError as error:
     print("--state-dir" in str(error))
 """
 
 
-def test_an_id_that_may_not_be_read_is_renewed_or_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
+def test_a_key_that_may_not_be_read_is_mended_or_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     assert run_python(READ_FORBIDDEN, tmp_path).splitlines()[:1] == ["True"]
 
@@ -253,13 +329,251 @@ def test_a_file_in_an_instances_place_is_refused_with_the_flag_that_mends_it(tmp
         StateDirectory.claim(tmp_path)
 
 
-def test_an_id_that_cannot_be_written_is_refused_with_the_flag_that_mends_it(
+def test_a_key_that_cannot_be_written_is_refused_with_the_flag_that_mends_it(
     claim: Callable[[], StateDirectory],
 ) -> None:
     state = claim()
     shutil.rmtree(state.path)
     with pytest.raises(UsageError, match="--state-dir"):
-        state.worker_id()
+        state.node_key()
+
+
+# As READ_FORBIDDEN: nobody may write in what is another's.
+WRITE_FORBIDDEN = """
+import os, qmesh, sys
+from pathlib import Path
+os.chdir(sys.argv[1])
+if os.getuid() == 0:
+    os.setuid(65534)
+else:
+    os.chmod(".", 0o555)
+try:
+    print(qmesh.StateDirectory(Path()).node_key())
+except qmesh.UsageError as error:
+    print("--state-dir" in str(error), "Permission denied" in str(error))
+"""
+
+
+def test_a_directory_that_is_read_only_is_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
+    place = tmp_path / "0"
+    place.mkdir(mode=0o755)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)  # pytest shuts them to nobody
+    try:
+        assert run_python(WRITE_FORBIDDEN, place) == "True True\n"
+        assert list(place.iterdir()) == []
+    finally:
+        place.chmod(0o755)
+
+
+# --- The mesh's key ---
+
+NEW = qmesh.MeshKey(bytes(range(32)))
+OLD = qmesh.MeshKey(bytes(range(1, 33)))
+TODAY = datetime.date(2026, 3, 1)
+
+
+def told(key: object) -> Settings:
+    return Settings(topic="tests", key=str(key))
+
+
+def key_file(tmp_path: Path, content: str | bytes, mode: int = 0o600) -> Path:
+    path = tmp_path / "lab.key"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    path.chmod(mode)
+    return path
+
+
+def until(day: datetime.date) -> str:
+    return f"{OLD.text} until {day.isoformat()}"
+
+
+@pytest.fixture
+def today(monkeypatch: pytest.MonkeyPatch) -> datetime.date:
+    monkeypatch.setattr(qmesh, "utc_today", lambda: TODAY)
+    return TODAY
+
+
+def test_without_a_key_a_source_tree_is_of_the_open_mesh() -> None:
+    assert qmesh.read_keys(Settings(topic="tests")) == ()
+    assert qmesh.read_mesh_keys(Settings(topic="tests")) == (qmesh.MeshKeys.derive("tests"),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        NEW.text,
+        f"{NEW.text}\n",
+        f"  {NEW.text.upper()}\r\n\r\n",
+        f"# of lab 3\n\n{NEW.text}  # made in March\n",
+        f"# für Labor 3\n{NEW.text}\n",
+    ],
+)
+def test_a_key_is_read_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str) -> None:
+    path = key_file(tmp_path, content)
+    assert qmesh.read_keys(told(path)) == (NEW,)
+    assert qmesh.read_mesh_keys(told(path)) == (qmesh.MeshKeys.derive("tests", NEW),)
+    assert not caplog.records
+
+
+def test_the_mark_that_windows_puts_before_a_text_does_no_harm(tmp_path: Path) -> None:
+    assert qmesh.read_keys(told(key_file(tmp_path, b"\xef\xbb\xbf" + NEW.text.encode()))) == (NEW,)
+
+
+def test_the_variable_holds_a_key_or_the_path_of_its_file(tmp_path: Path) -> None:
+    for value in (NEW.text, NEW.text.upper(), f" {NEW.text}\n", str(key_file(tmp_path, NEW.text))):
+        assert qmesh.read_keys(Settings.resolve({}, {"QMESH_KEY": value})) == (NEW,)
+    both = Settings.resolve({}, {"QMESH_KEY": f"{NEW.text}\n{until(TODAY)}"})
+    assert qmesh.read_keys(both) == (NEW, dataclasses.replace(OLD, until=TODAY))
+
+
+def test_a_topic_of_its_own_makes_another_mesh_of_the_same_key(tmp_path: Path) -> None:
+    path = key_file(tmp_path, NEW.text)
+    (one,) = qmesh.read_mesh_keys(Settings(topic="one", key=str(path)))
+    (other,) = qmesh.read_mesh_keys(Settings(topic="other", key=str(path)))
+    assert (one.name, other.name) == ("one", "other")
+    assert one.topic != other.topic
+    assert one.fingerprint == other.fingerprint != qmesh.OPEN_MESH
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "there is no mesh key in it"),
+        (b"# nothing but words\n", "there is no mesh key in it"),
+        (b"SECRET", "line 1: a mesh key is"),
+        (b"\xff\xfe\x00SECRET", "line 1: a mesh key is"),
+        (b"\n\nSECRET", "line 3: a mesh key is"),
+        (NEW.text.encode()[:-1], "line 1: a mesh key is"),
+        (NEW.text.encode() + b"a", "line 1: a mesh key is"),
+        (f"{NEW.text} {OLD.text}".encode(), 'line 1: behind a key that is being replaced stands "until YYYY-MM-DD"'),
+        (f"{NEW.text}\n{OLD.text}".encode(), "each key after it needs one"),
+        (f"{OLD.text} until 2026-01-01".encode(), "the first key is the one in force"),
+        (f"{NEW.text}\n{OLD.text} until soon".encode(), 'line 2: behind a key that is being replaced stands "until'),
+        (f"{NEW.text}\n{OLD.text} until 2026-02-30".encode(), "line 2: "),
+        (f"{NEW.text}\n{NEW.text} until 2026-01-01".encode(), "at most 2 keys, each another"),
+        (f"{NEW.text}\n{until(TODAY)}\n{qmesh.MeshKey(bytes(32)).text} until 2026-01-01".encode(), "at most 2 keys"),
+        (b"#" * (qmesh.MAX_KEY_FILE_BYTES + 1), "it has more than 4,096 bytes"),
+        (NEW.text.encode() + bytes(10_000), "it has more than 4,096 bytes"),
+    ],
+)
+def test_what_is_no_key_file_is_named_with_what_is_wrong_and_never_with_what_it_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes, said: str
+) -> None:
+    path = key_file(tmp_path, content)
+    with caplog.at_level(logging.DEBUG, "qmesh"), pytest.raises(UsageError) as caught:
+        qmesh.read_mesh_keys(told(path))
+    assert said in str(caught.value)
+    assert str(path) in str(caught.value)
+    for secret in ("SECRET", NEW.text[7:20], OLD.text[7:20], "##"):
+        assert secret not in str(caught.value) + caplog.text
+
+
+def test_a_key_file_at_its_limit_is_taken(tmp_path: Path) -> None:
+    words = "#" * (qmesh.MAX_KEY_FILE_BYTES - len(NEW.text) - 1)
+    assert qmesh.read_keys(told(key_file(tmp_path, f"{NEW.text}\n{words}"))) == (NEW,)
+
+
+@pytest.mark.parametrize("name", ["missing.key", ".", "file/lab.key"])
+def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / name
+    with pytest.raises(UsageError, match="the key file .* cannot be read") as caught:
+        qmesh.read_mesh_keys(told(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [NEW.text[:-1], NEW.text + "a", f"{NEW.text} until 2026-01-01", f"{NEW.text},x"])
+def test_a_variable_that_holds_no_key_is_named_without_it(value: str) -> None:
+    with pytest.raises(UsageError, match="^the mesh key in QMESH_KEY: ") as caught:
+        qmesh.read_mesh_keys(Settings.resolve({}, {"QMESH_KEY": value}))
+    assert NEW.text[7:20] not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX's")
+@pytest.mark.parametrize(("mode", "warned"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_a_key_file_that_others_can_read_is_spoken_of_with_what_shuts_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warned: bool
+) -> None:
+    path = key_file(tmp_path, NEW.text, mode)
+    assert qmesh.read_keys(told(path)) == (NEW,)
+    warning = f"other users of this machine can read the mesh's key: chmod 600 {path}"
+    assert [record.message for record in caplog.records] == [warning] * warned
+    assert NEW.text[7:20] not in caplog.text
+
+
+def test_a_key_that_comes_through_a_pipe_is_read_and_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
+    """As a shell gives it: --key <(pass lab)."""
+    ours, theirs = os.pipe()
+    os.write(theirs, NEW.text.encode())
+    os.close(theirs)
+    try:
+        assert qmesh.read_keys(told(f"/dev/fd/{ours}")) == (NEW,)
+    finally:
+        os.close(ours)
+    assert not caplog.records
+
+
+DAY = datetime.timedelta(days=1)
+
+
+@pytest.mark.parametrize(("age", "counts"), [(-DAY, False), (0 * DAY, True), (DAY, True)])
+def test_an_old_key_counts_to_the_end_of_its_last_day(
+    tmp_path: Path, today: datetime.date, age: datetime.timedelta, counts: bool
+) -> None:
+    path = key_file(tmp_path, f"{NEW.text}\n{until(today + age)}\n")
+    old = dataclasses.replace(OLD, until=today + age)
+    assert qmesh.read_keys(told(path)) == (NEW, old)
+    expected = [qmesh.MeshKeys.derive("tests", key) for key in (NEW, old)]
+    assert [qmesh.in_force(keys) for keys in expected] == [True, counts]
+    assert qmesh.read_mesh_keys(told(path)) == tuple(expected[: 1 + counts])  # the one in force first
+
+
+def test_today_is_the_day_at_greenwich() -> None:
+    assert abs(qmesh.utc_today() - datetime.datetime.now(datetime.UTC).date()) <= DAY
+
+
+# --- Files for a moment ---
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where temporary files are made."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    return place
+
+
+def test_a_private_file_can_be_read_by_this_user_alone_and_is_gone_afterwards(temporary: Path) -> None:
+    before = os.umask(0)
+    try:
+        with qmesh.private_file("secret") as name:
+            assert list(temporary.iterdir()) == [Path(name)]
+            assert Path(name).read_text("ascii") == "secret"
+            assert Path(name).stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(before)
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
+def test_a_private_file_is_gone_also_when_its_use_fails(temporary: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure), qmesh.private_file("secret"):
+        raise failure
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_private_file_that_somebody_else_removed_is_no_error(temporary: Path) -> None:
+    with qmesh.private_file("secret") as name:
+        Path(name).unlink()
+    assert list(temporary.iterdir()) == []
+
+
+def test_where_no_temporary_file_can_be_made_it_says_which_variable_names_a_place(temporary: Path) -> None:
+    temporary.rmdir()
+    with pytest.raises(qmesh.QMeshError, match=r"No such file or directory.*TMPDIR"), qmesh.private_file("secret"):
+        pass
 
 
 def test_clients_remember_nothing_where_nothing_can_be_written(tmp_path: Path) -> None:

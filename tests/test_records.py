@@ -12,6 +12,7 @@ from qmesh import (
     AnnounceTokens,
     HealthState,
     NodeId,
+    RecordKey,
     RecordStore,
     WorkerRecord,
 )
@@ -39,14 +40,17 @@ def kept(store: RecordStore, topic: NodeId = TOPIC) -> list[int]:
     return ids(store.page(topic, FIRST, 1000))
 
 
+def everything(store: RecordStore, topic: NodeId = TOPIC) -> list[WorkerRecord]:
+    return store.page(topic, FIRST, 1000)
+
+
 # --- Records: kept, replaced, taken back ---
 
 
 def test_a_record_is_kept_under_its_topic_only() -> None:
     store = store_of(1)
-    assert store.get(TOPIC, NodeId(1)) == worker(1)
-    assert store.get(TOPIC, NodeId(2)) is None
-    assert store.get(OTHER_TOPIC, NodeId(1)) is None
+    assert everything(store) == [worker(1)]
+    assert everything(store, OTHER_TOPIC) == []
     assert (store.total(TOPIC), store.total(OTHER_TOPIC), len(store)) == (1, 0, 1)
 
 
@@ -54,17 +58,17 @@ def test_one_worker_may_stand_under_two_topics() -> None:
     store = store_of(1)
     assert store.put(OTHER_TOPIC, worker(1, stamp=5), 0.0)
     assert len(store) == 2
-    assert store.remove(TOPIC, NodeId(1))
-    assert store.get(OTHER_TOPIC, NodeId(1)) == worker(1, stamp=5)
+    assert store.remove(TOPIC, worker(1).key)
+    assert everything(store) == []
+    assert everything(store, OTHER_TOPIC) == [worker(1, stamp=5)]
 
 
 def test_a_later_announcement_takes_the_place_of_the_earlier() -> None:
     store = store_of(1)
     later = replace(worker(1, stamp=2), score=10, state=HealthState.OVERLOADED)
     assert store.put(TOPIC, later, 1.0)
-    assert store.get(TOPIC, NodeId(1)) == later
+    assert everything(store) == [later]
     assert len(store) == store.total(TOPIC) == 1
-    assert kept(store) == [1]
 
 
 def test_an_announcement_that_was_overtaken_on_its_way_changes_nothing() -> None:
@@ -72,7 +76,7 @@ def test_an_announcement_that_was_overtaken_on_its_way_changes_nothing() -> None
     store = RecordStore()
     store.put(TOPIC, worker(1, stamp=9), 0.0)
     store.put(TOPIC, worker(1, stamp=8), 1.0)
-    assert store.get(TOPIC, NodeId(1)) == worker(1, stamp=9)
+    assert everything(store) == [worker(1, stamp=9)]
 
 
 def test_an_announcement_that_is_repeated_keeps_nobody_alive() -> None:
@@ -87,13 +91,58 @@ def test_an_announcement_that_is_repeated_keeps_nobody_alive() -> None:
 
 def test_a_record_that_is_taken_back_is_gone_and_was_there_once() -> None:
     store = store_of(1, 2)
-    assert store.remove(TOPIC, NodeId(1))
-    assert not store.remove(TOPIC, NodeId(1))
-    assert not store.remove(OTHER_TOPIC, NodeId(2))
+    assert store.remove(TOPIC, worker(1).key)
+    assert not store.remove(TOPIC, worker(1).key)
+    assert not store.remove(OTHER_TOPIC, worker(2).key)
     assert kept(store) == [2]
-    assert store.remove(TOPIC, NodeId(2))
+    assert store.remove(TOPIC, worker(2).key)
     assert len(store) == store.total(TOPIC) == 0
     assert store.next_expiry() is None
+
+
+# --- Records: hosts that speak for one worker ---
+
+
+def test_two_hosts_speak_for_one_id_and_neither_touches_what_the_other_said() -> None:
+    """Whose id it is shows only when it is dialled; until then the truth must not be pushed aside."""
+    true, false = worker(1, "10.0.0.2"), replace(worker(1, "10.0.0.1", stamp=9), score=99)
+    for first, second in ((true, false), (false, true)):
+        store = RecordStore()
+        assert store.put(TOPIC, first, 0.0)
+        assert store.put(TOPIC, second, 0.0)
+        assert everything(store) == [false, true]
+        assert (len(store), store.total(TOPIC)) == (2, 2)
+        assert sorted(store.sample(TOPIC, 2, random.Random(0)), key=lambda record: record.key) == [false, true]
+
+
+def test_of_two_hosts_that_speak_for_one_id_each_has_its_own_stamps_and_its_own_end() -> None:
+    store = RecordStore()
+    store.put(TOPIC, worker(1, "10.0.0.1", stamp=9), 0.0)
+    store.put(TOPIC, worker(1, "10.0.0.2", stamp=1), 0.0)
+    store.put(TOPIC, worker(1, "10.0.0.2", stamp=2), 5.0)  # older than the other's, and news all the same
+    assert everything(store) == [worker(1, "10.0.0.1", stamp=9), worker(1, "10.0.0.2", stamp=2)]
+    store.expire(RECORD_TTL_S)
+    assert everything(store) == [worker(1, "10.0.0.2", stamp=2)]
+
+
+def test_what_one_host_takes_back_the_other_still_says() -> None:
+    store = RecordStore()
+    store.put(TOPIC, worker(1, "10.0.0.1"), 0.0)
+    assert not store.remove(TOPIC, (NodeId(1), "10.0.0.2"))
+    store.put(TOPIC, worker(1, "10.0.0.2"), 0.0)
+    assert store.remove(TOPIC, (NodeId(1), "10.0.0.2"))
+    assert everything(store) == [worker(1, "10.0.0.1")]
+
+
+def test_who_speaks_for_anothers_id_pays_with_its_own_quota() -> None:
+    store = store_of(1, 2, per_host=2)
+    for number in (1, 2):
+        assert store.put(TOPIC, worker(number, host="10.0.0.2"), 0.0)
+    assert not store.put(TOPIC, worker(3, host="10.0.0.2"), 0.0)
+    assert store.put(TOPIC, worker(1, stamp=2), 1.0)  # those of whom it speaks are renewed where they are
+    assert store.remove(TOPIC, (NodeId(1), "10.0.0.2"))
+    assert store.put(TOPIC, worker(3, host="10.0.0.2"), 1.0)
+    assert not store.put(TOPIC, worker(3, host="10.0.0.1"), 1.0)
 
 
 # --- Records: time ---
@@ -157,46 +206,42 @@ def test_one_host_may_have_so_many_workers_under_all_topics_together() -> None:
     assert store.put(TOPIC, worker(1, stamp=2), 0.0)
 
 
-@pytest.mark.parametrize("leave", ["remove", "expire", "move"])
+@pytest.mark.parametrize("leave", ["remove", "expire"])
 def test_a_worker_that_left_makes_room_on_its_host(leave: str) -> None:
     store = store_of(1, per_host=1)
     if leave == "remove":
-        store.remove(TOPIC, NodeId(1))
-    elif leave == "expire":
-        store.expire(RECORD_TTL_S)
+        store.remove(TOPIC, worker(1).key)
     else:
-        assert store.put(TOPIC, worker(1, host="10.0.0.2", stamp=2), 1.0)
+        store.expire(RECORD_TTL_S)
     assert store.put(TOPIC, worker(2), RECORD_TTL_S)
     assert not store.put(TOPIC, worker(3), RECORD_TTL_S)
 
 
-def test_a_worker_cannot_move_to_a_host_that_is_full_and_is_kept_where_it_was() -> None:
+def test_a_worker_cannot_be_told_of_at_a_host_that_is_full_and_is_kept_where_it_was() -> None:
     store = store_of(1, per_host=1)
     assert store.put(TOPIC, worker(2, host="10.0.0.2"), 0.0)
     assert not store.put(TOPIC, worker(2, host="10.0.0.1", stamp=2), 1.0)
-    assert store.get(TOPIC, NodeId(2)) == worker(2, host="10.0.0.2")
+    assert everything(store) == [worker(1), worker(2, host="10.0.0.2")]
     assert not store.put(TOPIC, worker(3, host="10.0.0.2"), 1.0)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_whatever_happens_the_store_agrees_with_a_plain_model(seed: int) -> None:
     rng = random.Random(seed)
-    store, model = RecordStore(capacity=12, per_host=4), dict[tuple[NodeId, NodeId], tuple[WorkerRecord, float]]()
+    store, model = RecordStore(capacity=12, per_host=4), dict[tuple[NodeId, RecordKey], tuple[WorkerRecord, float]]()
     refused = 0
     for step in range(300):
         now = step * 2.0
         topic = rng.choice((TOPIC, OTHER_TOPIC))
-        record = worker(rng.randrange(1, 12), f"10.0.0.{rng.randrange(4)}", stamp=step)
-        key = (topic, record.worker_id)
+        record = worker(rng.randrange(1, 6), f"10.0.0.{rng.randrange(4)}", stamp=step)
+        key = (topic, record.key)
         store.expire(now)
         model = {k: (r, expires) for k, (r, expires) in model.items() if expires > now}
         if rng.random() < 0.2:
             assert store.remove(*key) == (model.pop(key, None) is not None)
             continue
         others = [r.address[0] for k, (r, _) in model.items() if k != key]
-        fits = len(others) < 12 and others.count(record.address[0]) < 4
-        if key in model and model[key][0].address[0] == record.address[0]:
-            fits = True
+        fits = key in model or (len(others) < 12 and others.count(record.address[0]) < 4)
         assert store.put(topic, record, now) == fits
         refused += not fits
         if fits:
@@ -204,7 +249,7 @@ def test_whatever_happens_the_store_agrees_with_a_plain_model(seed: int) -> None
         assert len(store) == len(model)
         assert store.next_expiry() == min(expires for _, expires in model.values())
         for each in (TOPIC, OTHER_TOPIC):
-            expected = sorted((r for (t, _), (r, _) in model.items() if t == each), key=lambda r: r.worker_id)
+            expected = sorted((r for (t, _), (r, _) in model.items() if t == each), key=lambda r: r.key)
             assert store.page(each, FIRST, 100) == expected
             assert store.total(each) == len(expected)
     assert refused > 10
@@ -236,7 +281,7 @@ def test_pages_hold_every_record_once() -> None:
 def test_a_page_goes_on_rightly_after_records_came_and_went() -> None:
     store = store_of(10, 20, 30, 40)
     assert ids(store.page(TOPIC, FIRST, 2)) == [10, 20]
-    store.remove(TOPIC, NodeId(20))
+    store.remove(TOPIC, worker(20).key)
     store.put(TOPIC, worker(25), 0.0)
     assert ids(store.page(TOPIC, NodeId(20), 9)) == [25, 30, 40]
 

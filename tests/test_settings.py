@@ -16,6 +16,7 @@ SOURCES: dict[str, tuple[Any, Any, str, str, Any, Any]] = {
     "port": (4000, 4000, "QMESH_PORT", "0", 0, None),
     "peers": (["a:1", "[::1]:2"], ("a:1", "[::1]:2"), "QMESH_PEERS", "b, c:3 d", ("b", "c:3", "d"), ()),
     "topic": ("lab", "lab", "QMESH_TOPIC", "büro", "büro", "qmesh-inference"),
+    "key": ("lab.key", "lab.key", "QMESH_KEY", "qmesh1-x", "qmesh1-x", None),
     "state_dir": ("/a", "/a", "QMESH_STATE_DIR", "/b", "/b", None),
     "timeout_s": (1.5, 1.5, "QMESH_TIMEOUT", "20", 20.0, 300.0),
     "log_level": ("debug", "debug", "QMESH_LOG", "ERROR", "error", "warning"),
@@ -68,6 +69,15 @@ def test_a_variable_sets_one_setting_and_leaves_the_others(name: str) -> None:
 def test_nothing_said_means_the_defaults() -> None:
     defaults = {name: row[-1] for name, row in SOURCES.items()}
     assert dataclasses.asdict(Settings.resolve({}, {})) == defaults
+
+
+@pytest.mark.parametrize("key", ["lab.key", qmesh.MeshKey(bytes(range(32))).text])
+def test_no_key_stands_in_what_is_printed_of_settings(key: str) -> None:
+    """Not even the path: what looks like one may be a key that was mistyped."""
+    for told in (Settings.resolve({"key": key}, {}), Settings.resolve({}, {"QMESH_KEY": key})):
+        assert told.key == key
+        assert key not in repr(told)
+        assert "key=" not in repr(told)
 
 
 def test_flags_and_variables_of_others_are_let_be() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from loop import PATIENCE_S, in_a_loop
+from members import member
 from raw_client import RawClient, connected, frame
 
 import qmesh
@@ -36,7 +37,7 @@ from qmesh import (
     WorkerLost,
 )
 
-SERVER, CLIENT = NodeId(1), NodeId(2)
+SERVER, CLIENT = member(1), member(2)
 
 # What is in a frame that breaks the protocol, and what its sender is told.
 BAD_FRAMES = {
@@ -121,7 +122,7 @@ async def saying(greeting: bytes, answer: bytes = b"", *, hangs_up: bool = False
                     has_more = False
         writer.close()
 
-    server = await asyncio.start_server(on_connection, LOOPBACK, 0)
+    server = await asyncio.start_server(on_connection, LOOPBACK, 0, ssl=SERVER.listening)
     async with server:
         try:
             yield server.sockets[0].getsockname()
@@ -150,8 +151,8 @@ async def test_both_sides_learn_who_the_other_is() -> None:
 
     async with serving(handler) as (_, address), dialled(address) as ours:
         theirs = await met.get()
-        assert (ours.peer_id, ours.peer_agent, ours.address) == (str(SERVER), qmesh.AGENT, address)
-        assert (theirs.peer_id, theirs.peer_agent) == (str(CLIENT), qmesh.AGENT)
+        assert (ours.peer_id, ours.peer_agent, ours.address) == (str(SERVER.node_id), qmesh.AGENT, address)
+        assert (theirs.peer_id, theirs.peer_agent) == (str(CLIENT.node_id), qmesh.AGENT)
         await ours.send({"type": "status", "n": 1})
         assert await ours.receive() == {"type": "status_response", "n": 1}
 
@@ -165,8 +166,8 @@ def greeting_of_version(version: object) -> Callable[[str, NodeId], Json]:
 
 @in_a_loop
 async def test_a_client_of_another_version_is_told_both_versions_and_closed() -> None:
-    async with serving() as (_, address), connected(address, greeted=False) as client:
-        await client.send(greeting_of_version(2)("hello", CLIENT))
+    async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
+        await client.send(greeting_of_version(2)("hello", CLIENT.node_id))
         told = await client.receive()
         assert (told["type"], told["code"]) == ("inference_error", "invalid_request")
         assert "qmesh/9.9" in told["message"]
@@ -177,7 +178,7 @@ async def test_a_client_of_another_version_is_told_both_versions_and_closed() ->
 
 @in_a_loop
 async def test_one_who_dials_a_server_of_another_version_learns_both_versions() -> None:
-    async with saying(qmesh.encode_frame(greeting_of_version(2)("welcome", SERVER))) as address:
+    async with saying(qmesh.encode_frame(greeting_of_version(2)("welcome", SERVER.node_id))) as address:
         with pytest.raises(WireError, match=r"qmesh/9\.9 and speaks version 2.*version 1"):
             await qmesh.dial(address, CLIENT)
 
@@ -197,19 +198,20 @@ async def test_one_who_is_turned_away_for_its_version_is_told_to_use_the_same_fi
     ("greeting", "reason"),
     [
         ({"type": "status", "n": 1}, "a greeting is needed before status"),
-        ({"type": "welcome", "version": 1, "node_id": str(CLIENT)}, "a greeting is needed before welcome"),
-        ({"type": "hello", "version": 1}, "greets without a node id"),
-        ({"type": "hello", "version": 1, "node_id": str(CLIENT)[1:]}, "greets without a node id"),
-        ({"type": "hello", "version": 1, "node_id": str(CLIENT).replace("2", "G")}, "greets without a node id"),
-        ({"type": "hello", "version": 1, "node_id": 7}, "greets without a node id"),
-        ({"type": "hello", "node_id": str(CLIENT)}, "speaks version None"),
-        ({"type": "hello", "version": "1", "node_id": str(CLIENT)}, "speaks version 1 "),
-        ({"type": "hello", "version": [1], "node_id": str(CLIENT)}, "speaks version"),
+        ({"type": "welcome", "version": 1, "node_id": str(CLIENT.node_id)}, "a greeting is needed before welcome"),
+        ({"type": "hello", "version": 1}, "under another id than its certificate's"),
+        ({"type": "hello", "version": 1, "node_id": str(CLIENT.node_id)[1:]}, "under another id"),
+        ({"type": "hello", "version": 1, "node_id": str(CLIENT.node_id).upper()}, "under another id"),
+        ({"type": "hello", "version": 1, "node_id": str(SERVER.node_id)}, "under another id"),
+        ({"type": "hello", "version": 1, "node_id": 7}, "under another id"),
+        ({"type": "hello", "node_id": str(CLIENT.node_id)}, "speaks version None"),
+        ({"type": "hello", "version": "1", "node_id": str(CLIENT.node_id)}, "speaks version 1 "),
+        ({"type": "hello", "version": [1], "node_id": str(CLIENT.node_id)}, "speaks version"),
     ],
 )
 @in_a_loop
 async def test_one_who_does_not_greet_as_is_due_is_told_why_and_closed(greeting: Json, reason: str) -> None:
-    async with serving() as (_, address), connected(address, greeted=False) as client:
+    async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
         await client.send(greeting)
         assert reason in (await client.receive())["message"]
         await client.closed()
@@ -217,7 +219,7 @@ async def test_one_who_does_not_greet_as_is_due_is_told_why_and_closed(greeting:
 
 @in_a_loop
 async def test_an_agent_with_half_a_surrogate_pair_is_turned_away_like_any_other() -> None:
-    async with serving() as (_, address), connected(address, greeted=False) as client:
+    async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
         await client.send_bytes(frame(b'{"type":"hello","version":2,"agent":"\\ud800"}'))
         assert "speaks version 2" in (await client.receive())["message"]
         await client.closed()
@@ -229,7 +231,7 @@ async def test_an_agent_with_half_a_surrogate_pair_is_turned_away_like_any_other
         (b"HTTP/1.1 400 Bad Request\r\n\r\n", "a frame of"),
         (frame(b'"welcome"'), "not an object"),
         (qmesh.encode_frame({"type": "status"}), "greets with status"),
-        (qmesh.encode_frame({"type": "welcome", "version": 1}), "without a node id"),
+        (qmesh.encode_frame({"type": "welcome", "version": 1}), "under another id"),
     ],
 )
 @in_a_loop
@@ -268,7 +270,7 @@ async def test_a_port_that_is_taken_is_named_to_who_wants_to_listen() -> None:
 @in_a_loop
 async def test_a_client_that_does_not_greet_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmesh, "HANDSHAKE_TIMEOUT_S", 0.1)
-    async with serving() as (_, address), connected(address, greeted=False) as client:
+    async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
         await client.send_bytes(b"\x00\x00")  # a beginning is not enough
         await client.closed()
 
@@ -388,8 +390,8 @@ async def test_a_client_that_vanishes_in_the_middle_of_a_frame_ends_only_its_own
 
 @in_a_loop
 async def test_a_sender_of_single_bytes_is_understood() -> None:
-    async with serving() as (_, address), connected(address, greeted=False) as client:
-        await client.send_byte_by_byte(qmesh.encode_frame(qmesh.greeting("hello", CLIENT)))
+    async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
+        await client.send_byte_by_byte(qmesh.encode_frame(qmesh.greeting("hello", CLIENT.node_id)))
         assert (await client.receive())["type"] == "welcome"
         await client.send_byte_by_byte(qmesh.encode_frame({"type": "status", "n": 1}))
         assert (await client.receive())["n"] == 1
@@ -397,9 +399,9 @@ async def test_a_sender_of_single_bytes_is_understood() -> None:
 
 @in_a_loop
 async def test_frames_that_come_with_the_greeting_are_not_lost() -> None:
-    async with serving() as (_, address), connected(address, greeted=False) as client:
+    async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
         status = qmesh.encode_frame({"type": "status", "n": 1})
-        await client.send_bytes(qmesh.encode_frame(qmesh.greeting("hello", CLIENT)) + status + status)
+        await client.send_bytes(qmesh.encode_frame(qmesh.greeting("hello", CLIENT.node_id)) + status + status)
         assert [(await client.receive())["type"] for _ in range(3)] == ["welcome", *["status_response"] * 2]
 
 
@@ -442,12 +444,12 @@ async def test_there_is_a_limit_to_connections_and_who_leaves_makes_room(
         async with connected(address) as leaving:
             with pytest.raises(qmesh.Refused, match="too many connections"):
                 await qmesh.dial(address, CLIENT)
-            assert server.refused == 1
+            assert server.dropped["full"] == 1
             await works(staying, 1)
             leaving.send_no_more()
             await leaving.closed()
         async with dialled_at_last(address) as late:
-            assert late.peer_id == str(SERVER)
+            assert late.peer_id == str(SERVER.node_id)
 
 
 @contextlib.asynccontextmanager
@@ -467,7 +469,7 @@ async def test_strangers_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serving() as (server, address), connected(address, greeted=False) as stranger:
         with pytest.raises(qmesh.Refused, match="too many connections"):
             await qmesh.dial(address, CLIENT)
-        assert server.refused == 1
+        assert server.dropped["full"] == 1
         await stranger.greet()
 
 
@@ -483,7 +485,7 @@ def token(request_id: str, seq: int, text: str) -> Json:
 
 
 def result(request_id: str, text: str = "") -> Json:
-    return Result(text, "stop", {}, {}, "tiny", str(SERVER)).to_json(request_id)
+    return Result(text, "stop", {}, {}, "tiny", str(SERVER.node_id)).to_json(request_id)
 
 
 async def text_of(link: WorkerLink, job: Job) -> str:
@@ -845,7 +847,7 @@ async def test_an_answer_that_makes_no_sense_is_a_wire_error(body: Json) -> None
 @in_a_loop
 async def test_a_worker_that_breaks_the_protocol_is_left_and_all_who_wait_hear_why(name: str) -> None:
     data, reason = (BAD_FRAMES | MORE_FRAMES)[name]
-    welcome = qmesh.encode_frame(qmesh.greeting("welcome", SERVER))
+    welcome = qmesh.encode_frame(qmesh.greeting("welcome", SERVER.node_id))
     async with saying(welcome, data) as address, linked(address) as link:
         lost = await asyncio.gather(*(text_of(link, job(r)) for r in "ab"), return_exceptions=True)
         assert [bool(re.search(reason, str(error))) for error in lost] == [True, True], lost
@@ -855,7 +857,7 @@ async def test_a_worker_that_breaks_the_protocol_is_left_and_all_who_wait_hear_w
 
 @in_a_loop
 async def test_a_worker_that_dies_in_the_middle_of_a_frame_is_left() -> None:
-    welcome = qmesh.encode_frame(qmesh.greeting("welcome", SERVER))
+    welcome = qmesh.encode_frame(qmesh.greeting("welcome", SERVER.node_id))
     async with saying(welcome, b"\x00\x00\x00\x20{", hangs_up=True) as address, linked(address) as link:
         with pytest.raises(QMeshError, match="closed in the middle of a message"):
             await text_of(link, job("r"))

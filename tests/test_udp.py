@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import datetime
 import os
 import random
 import secrets
@@ -12,31 +13,48 @@ import socket
 import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import members
 import pytest
 from loop import PATIENCE_S, in_a_loop
 
 import qmesh
-from qmesh import LOOPBACK, Address, Event, Finished, Found, Joined, NodeId, UdpNode, UsageError, WorkerRecord
+from qmesh import (
+    LOOPBACK,
+    Address,
+    Event,
+    Finished,
+    Found,
+    Joined,
+    MeshKeys,
+    NodeId,
+    UdpNode,
+    UsageError,
+    WorkerRecord,
+)
 
 NOT_OURS = "192.0.2.1"  # of the range for documentation (RFC 5737): an address of no machine
 KINDS = [socket.SOCK_DGRAM, socket.SOCK_STREAM]
 
 
 class Peer:
-    """A node, its id, and the events that it told its owner, in order."""
+    """A node, its id, and the events that it told its owner, in order. meshes: if not the open one of the topic."""
 
-    def __init__(self, topic: str, node_id: NodeId | None) -> None:
+    def __init__(self, topic: str, node_id: NodeId | None, *meshes: MeshKeys) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._node_id = node_id
-        self.engine = qmesh.DhtEngine(
-            keys=qmesh.MeshKeys.derive(topic),
-            own=node_id,
-            rng=random.Random(secrets.randbits(64)),
-            now=qmesh.uptime_s(),
-        )
+        rng, now = random.Random(secrets.randbits(64)), qmesh.uptime_s()
+        self.engines = [
+            qmesh.DhtEngine(keys=keys, own=node_id, rng=rng, now=now) for keys in meshes or [MeshKeys.derive(topic)]
+        ]
         self.node: UdpNode
+
+    @property
+    def engine(self) -> qmesh.DhtEngine:
+        """Its first one."""
+        return self.engines[0]
 
     @property
     def node_id(self) -> NodeId:
@@ -45,7 +63,7 @@ class Peer:
 
     @property
     def known(self) -> set[NodeId]:
-        return {contact.node_id for contact in self.engine.table}
+        return {contact.node_id for contact in self.node.contacts()}
 
     def meet(self, *addresses: Address) -> None:
         self.node.run(lambda engine, now: engine.meet(addresses, now))
@@ -69,11 +87,14 @@ class Peer:
             await self.until(lambda event: isinstance(event, Joined))
 
     async def search(self) -> list[WorkerRecord]:
-        """One search for workers, to its end."""
-        number = self.node.run(lambda engine, now: engine.find_workers(now))
-        ended = await self.until(lambda event: isinstance(event, Finished) and event.search == number)
-        assert isinstance(ended, Finished)
-        return list(ended.records)
+        """One search for workers in each mesh, to its end."""
+        found: list[WorkerRecord] = []
+        numbers = self.node.run(lambda engine, now: engine.find_workers(now))
+        for _ in numbers:
+            ended = await self.until(lambda event: isinstance(event, Finished) and event.search in numbers)
+            assert isinstance(ended, Finished)
+            found += ended.records
+        return found
 
     async def search_until(self, wanted: Callable[[list[WorkerRecord]], bool]) -> list[WorkerRecord]:
         """Search again and again, until what is found is as wanted."""
@@ -87,16 +108,16 @@ class Peer:
 @contextlib.asynccontextmanager
 async def opened(
     topic: str,
-    *,
+    *meshes: MeshKeys,
     listen: bool = False,
     client: bool = False,
     on_event: Callable[[Event], None] | None = None,
     clock: Callable[[], float] = qmesh.uptime_s,
 ) -> AsyncIterator[Peer]:
     """A node on the loopback that hears beacons only when it is to listen."""
-    peer = Peer(topic, None if client else NodeId.of_bytes(secrets.token_bytes(32)))
+    peer = Peer(topic, None if client else NodeId.of_bytes(secrets.token_bytes(32)), *meshes)
     peer.node = await UdpNode.open(
-        peer.engine, host=LOOPBACK, port=0, listen=listen, on_event=on_event or peer.events.put_nowait, clock=clock
+        *peer.engines, host=LOOPBACK, port=0, listen=listen, on_event=on_event or peer.events.put_nowait, clock=clock
     )
     try:
         yield peer
@@ -339,6 +360,146 @@ async def test_a_flood_from_one_sender_is_cut_off_and_others_are_answered(topic:
         assert target.engine.dropped["rate"] > 0
 
 
+# --- A node of two meshes, while a key is being replaced ---
+
+LAST_DAY = datetime.date(2026, 3, 1)
+
+
+@dataclass
+class Rotation:
+    """A mesh's new key and its old one, as the members know them who have both, and those who have not."""
+
+    topic: str
+    new: MeshKeys
+    old: MeshKeys
+    only_old: MeshKeys
+
+    @property
+    def both(self) -> tuple[MeshKeys, MeshKeys]:
+        return self.new, self.old
+
+
+@pytest.fixture
+def rotation(topic: str, monkeypatch: pytest.MonkeyPatch) -> Rotation:
+    """It is the old key's last day; `CLOCK_CHECK_S` is short."""
+    monkeypatch.setattr(qmesh, "utc_today", lambda: LAST_DAY)
+    monkeypatch.setattr(qmesh, "CLOCK_CHECK_S", 0.01)
+    old = members.closed(2, topic, until=LAST_DAY.isoformat())
+    return Rotation(topic, members.closed(1, topic), old, members.closed(2, topic))
+
+
+@in_a_loop
+async def test_a_node_of_two_meshes_finds_the_members_of_either_by_beacon_and_they_stay_apart(
+    rotation: Rotation,
+) -> None:
+    async with (
+        opened(rotation.topic, *rotation.both, listen=True) as both,
+        opened(rotation.topic, rotation.new, listen=True) as new,
+        opened(rotation.topic, rotation.only_old, listen=True) as old,
+        opened(rotation.topic, listen=True) as neither,
+    ):
+        await both.joins(new, old)
+        await new.joins(both)
+        await old.joins(both)
+        assert (new.known, old.known, neither.known) == ({both.node_id}, {both.node_id}, set())
+
+
+@in_a_loop
+async def test_a_worker_of_two_meshes_is_found_from_either_and_a_client_of_two_finds_workers_of_either(
+    rotation: Rotation,
+) -> None:
+    async with (
+        opened(rotation.topic, *rotation.both) as both,
+        opened(rotation.topic, rotation.new) as new,
+        opened(rotation.topic, rotation.only_old) as old,
+    ):
+        for port, worker in enumerate((both, new, old), 4000):
+            worker.announce(tcp_port=port)
+        expected = {
+            (rotation.new,): {both.node_id, new.node_id},
+            (rotation.only_old,): {both.node_id, old.node_id},
+            rotation.both: {both.node_id, new.node_id, old.node_id},
+        }
+        for meshes, wanted in expected.items():
+            async with opened(rotation.topic, *meshes, client=True) as client:
+                client.meet(both.node.address, new.node.address, old.node.address)
+                found = await client.search_until(
+                    lambda found, wanted=wanted: {record.worker_id for record in found} >= wanted  # type: ignore[misc]
+                )
+                assert {record.worker_id for record in found} == wanted
+
+
+@in_a_loop
+async def test_a_datagram_of_neither_mesh_is_counted_once_and_one_of_either_is_not(rotation: Rotation) -> None:
+    async with opened(rotation.topic, *rotation.both) as both:
+        address = both.node.address
+        for stranger in (members.closed(3, rotation.topic), MeshKeys.derive(rotation.topic)):
+            assert await qmesh.udp_ping(stranger, address, LOOPBACK) is None
+        for keys in rotation.both:
+            assert await qmesh.udp_ping(keys, address, LOOPBACK) == both.node_id
+        report = both.node.report()
+        assert report["dropped"] == {"mesh": 2 * qmesh.PING_ATTEMPTS}
+        assert report["received"]["datagrams"] >= 2 * qmesh.PING_ATTEMPTS + 2
+        assert [(each["host"], each["reason"]) for each in report["strangers"]] == [(LOOPBACK, "mesh")]
+
+
+@in_a_loop
+async def test_a_node_of_two_meshes_takes_its_record_back_in_both_when_it_closes(rotation: Rotation) -> None:
+    async with (
+        opened(rotation.topic, rotation.new) as new,
+        opened(rotation.topic, rotation.only_old) as old,
+        opened(rotation.topic, *rotation.both, client=True) as client,
+    ):
+        client.meet(new.node.address, old.node.address)
+        async with opened(rotation.topic, *rotation.both) as both:
+            both.announce(tcp_port=4000)
+            both.meet(new.node.address, old.node.address)
+            await client.search_until(lambda found: len(found) == 2 and held_by(new, old))
+        assert await client.search() == []
+
+
+def held_by(*holders: Peer) -> bool:
+    """Whether each of them has taken a record in."""
+    return all(holder.engine.sent["ok"] > 0 for holder in holders)
+
+
+@in_a_loop
+async def test_when_the_last_day_of_a_key_is_over_a_node_takes_its_record_back_and_is_silent_there(
+    rotation: Rotation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        opened(rotation.topic, *rotation.both) as both,
+        opened(rotation.topic, rotation.new) as new,
+        opened(rotation.topic, rotation.only_old) as old,
+        opened(rotation.topic, rotation.new, client=True) as new_client,
+        opened(rotation.topic, rotation.only_old, client=True) as old_client,
+    ):
+        both.announce(tcp_port=4000)
+        both.meet(new.node.address, old.node.address)
+        new_client.meet(new.node.address)
+        old_client.meet(old.node.address)
+        for client in (new_client, old_client):
+            await client.search_until(lambda found: bool(found) and held_by(new, old))
+        assert len(both.node.engines) == 2
+
+        monkeypatch.setattr(qmesh, "utc_today", lambda: LAST_DAY + datetime.timedelta(days=1))
+        await old_client.search_until(lambda found: not found)
+        assert both.engines[1].sent["withdraw"] > 0
+        assert both.node.engines == both.engines[:1]
+        async with asyncio.timeout(PATIENCE_S):  # while the withdrawal is under way it still answers
+            while await qmesh.udp_ping(rotation.only_old, both.node.address, LOOPBACK) is not None:
+                pass
+        sent = dict(both.engines[1].sent)
+
+        (record,) = await new_client.search()
+        assert (record.worker_id, record.address) == (both.node_id, (LOOPBACK, 4000))
+        assert await qmesh.udp_ping(rotation.new, both.node.address, LOOPBACK) == both.node_id
+        assert await qmesh.udp_ping(rotation.only_old, both.node.address, LOOPBACK) is None
+        assert both.engine.dropped["mesh"] >= 2 * qmesh.PING_ATTEMPTS  # of that mesh nothing is known any more
+        assert both.engines[1].sent == sent
+        assert both.known == {new.node_id}
+
+
 # --- Parting, and asking from within an event ---
 
 
@@ -386,7 +547,7 @@ async def test_the_owner_may_ask_for_more_from_within_an_event_and_hears_one_at_
         nested.extend(within)
         within.append(event)
         if isinstance(event, Joined):  # it came together with what the worker told of itself
-            searches.append(seeker.node.run(lambda engine, now: engine.find_workers(now)))
+            searches.extend(seeker.node.run(lambda engine, now: engine.find_workers(now)))
         told.append(within.pop())
         if isinstance(event, Finished):
             ended.set()

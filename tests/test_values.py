@@ -51,10 +51,12 @@ ERRORS: list[tuple[type[QMeshError], int, str, bool]] = [
     (qmesh.ModelNotFound, 5, "model_not_found", False),
     (qmesh.ModelError, 1, "internal", False),
     (qmesh.MissingPackage, 1, "internal", False),
+    (qmesh.MissingTls, 1, "internal", False),
     (qmesh.InvalidRequest, 1, "invalid_request", False),
     (qmesh.WorkerLost, 1, "internal", True),
     (qmesh.DeadlineExceeded, 1, "timeout", False),
     (qmesh.WireError, 1, "internal", False),
+    (qmesh.WrongMesh, 1, "wrong_mesh", False),
 ]
 
 
@@ -81,7 +83,7 @@ def test_an_error_knows_its_codes(kind: type[QMeshError], exit_code: int, code: 
     error = kind("what happened")
     assert (str(error), error.exit_code, error.retryable) == ("what happened", exit_code, retryable)
     assert (error.code, qmesh.error_code(error)) == (code, code)
-    assert code in (*qmesh.ERROR_CODES, "usage", "no_worker")  # the last two never cross the wire
+    assert code in (*qmesh.ERROR_CODES, "usage", "no_worker", "wrong_mesh")  # the last three never cross the wire
 
 
 @pytest.mark.parametrize("kind", [row[0] for row in ERRORS])

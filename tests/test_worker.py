@@ -41,10 +41,16 @@ def address_of(worker: harness.Process) -> qmesh.Address:
     return host, port
 
 
+def reaching(worker: harness.Process) -> contextlib.AbstractAsyncContextManager[RawClient]:
+    """A connection to the worker, of somebody who was never here before."""
+    mesh = qmesh.MeshKeys.derive(worker.ready["mesh"]["topic"])
+    return connected(address_of(worker), identity=qmesh.Identity.ephemeral([mesh]))
+
+
 @contextlib.asynccontextmanager
 async def asking(worker: harness.Process) -> AsyncIterator[RawClient]:
     """A connection to the worker, once nothing of what was asked before is left in it."""
-    async with connected(address_of(worker)) as client:
+    async with reaching(worker) as client:
         await until_queue(client, active=0, waiting=0)
         yield client
 
@@ -269,7 +275,7 @@ async def test_cancelling_what_nobody_asked_for_does_nothing(worker: harness.Pro
 async def test_who_leaves_in_the_middle_frees_slots_and_queue(
     worker: harness.Process, leave: Callable[[RawClient], None]
 ) -> None:
-    async with connected(address_of(worker)) as watching:
+    async with reaching(worker) as watching:
         async with asking(worker) as client:
             await fill(client)
             leave(client)
@@ -288,11 +294,27 @@ async def test_when_the_queue_is_full_the_next_is_refused_with_the_health(worker
         assert (error["code"], error["retryable"]) == ("overloaded", True)
         assert "queue is full (3 requests)" in error["message"]
         assert qmesh.HealthReport.from_json(error["health"]).queue == 0
-        async with connected(address_of(worker)) as other:
-            assert (await error_of(other, "e", params=SHORT))["code"] == "overloaded"
         await client.send({"type": "cancel", "request_id": "a"})
         await client.ask("f", params=SHORT)
         await client.receive_kind("inference_queued", "f")
+
+
+@in_a_loop
+async def test_a_member_that_fills_the_queue_makes_room_for_others_with_what_it_asked_last(
+    worker: harness.Process,
+) -> None:
+    async with asking(worker) as greedy, reaching(worker) as other, reaching(worker) as third:
+        await fill(greedy)
+        await greedy.receive_kind("inference_token", "a")
+        await greedy.receive_kind("inference_token", "b")
+        await other.ask("mine", params=SHORT)
+        error = await greedy.receive_kind("inference_error")
+        assert (error["request_id"], error["code"], error["retryable"]) == ("c", "overloaded", True)
+        assert "others have fewer" in error["message"]
+        error = await error_of(third, "late", params=SHORT)  # nobody has more than one that could still be turned away
+        assert "queue is full" in error["message"]
+        await greedy.send({"type": "cancel", "request_id": "a"})
+        await other.receive_kind("inference_result", "mine")
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -363,7 +385,7 @@ async def test_a_request_id_that_is_in_use_is_refused(worker: harness.Process) -
 
 @in_a_loop
 async def test_two_clients_may_use_the_same_request_id(worker: harness.Process) -> None:
-    async with asking(worker) as one, connected(address_of(worker)) as other:
+    async with asking(worker) as one, reaching(worker) as other:
         await one.ask("r", params={**SHORT, "max_tokens": 3})
         await other.ask("r", params={**SHORT, "max_tokens": 5})
         assert (await other.receive_kind("inference_result"))["usage"]["completion_tokens"] == 5
@@ -393,7 +415,7 @@ async def test_an_answer_that_is_not_finished_in_time_ends_with_a_timeout(worker
 @pytest.mark.parametrize("kind", sorted(qmesh.FRAMES - {"status", "prompt", "cancel", "dial_back"}))
 @in_a_loop
 async def test_a_client_that_speaks_like_a_worker_is_told_so_and_closed(worker: harness.Process, kind: str) -> None:
-    async with asking(worker) as good, connected(address_of(worker)) as bad:
+    async with asking(worker) as good, reaching(worker) as bad:
         await good.ask("r", params=LONG)
         await good.receive_kind("inference_token")
         await bad.send({"type": kind, "request_id": "r"})
@@ -416,7 +438,7 @@ async def test_a_prompt_without_an_id_cannot_be_answered_and_ends_the_connection
 
 @in_a_loop
 async def test_who_breaks_the_rules_loses_its_running_requests(worker: harness.Process) -> None:
-    async with connected(address_of(worker)) as watching:
+    async with reaching(worker) as watching:
         async with asking(worker) as bad:
             await fill(bad)
             await bad.send({"type": "welcome"})
@@ -495,7 +517,7 @@ async def test_an_overloaded_worker_refuses_with_its_health(strained: harness.Pr
         assert (await one.status())["health"]["score"] == 24  # 20 of it for the free queue
         await one.ask("r", params=LONG)
         await one.receive_kind("inference_token")
-        async with connected(address_of(strained)) as other:
+        async with reaching(strained) as other:
             error = await error_of(other, "s", params=SHORT)
         assert (error["code"], error["retryable"]) == ("overloaded", True)
         assert "overloaded (health 14)" in error["message"]
@@ -513,7 +535,7 @@ async def test_there_is_a_limit_to_requests_on_one_connection(strained: harness.
 
 @in_a_loop
 async def test_a_connection_is_closed_when_nothing_is_asked_for_long(strained: harness.Process) -> None:
-    async with connected(address_of(strained)) as client:
+    async with reaching(strained) as client:
         await client.closed()
 
 
@@ -551,7 +573,7 @@ async def until_draining(client: RawClient) -> None:
 async def test_a_worker_told_to_stop_refuses_finishes_and_ends_well(mesh: harness.Mesh, tmp_path: Path) -> None:
     mesh.program = changed_program(tmp_path, f"qmesh.SHUTDOWN_GRACE_S = {PATIENCE_S}")
     worker = mesh.start_worker()
-    async with connected(address_of(worker)) as running, connected(address_of(worker)) as late:
+    async with reaching(worker) as running, reaching(worker) as late:
         await running.ask("r", params={**SHORT, "max_tokens": 60})
         await running.receive_kind("inference_token")
         worker.popen.send_signal(signal.SIGTERM)
@@ -576,7 +598,7 @@ qmesh.UdpNode.close = slowly
 async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.Mesh, tmp_path: Path) -> None:
     mesh.program = changed_program(tmp_path, "qmesh.SHUTDOWN_GRACE_S = 0.3", LEAVE_SLOWLY)
     worker = mesh.start_worker()
-    async with connected(address_of(worker)) as running:
+    async with reaching(worker) as running:
         await running.ask("r", params=LONG)
         await running.receive_kind("inference_token")
         worker.popen.send_signal(signal.SIGTERM)
@@ -664,9 +686,9 @@ OUTSTANDING = 24  # requests at once: well over the slots, and under what the qu
 class Crowd:
     """Clients of one worker that ask, cancel and vanish at random, and check each answer that comes to its end."""
 
-    def __init__(self, address: qmesh.Address, whole: dict[str, str], rng: random.Random) -> None:
+    def __init__(self, worker: harness.Process, whole: dict[str, str], rng: random.Random) -> None:
         self.checked = 0
-        self._address = address
+        self._worker = worker
         self._whole = whole
         self._rng = rng
         self._clients: list[tuple[contextlib.AsyncExitStack, RawClient, dict[str, str]]] = []
@@ -681,7 +703,7 @@ class Crowd:
             return
         if len(self._clients) < SEVERAL:
             stack = contextlib.AsyncExitStack()
-            self._clients.append((stack, await stack.enter_async_context(connected(self._address)), {}))
+            self._clients.append((stack, await stack.enter_async_context(reaching(self._worker)), {}))
         _, client, asked = self._rng.choice(self._clients)
         self._asked += 1
         prompt = self._rng.choice(GOING_ON)
@@ -736,7 +758,7 @@ async def test_three_hundred_requests_cancels_and_disconnects_leave_nothing_behi
         for prompt in GOING_ON:
             await client.ask("w", prompt=prompt, params={"max_tokens": 10, "temperature": 0})
             whole[prompt] = str((await client.receive_kind("inference_result"))["text"])
-        crowd = Crowd(address_of(worker), whole, rng)
+        crowd = Crowd(worker, whole, rng)
         await crowd.ask()
         for _ in range(3):
             for _ in range(100):

@@ -58,7 +58,8 @@ UNITS = ("datagrams", "bytes")
 INCLUDED = """Counted from before a fresh client is opened, which remembers nothing, to workers announced long before.
   QMesh heard of:        the worker's record is known; by beacon and lookup, as qmesh.Client does it
   QMesh connected:       the above, qmesh.dial to each worker as it is heard of, three at once, and its greeting
-                         answered. What dial does is included: TCP so far, and TLS as soon as dial speaks it
+                         answered: TCP, TLS 1.3 with certificates on both sides. The client's own key and
+                         certificate, which are new each time, are made within it, as a client makes them
   Hyperswarm lookup:     hyperdht's lookup finds the server's key; no beacons, a testnet of ten nodes as bootstrap
   Hyperswarm connected:  the lookup, and the `connection` event: UDP streams, encrypted. Three at once, its default
 Each side's workers and client share one process."""
@@ -142,7 +143,6 @@ async def statuses(topic: str) -> tuple[list[qmesh.Json], list[qmesh.Json]]:
 
 async def find(topic: str, count: int) -> dict[str, Times]:
     """One client's way to all workers, each dialled as soon as it is heard of."""
-    own = NodeId.of_bytes(secrets.token_bytes(32))
     heard, connected = Watch(count), Watch(count)
     connections: list[qmesh.Connection] = []
 
@@ -150,12 +150,13 @@ async def find(topic: str, count: int) -> dict[str, Times]:
 
     async def connect(record: WorkerRecord) -> None:
         async with turns:
-            connection = await qmesh.dial(record.address, own)
+            connection = await qmesh.dial(record.address, identity)
         assert connection.peer_id == str(record.worker_id)
         connected.saw(record.worker_id)
         connections.append(connection)
 
     async with client_of(topic) as client:
+        identity = qmesh.Identity.ephemeral(client.meshes)
         async with asyncio.TaskGroup() as dialling:
             searching = dialling.create_task(client.discover(everything=True))
             while not heard.over:
