@@ -6227,13 +6227,13 @@ class TlsStream:
 
 
 # What the other side says when it does not take us for a member (RFC 8446, 6.2), in OpenSSL's words.
-_NOT_A_MEMBER: Final = ("UNRECOGNIZED_NAME", "ALERT_UNKNOWN_CA", "ALERT_BAD_CERTIFICATE", "ALERT_DECRYPT_ERROR")
+_NOT_A_MEMBER: Final = ("UNRECOGNIZED_NAME", "ALERT_UNKNOWN_CA", "ALERT_BAD_CERTIFICATE", "ALERT_CERTIFICATE_REQUIRED")
 
 
 def tls_failure(error: OSError, peer: str) -> QMeshError:
     """What an ssl.SSLError means."""
     ssl, reason = load_ssl(), getattr(error, "reason", None) or type(error).__name__
-    if isinstance(error, ssl.SSLCertVerificationError):
+    if isinstance(error, ssl.SSLCertVerificationError) or reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
         return WrongMesh(f"{peer} is not of this mesh: its certificate is not signed by this mesh's key")
     if isinstance(error, ssl.SSLZeroReturnError):
         return WorkerLost(f"{peer} closed during the handshake")
@@ -6280,12 +6280,13 @@ class Connection(asyncio.BufferedProtocol):
         return self._ARRIVALS
 
     def buffer_updated(self, nbytes: int) -> None:
-        self._stream.feed(self._ARRIVALS[:nbytes])
         if not self.peer_id:
             self._untrusted_bytes += nbytes
             if self._untrusted_bytes > MAX_UNTRUSTED_BYTES:
                 self._fail(WireError(f"{self.peer_name} sent {self._untrusted_bytes:,} bytes before it greeted"))
                 self.abort()
+                return
+        self._stream.feed(self._ARRIVALS[:nbytes])
         if self._reading and self._stream.unread > STREAM_BUFFER_BYTES:
             self._reading = False
             self._transport.pause_reading()
@@ -6470,7 +6471,7 @@ async def dial(address: Address, identity: Identity) -> Connection:
 
 
 async def _dial_as(address: Address, identity: Identity, membership: Membership) -> Connection:
-    place = format_address(address)
+    place, _ = format_address(address), membership.dialling  # what is missing for it is said now
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(Connection, *address)

@@ -112,7 +112,9 @@ class Place:
             process.wait_ready()
         return started
 
-    def run(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, stdin: str | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """A command of the program, to its end."""
         return subprocess.run(
             self._command(*arguments),
@@ -120,7 +122,7 @@ class Place:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            env=self.client_env,
+            env=self.client_env | (env or {}),
             cwd=ROOT,
             timeout=COMMAND_TIMEOUT_S,
             check=False,

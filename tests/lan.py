@@ -46,6 +46,27 @@ IGMP_REPORTS = "224.0.0.22"  # the kernel's own, when a group is joined
 MULTICAST = ("ip daddr 224.0.0.0/4", "ip6 daddr ff00::/8 meta l4proto udp")  # IPv6 finds its neighbours by ICMP
 BROADCAST = ("ether daddr ff:ff:ff:ff:ff:ff ether type ip",)  # not ARP, which IPv4 finds its neighbours by
 
+# Every frame that passes an interface of the namespace, to a file, each behind its size; ends when its input does.
+CAPTURE = """
+import select, socket, struct, sys
+frames = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # ETH_P_ALL: both directions
+frames.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)  # SO_RCVBUFFORCE
+with open({path!r}, "wb") as file:
+    print("listening", flush=True)
+    ending = False
+    while True:
+        ready, _, _ = select.select([frames] if ending else [frames, sys.stdin], [], [], {quiet_s} if ending else None)
+        if frames in ready:
+            frame = frames.recv(1 << 17)
+            file.write(struct.pack(">I", len(frame)) + frame)
+        elif ending:
+            break
+        else:
+            ending = True
+print(struct.unpack("II", frames.getsockopt(263, 6, 8))[1])  # SOL_PACKET, PACKET_STATISTICS: what was lost
+"""
+QUIET_S = 0.3  # after which what was sent before the end of a capture has passed
+
 T = TypeVar("T")
 
 
@@ -187,6 +208,28 @@ class Namespace:
             for element in listed_set.get("elem", ()) if listed_set.get("name") != "home" else ():
                 found[f"{self.name}: {element['elem']['val']}"] += element["elem"]["counter"]["packets"]
         return found
+
+
+class Capture:
+    """Records every frame that passes a namespace, from its making to its `stop`, which returns them."""
+
+    def __init__(self, namespace: Namespace, path: Path) -> None:
+        self._path = path
+        script = CAPTURE.format(path=str(path), quiet_s=QUIET_S)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen([*namespace.prefix, sys.executable, "-c", script], **pipes)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline()
+
+    def stop(self) -> list[bytes]:
+        lost, _ = self._process.communicate(timeout=TOOL_TIMEOUT_S)
+        assert int(lost) == 0, f"{int(lost)} frames were not captured"
+        data, frames, at = self._path.read_bytes(), [], 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 4], "big")
+            frames.append(data[at + 4 : at + 4 + size])
+            at += 4 + size
+        return frames
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import os
 import pty
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import harness
@@ -58,6 +61,10 @@ def one_line(text: str) -> str:
         (("worker", "--slots", "0"), "a whole number from 1 to 64 is needed, not '0'"),
         (("worker", "--gpu-layers", "many"), "--gpu-layers: a number of layers is needed"),
         (("worker", "--port", "70000"), "--port: a port is a number from 0 to 65535"),
+        (("init",), "FILE"),
+        (("seal",), "OUT.pyz"),
+        (("seal", "lab.pyz"), "only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz"),
+        (("status", "--key", "no/such/file"), "the key file no/such/file cannot be read (No such file or directory)"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_exit_code_2(
@@ -208,18 +215,21 @@ def test_a_reader_that_has_seen_enough_is_no_error(two_workers: harness.Mesh) ->
 
 
 def test_the_status_is_a_table_of_all_workers(two_workers: harness.Mesh) -> None:
-    header, *rows = two_workers.run("status").stdout.splitlines()
+    header, *rows, last = two_workers.run("status").stdout.splitlines()
     assert header.split()[:4] == ["WORKER", "STATE", "SCORE", "CPU"]
     assert sorted(row.split()[0] for row in rows) == sorted(w.worker_id[:6] for w in two_workers.processes)
+    assert last == f"2 workers in the open mesh '{two_workers.topic}'"
 
 
 def test_the_json_of_a_status_holds_what_is_promised(two_workers: harness.Mesh) -> None:
     status = two_workers.json("status")
-    assert set(status) == {"workers", "unreachable", "network", "elapsed_ms"}
-    promised = {"worker_id", "health", "models", "slots", "queue", "speed", "gpu", "network", "run_id", "agent"}
+    assert set(status) == {"workers", "unreachable", "network", "mesh", "elapsed_ms"}
+    assert status["mesh"] == {"topic": two_workers.topic, "open": True, "fingerprint": "open"}
+    promised = {"worker_id", "health", "models", "slots", "queue", "speed", "gpu", "mesh", "network", "run_id", "agent"}
     for worker in status["workers"]:
         assert promised | {"uptime_s", "address"} <= set(worker)
-        assert worker["network"]["connections_refused"] == 0
+        assert worker["network"]["connections_dropped"] == {}
+        assert worker["mesh"] == status["mesh"]
     for network in (status["network"], *(worker["network"] for worker in status["workers"])):
         assert {"peers", "sent", "received", "dropped", "strangers", "interfaces"} <= set(network)
         assert network["received"]["bytes"] > 0
@@ -232,6 +242,179 @@ def test_models_are_listed_as_their_headers_describe_them(nobody: harness.Mesh, 
     model = listed[model_path.stem]
     assert (model["architecture"], model["quantization"], model["context_length"]) == ("llama", "Q4_1", 8192)
     assert "98 MB" in nobody.run("models").stdout
+
+
+# --- The key of a closed mesh ---
+
+
+def make_key(mesh: harness.Mesh, name: str = "lab.key", *arguments: str) -> Path:
+    """A key file, as `init` makes it."""
+    path = mesh.directory / name
+    finished = mesh.run("init", str(path), *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return path
+
+
+def secrets_of(path: Path) -> list[str]:
+    """What of a key file must not be shown, in the forms in which it might be."""
+    keys = qmesh.parse_mesh_keys(path.read_text("ascii"))
+    return [form for key in keys for form in (key.text[7:27], key.secret.hex()[:20], repr(key.secret)[2:12])]
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_a_key_file_is_made_for_this_user_alone_and_its_path_is_all_that_is_printed(
+    nobody: harness.Mesh, umask: int
+) -> None:
+    path = nobody.directory / "lab.key"
+    before = os.umask(umask)
+    try:
+        finished = nobody.run("init", str(path))
+    finally:
+        os.umask(before)
+    assert (finished.returncode, finished.stdout) == (0, f"{path}\n")
+    assert path.stat().st_mode & 0o777 == 0o600
+    (key,) = qmesh.parse_mesh_keys(path.read_text("ascii"))
+    assert f"({qmesh.MeshKeys.derive(nobody.topic, key).fingerprint})" in finished.stderr
+    assert f"worker --key {path}" in finished.stderr
+    assert not [secret for secret in secrets_of(path) if secret in finished.stderr]
+
+
+def test_every_key_is_another(nobody: harness.Mesh) -> None:
+    texts = {make_key(nobody, f"{number}.key").read_text("ascii") for number in range(3)}
+    assert len(texts) == 3
+
+
+def test_a_key_file_that_is_there_is_never_replaced(nobody: harness.Mesh) -> None:
+    path = nobody.directory / "lab.key"
+    path.write_text("precious")
+    finished = nobody.run("init", str(path))
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert f"{path} is there already; its key may be in use" in finished.stderr
+    assert path.read_text() == "precious"
+    link = nobody.directory / "link.key"
+    link.symlink_to(nobody.directory / "nowhere")
+    assert nobody.run("init", str(link)).returncode == 2
+    assert not (nobody.directory / "nowhere").exists()
+
+
+def test_a_key_file_that_cannot_be_made_is_named(nobody: harness.Mesh) -> None:
+    finished = nobody.run("init", str(nobody.directory / "missing" / "lab.key"))
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "lab.key cannot be written (No such file or directory)" in finished.stderr
+
+
+def test_a_key_that_replaces_another_stands_before_it_in_its_file(nobody: harness.Mesh) -> None:
+    old = make_key(nobody, "old.key")
+    newer = make_key(nobody, "newer.key", "--replace", str(old), "--until", "2099-12-31")
+    newest = make_key(nobody, "newest.key", "--replace", str(newer), "--until", "2099-12-31")
+    keys = {path: qmesh.parse_mesh_keys(path.read_text("ascii")) for path in (old, newer, newest)}
+    for replaced, path in ((old, newer), (newer, newest)):
+        in_force, before = keys[path]
+        assert in_force.until is None
+        assert before == dataclasses.replace(keys[replaced][0], until=datetime.date(2099, 12, 31))
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--replace", "OLD"), "--replace OLD and --until YYYY-MM-DD belong together"),
+        (("--until", "2099-12-31"), "--replace OLD and --until YYYY-MM-DD belong together"),
+        (("--replace", "OLD", "--until", "soon"), "until YYYY-MM-DD"),
+        (("--replace", "OLD", "--until", ""), "until YYYY-MM-DD"),
+        (("--replace", "OLD", "--until", "31 December 2099"), "until YYYY-MM-DD"),
+        (("--replace", "OLD", "--until", "2099-02-30"), "day is out of range for month"),
+        (("--replace", "MISSING", "--until", "2099-12-31"), "MISSING cannot be read (No such file or directory)"),
+        (("--replace", "NO KEY", "--until", "2099-12-31"), "there is no mesh key in it"),
+    ],
+)
+def test_a_key_that_cannot_be_replaced_leaves_no_file(
+    nobody: harness.Mesh, arguments: tuple[str, ...], said: str
+) -> None:
+    old = make_key(nobody, "OLD")
+    (nobody.directory / "NO KEY").touch(mode=0o600)
+    paths = {name: str(nobody.directory / name) for name in ("OLD", "MISSING", "NO KEY")}
+    target = nobody.directory / "new.key"
+    finished = nobody.run("init", str(target), *(paths.get(word, word) for word in arguments))
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert said in finished.stderr
+    assert not target.exists()
+    assert not [secret for secret in secrets_of(old) if secret in finished.stderr]
+
+
+@pytest.mark.parametrize("command", [("status",), ("prompt", "hi"), ("worker",), ("doctor",), ("seal", "lab.pyz")])
+@pytest.mark.parametrize("write", [str, str.upper, " {}".format])
+def test_a_key_in_a_command_is_refused_and_not_repeated(
+    nobody: harness.Mesh, command: tuple[str, ...], write: Callable[[str], str]
+) -> None:
+    """Every user of a machine can read what its commands are."""
+    key = qmesh.MeshKey(bytes(range(32))).text
+    finished = nobody.run(*command, "--key", write(key))
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "--key: a key in a command can be read by everybody" in finished.stderr
+    assert "QMESH_KEY" in finished.stderr
+    assert key[7:20] not in finished.stderr.lower()
+
+
+def test_a_key_file_that_others_can_read_is_spoken_of(nobody: harness.Mesh) -> None:
+    path = make_key(nobody)
+    path.chmod(0o644)
+    finished = nobody.run("status", "--timeout", "1", "--key", str(path))
+    assert finished.returncode == 3
+    assert f"other users of this machine can read the mesh's key: chmod 600 {path}" in finished.stderr
+
+
+def test_nobody_without_its_key_finds_a_worker_of_a_closed_mesh(mesh: harness.Mesh) -> None:
+    path, wrong = make_key(mesh), make_key(mesh, "wrong.key")
+    worker = mesh.start_worker("--key", str(path))
+    keys = qmesh.MeshKeys.derive(mesh.topic, *qmesh.parse_mesh_keys(path.read_text("ascii")))
+    told = {"topic": mesh.topic, "open": False, "fingerprint": keys.fingerprint}
+    assert worker.ready["mesh"] == told
+    peer = ("--peer", f"127.0.0.1:{worker.ready['udp'][1]}")
+    for arguments, title in (((), f"open mesh '{mesh.topic}'"), (("--key", str(wrong)), f"closed mesh '{mesh.topic}'")):
+        finished = mesh.run("prompt", "hi", "--timeout", "1.5", *arguments, *peer)
+        assert (finished.returncode, finished.stdout) == (3, "")
+        assert title in finished.stderr
+    flags = ("prompt", "hi", "--max-tokens", "2")
+    assert mesh.json(*flags, "--key", str(path))["worker_id"] == worker.worker_id
+    for value in (str(path), qmesh.parse_mesh_keys(path.read_text("ascii"))[0].text):
+        assert mesh.run(*flags, env={"QMESH_KEY": value}).returncode == 0
+    status = mesh.json("status", "--key", str(path))
+    assert status["mesh"] == status["workers"][0]["mesh"] == told
+    assert mesh.run("status", "--key", str(path)).stdout.splitlines()[-1] == f"1 worker in the {keys.title}"
+
+
+def test_while_a_key_is_being_replaced_members_with_the_old_and_the_new_work_together(mesh: harness.Mesh) -> None:
+    old = make_key(mesh, "old.key")
+    new = make_key(mesh, "new.key", "--replace", str(old), "--until", "2099-12-31")
+    over = make_key(mesh, "over.key", "--replace", str(old), "--until", "2020-01-01")
+    ids = {name: mesh.start_worker("--key", str(path)).worker_id for name, path in (("new", new), ("old", old))}
+    reached = {
+        path: {worker["worker_id"] for worker in mesh.json("status", "--key", str(path))["workers"]}
+        for path in (new, old)
+    }
+    assert reached == {new: {ids["new"], ids["old"]}, old: {ids["new"], ids["old"]}}
+    answer = mesh.json("prompt", "hi", "--max-tokens", "2", "--key", str(old))
+    assert answer["worker_id"] in ids.values()
+    assert mesh.run("status", "--timeout", "1.5", "--key", str(over)).returncode == 3  # another new key, no old one
+
+
+def test_no_log_holds_a_key_or_what_is_asked_or_answered(mesh: harness.Mesh) -> None:
+    path = make_key(mesh)
+    worker = mesh.start_worker("--key", str(path), "--log-level", "debug")
+    question = "Repeat after me: xyzzy-plugh-frotz"
+    flags = ("--key", str(path), "--log-level", "debug", "--temperature", "0", "--max-tokens", "24")
+    asked = mesh.run("prompt", question, "--system", "Be brief as grue-lantern.", "--json", *flags)
+    assert asked.returncode == 0, asked.stderr
+    answer = json.loads(asked.stdout)["text"].strip()
+    assert len(answer) > 10
+    assert worker.stop() == 0
+    logs = {"client": asked.stderr, "worker": worker.stderr}
+    node_key = (next(mesh.state_dir.glob("*/0/node.key"))).read_text("ascii").splitlines()[1]
+    for name, log in logs.items():
+        assert " DEBUG " in log or " INFO " in log, name  # it was asked to tell much
+        for text in (*secrets_of(path), node_key[22:42], "xyzzy", "plugh", "grue", answer, answer[:10]):
+            assert text not in log, (name, text)
 
 
 # --- A worker that cannot start ---
@@ -321,7 +504,7 @@ def test_a_state_directory_that_cannot_be_used_is_named(nobody: harness.Mesh, mo
 
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody: harness.Mesh) -> None:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
-    assert commands == ["worker", "prompt", "status", "doctor", "pull", "models", "demo"]
+    assert commands == ["worker", "prompt", "status", "doctor", "init", "seal", "pull", "models", "demo"]
     for command in commands:
         shown = nobody.run(command, "--help").stdout
         assert "example:\n  qmesh.py " + command in shown

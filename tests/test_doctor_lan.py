@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
+import members
 import pytest
 import tiny_models
 from lan import Lan, Machine, require, start_workers
@@ -141,7 +142,7 @@ def cloned(lan: Lan) -> Calls:
     for machine in machines:
         instance = machine.state_dir / platform.node() / "0"
         instance.mkdir(parents=True)
-        (instance / qmesh.WORKER_ID_FILE).write_text("c" * 64)
+        (instance / qmesh.NODE_KEY_FILE).write_text(members.node_key(1).pem)
     start_workers(*machines)
     return {"a clone": (lan.machine("desk"),)}
 

@@ -478,14 +478,14 @@ def test_a_key_file_at_its_limit_is_taken(tmp_path: Path) -> None:
 def test_a_key_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / name
-    with pytest.raises(UsageError, match="the key file .* cannot be read") as caught:
+    with pytest.raises(UsageError, match=r"the key file .* cannot be read") as caught:
         qmesh.read_mesh_keys(told(path))
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [NEW.text[:-1], NEW.text + "a", f"{NEW.text} until 2026-01-01", f"{NEW.text},x"])
 def test_a_variable_that_holds_no_key_is_named_without_it(value: str) -> None:
-    with pytest.raises(UsageError, match="^the mesh key in QMESH_KEY: ") as caught:
+    with pytest.raises(UsageError, match=r"^the mesh key in QMESH_KEY: ") as caught:
         qmesh.read_mesh_keys(Settings.resolve({}, {"QMESH_KEY": value}))
     assert NEW.text[7:20] not in str(caught.value)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -189,6 +192,160 @@ def test_models_beside_the_archive_are_found(archive: Path, tmp_path: Path) -> N
     assert json.loads(finished.stdout) == {"models": [], "damaged": [f"{model}: it is not a GGUF file"]}
 
 
+# --- Sealing ---
+
+KEY = qmesh.MeshKey(bytes(range(32)))
+OTHER_KEY = qmesh.MeshKey(bytes(range(1, 33)))
+
+
+def key_file(tmp_path: Path, *keys: qmesh.MeshKey, name: str = "lab.key") -> Path:
+    path = tmp_path / name
+    path.write_text("# of lab 3\n" + "".join(f"{key.text}\n" for key in keys))
+    path.chmod(0o600)
+    return path
+
+
+def seal(archive: Path, target: Path, *keys: qmesh.MeshKey, umask: int = 0o022) -> Finished:
+    """Seals these keys into a copy; it must succeed."""
+    named = ["--key", key_file(target.parent, *keys)] if keys else []
+    finished = run(sys.executable, "-I", "-S", archive, "seal", target, *named, umask=umask)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+@pytest.fixture(scope="module")
+def sealed(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive with KEY in it."""
+    path = tmp_path_factory.mktemp("sealed") / "lab.pyz"
+    seal(archive, path, KEY)
+    return path
+
+
+def told_mesh(archive: Path, tmp_path: Path, *arguments: object, **variables: str) -> str:
+    """The mesh in which a client of an archive looks for workers, and finds none."""
+    own = alone(tmp_path)
+    command = (sys.executable, "-I", "-S", archive, "status", "--timeout", "0.3", *arguments)
+    finished = run(*command, cwd=tmp_path, env=own | variables)
+    assert finished.returncode == 3, finished.stderr
+    title = re.search(rf"UDP 47474, (.*?) mesh '{own['QMESH_TOPIC']}'(?: \((.*?)\))?\)", finished.stderr)
+    assert title is not None, finished.stderr
+    return title[2] if title[1] == "closed" else title[1]
+
+
+def fingerprint(key: qmesh.MeshKey) -> str:
+    return qmesh.MeshKeys.derive("any", key).fingerprint
+
+
+def test_the_same_key_gives_the_same_bytes(archive: Path, sealed: Path, tmp_path: Path) -> None:
+    seal(archive, tmp_path / "another name.pyz", KEY, umask=0o077)
+    assert (tmp_path / "another name.pyz").read_bytes() == sealed.read_bytes()
+    seal(archive, tmp_path / "other.pyz", OTHER_KEY)
+    assert (tmp_path / "other.pyz").read_bytes() != sealed.read_bytes()
+
+
+def test_a_sealed_archive_holds_what_the_archive_holds_and_the_key(archive: Path, sealed: Path) -> None:
+    with zipfile.ZipFile(archive) as before, zipfile.ZipFile(sealed) as after:
+        assert after.testzip() is None
+        assert after.namelist() == [*before.namelist(), "mesh.key"]
+        for name in before.namelist():
+            assert after.read(name) == before.read(name)
+            assert after.getinfo(name).external_attr == before.getinfo(name).external_attr
+        assert after.read("mesh.key") == f"{KEY.text}\n".encode()
+        assert {member.date_time for member in after.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert {member.compress_type for member in after.infolist()} == {zipfile.ZIP_STORED}
+    assert sealed.read_bytes().startswith(b"#!/usr/bin/env python3\nPK")
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o077])
+def test_only_this_user_may_read_and_run_a_sealed_archive_whatever_the_umask(
+    archive: Path, tmp_path: Path, umask: int
+) -> None:
+    seal(archive, tmp_path / "lab.pyz", KEY, umask=umask)
+    assert (tmp_path / "lab.pyz").stat().st_mode & 0o777 == 0o700
+
+
+def test_sealing_prints_the_path_and_tells_the_mesh_but_not_the_key(archive: Path, tmp_path: Path) -> None:
+    target = tmp_path / "lab.pyz"
+    finished = seal(archive, target, KEY)
+    assert finished.stdout == f"{target}\n"
+    assert fingerprint(KEY) in finished.stderr
+    assert KEY.text[7:20] not in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lab.key", "lab.pyz"]
+
+
+def test_a_sealed_archive_runs_on_a_bare_python_and_belongs_to_the_closed_mesh(
+    archive: Path, sealed: Path, tmp_path: Path
+) -> None:
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    assert run(sealed, "--version", env=path).stdout == f"qmesh {qmesh.__version__} (protocol 1)\n"
+    assert told_mesh(sealed, tmp_path) == fingerprint(KEY)
+    assert told_mesh(archive, tmp_path) == "open"
+
+
+def test_a_key_that_is_named_goes_before_the_sealed_one(sealed: Path, tmp_path: Path) -> None:
+    other, third = key_file(tmp_path, OTHER_KEY), qmesh.MeshKey(bytes(32))
+    assert told_mesh(sealed, tmp_path, "--key", other) == fingerprint(OTHER_KEY)
+    assert told_mesh(sealed, tmp_path, QMESH_KEY=str(other)) == fingerprint(OTHER_KEY)
+    assert told_mesh(sealed, tmp_path, QMESH_KEY=OTHER_KEY.text) == fingerprint(OTHER_KEY)
+    assert told_mesh(sealed, tmp_path, "--key", other, QMESH_KEY=third.text) == fingerprint(OTHER_KEY)
+    assert told_mesh(sealed, tmp_path, QMESH_KEY=" ") == fingerprint(KEY)
+
+
+def test_sealing_a_sealed_archive_replaces_its_key(archive: Path, sealed: Path, tmp_path: Path) -> None:
+    seal(sealed, tmp_path / "again.pyz", OTHER_KEY)
+    seal(archive, tmp_path / "afresh.pyz", OTHER_KEY)
+    assert (tmp_path / "again.pyz").read_bytes() == (tmp_path / "afresh.pyz").read_bytes()
+    seal(sealed, tmp_path / "copy.pyz")  # without a key named, the one that it has
+    assert (tmp_path / "copy.pyz").read_bytes() == sealed.read_bytes()
+
+
+def test_a_sealed_archive_can_be_sealed_anew_in_its_place(sealed: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(sealed, tmp_path / "lab.pyz"))
+    seal(own, own, OTHER_KEY)
+    assert told_mesh(own, tmp_path) == fingerprint(OTHER_KEY)
+
+
+def test_a_key_and_the_one_that_it_replaces_are_both_sealed_in(archive: Path, tmp_path: Path) -> None:
+    old = dataclasses.replace(OTHER_KEY, until=datetime.date(2099, 12, 31))
+    seal(archive, tmp_path / "lab.pyz", KEY, old)
+    with zipfile.ZipFile(tmp_path / "lab.pyz") as members:
+        assert qmesh.parse_mesh_keys(members.read("mesh.key").decode("ascii")) == (KEY, old)
+    assert told_mesh(tmp_path / "lab.pyz", tmp_path) == fingerprint(KEY)
+
+
+def test_without_a_key_nothing_is_sealed(archive: Path, tmp_path: Path) -> None:
+    finished = bare(archive, "seal", tmp_path / "lab.pyz", tmp_path=tmp_path)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert re.search(r"there is no key to put in: name one with --key FILE, as `\S+ init FILE` makes", finished.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_source_cannot_be_sealed_and_says_what_can(tmp_path: Path) -> None:
+    key = key_file(tmp_path, KEY)
+    finished = run(sys.executable, harness.PROGRAM, "seal", tmp_path / "lab.pyz", "--key", key)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz, which can" in finished.stderr
+    assert list(tmp_path.iterdir()) == [key]
+
+
+def test_a_seal_that_fails_leaves_nothing_behind(archive: Path, tmp_path: Path) -> None:
+    key, folder = key_file(tmp_path, KEY), tmp_path / "folder.pyz"
+    folder.mkdir()
+    no_key = key_file(tmp_path, name="no.key")
+    there = sorted(tmp_path.rglob("*"))
+    for target, named, said in (
+        (tmp_path / "missing" / "lab.pyz", key, "lab.pyz cannot be written (No such file or directory)"),
+        (folder, key, "folder.pyz cannot be written (Is a directory)"),
+        (tmp_path / "lab.pyz", no_key, "there is no mesh key in it"),
+        (tmp_path / "lab.pyz", tmp_path / "none.key", "none.key cannot be read (No such file or directory)"),
+    ):
+        finished = bare(archive, "seal", target, "--key", named, tmp_path=tmp_path)
+        assert (finished.returncode, finished.stdout) == (2, "")
+        assert said in finished.stderr
+        assert KEY.text[7:20] not in finished.stderr
+        assert sorted(tmp_path.rglob("*")) == there
+
+
 # --- What is missing ---
 
 
@@ -249,3 +406,16 @@ def test_a_worker_from_the_archive_answers_a_prompt_from_the_archive(
         assert worker.stop() == 0, worker.stderr
     assert answer["worker_id"] == worker.worker_id
     assert answer["text"]
+
+
+def test_a_worker_and_a_client_from_one_sealed_archive_need_no_settings(
+    archive: Path, sealed: Path, tmp_path: Path, model_path: Path
+) -> None:
+    with harness.Mesh(tmp_path, model_path, program=sealed) as mesh:
+        worker = mesh.start_worker()
+        assert worker.ready["mesh"] == {"topic": mesh.topic, "open": False, "fingerprint": fingerprint(KEY)}
+        assert mesh.json("prompt", "hi", "--max-tokens", "2")["worker_id"] == worker.worker_id
+        assert mesh.json("status")["mesh"] == worker.ready["mesh"]
+        mesh.program = archive
+        assert mesh.run("prompt", "hi", "--timeout", "1.5").returncode == 3
+        assert worker.stop() == 0, worker.stderr
