@@ -150,6 +150,7 @@ MAX_REQUEST_TIMEOUT_S: Final = 1.0  # beyond it a peer is of no use to a lookup 
 REQUEST_RETRIES: Final = 2  # three losses in a row are rare at 10 % loss: 0.7 % with replies counted
 LOOKUP_DEADLINE_S: Final = 3.0  # a person waits this long without asking whether it hangs
 RECORD_TTL_S: Final = 35.0  # two announcements in a row may be lost before a living worker vanishes
+LATEST_STAMP: Final = (1 << 31) - 1  # that a clock gives a record; a later one is one second more each time
 ANNOUNCE_PERIOD_S: Final = 10.0  # the health in a record is never older than this
 ANNOUNCE_JITTER: Final = 0.1  # share of the period, so that workers started together drift apart
 ANNOUNCE_DEBOUNCE_S: Final = 0.2  # newly met nodes are told of us together, not one by one; doubles in a crowd
@@ -6529,7 +6530,7 @@ class TcpServer:
         self._identity = identity
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # by host; the oldest first
+        self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # with its host; the oldest first
         self._hosts: Counter[str] = Counter()  # of those that are trusted
         self._rate = RateLimiter(burst=HANDSHAKE_BURST, per_s=HANDSHAKES_PER_S)
         self._rate_in_all = RateLimiter(burst=ALL_HANDSHAKES_BURST, per_s=ALL_HANDSHAKES_PER_S)
@@ -6570,11 +6571,15 @@ class TcpServer:
     def _make_room(self, host: str) -> None:
         """Those who take long to greet make room for those who come."""
         same_host = [task for task, other in self._untrusted.items() if other == host]
-        if len(same_host) >= MAX_UNTRUSTED_PER_HOST or len(self._untrusted) >= MAX_UNTRUSTED:
-            oldest = same_host[0] if len(same_host) >= MAX_UNTRUSTED_PER_HOST else next(iter(self._untrusted))
-            del self._untrusted[oldest]
-            oldest.cancel()
-            self.dropped["shed"] += 1
+        if len(same_host) >= MAX_UNTRUSTED_PER_HOST:
+            self._shed(same_host[0])
+        elif len(self._untrusted) >= MAX_UNTRUSTED:
+            self._shed(next(iter(self._untrusted)))
+
+    def _shed(self, task: asyncio.Task[None]) -> None:
+        self.dropped["shed"] += 1
+        del self._untrusted[task]
+        task.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -6583,8 +6588,12 @@ class TcpServer:
             log.error("a connection's handler failed", exc_info=task.exception())
 
     async def _serve(self, connection: Connection) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         try:
-            if await self._trust(connection):
+            trusted = await self._trust(connection)
+            self._untrusted.pop(task, None)
+            if trusted:
                 await self._serve_member(connection)
         except QMeshError as error:
             log.info("%s: %s", connection.peer_name, error)
@@ -6952,7 +6961,8 @@ class Worker:
 
     def _record(self, health: HealthReport) -> WorkerRecord:
         model = self.engine.plan.model
-        self._stamp = max(self._stamp + 1, int(time.time()))  # a clock that is set back must not make us old
+        # A clock that is set back must not make us old, nor may one that is far ahead leave no room for more.
+        self._stamp = max(self._stamp + 1, int(time.time()) & LATEST_STAMP)
         return WorkerRecord(
             worker_id=self.worker_id,
             address=(UNSPECIFIED, self.address[1]),

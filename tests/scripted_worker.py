@@ -108,6 +108,7 @@ async def announced(
     record: qmesh.WorkerRecord,
     *,
     beacons: bool = True,
+    host: str = qmesh.LOOPBACK,
     make_engine: Callable[..., qmesh.DhtEngine] = qmesh.DhtEngine,
 ) -> AsyncIterator[qmesh.Address]:
     """A node that tells a mesh of a worker; yields its address."""
@@ -117,7 +118,7 @@ async def announced(
         rng=random.Random(secrets.randbits(64)),
         now=qmesh.uptime_s(),
     )
-    node = await qmesh.UdpNode.open(engine, host=qmesh.LOOPBACK, port=0, listen=beacons, on_event=lambda event: None)
+    node = await qmesh.UdpNode.open(engine, host=host, port=0, listen=beacons, on_event=lambda event: None)
     node.run(lambda engine, now: engine.announce(record, now))
     try:
         yield node.address

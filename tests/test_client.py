@@ -8,13 +8,14 @@ import random
 import secrets
 import socket
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
 from loop import PATIENCE_S, in_a_loop
-from members import node_key
+from members import member, node_key
 from scripted_worker import (
     HANGS_UP,
     IS_SILENT,
@@ -280,6 +281,27 @@ async def test_a_worker_that_answers_under_another_id_is_not_used(topic: str, tm
     async with mesh_of(topic, tmp_path, impostor, honest) as mesh:
         assert (await mesh.complete(job())).result.text == "yes"
         assert (impostor.statuses, impostor.prompts) == (0, [])
+
+
+@in_a_loop
+async def test_who_announces_anothers_id_keeps_nobody_from_that_worker(topic: str, tmp_path: Path) -> None:
+    honest, met = ScriptedWorker(says("yes")), asyncio.Queue[str]()
+
+    async def meet(connection: qmesh.Connection) -> None:
+        met.put_nowait(connection.peer_id)
+
+    liar = qmesh.TcpServer(meet, member(666, qmesh.MeshKeys.derive(topic)))
+    _, port = await liar.start("127.0.0.2", 0)
+    lie = replace(record_of(honest.worker_id, port, score=100), stamp=2**32 - 1000)
+    lying = announced(topic, lie, host="127.0.0.2")
+    async with honest.on(topic), lying as udp, client_of(topic, tmp_path, peers=(qmesh.format_address(udp),)) as mesh:
+        async with asyncio.timeout(PATIENCE_S):
+            while [record.address for record in mesh.records()] != [("127.0.0.2", port)]:
+                await mesh.discover()
+                await asyncio.sleep(0.01)
+        assert (await mesh.complete(job())).result.text == "yes"
+    await liar.stop()
+    assert met.qsize() == 1  # it was seen through once, and not believed again
 
 
 # --- Refusals ---

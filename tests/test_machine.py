@@ -354,16 +354,15 @@ except qmesh.UsageError as error:
 """
 
 
-def test_a_directory_that_is_read_only_is_refused_with_the_flag_that_mends_it(tmp_path: Path) -> None:
-    place = tmp_path / "0"
-    place.mkdir(mode=0o755)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)  # pytest shuts them to nobody
-    try:
-        assert run_python(WRITE_FORBIDDEN, place) == "True True\n"
-        assert list(place.iterdir()) == []
-    finally:
+def test_a_directory_that_is_read_only_is_refused_with_the_flag_that_mends_it() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are shut to nobody altogether
+        place = Path(name)
         place.chmod(0o755)
+        try:
+            assert run_python(WRITE_FORBIDDEN, place) == "True True\n"
+            assert list(place.iterdir()) == []
+        finally:
+            place.chmod(0o755)
 
 
 # --- The mesh's key ---

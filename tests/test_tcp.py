@@ -463,16 +463,6 @@ async def dialled_at_last(address: Address) -> AsyncIterator[Connection]:
                     return
 
 
-@in_a_loop
-async def test_strangers_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmesh, "MAX_CONNECTIONS_PER_HOST", 1)
-    async with serving() as (server, address), connected(address, greeted=False) as stranger:
-        with pytest.raises(qmesh.Refused, match="too many connections"):
-            await qmesh.dial(address, CLIENT)
-        assert server.dropped["full"] == 1
-        await stranger.greet()
-
-
 # --- Many requests on one connection ---
 
 

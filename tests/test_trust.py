@@ -342,6 +342,18 @@ async def test_those_who_take_long_to_greet_make_room_for_those_who_come(
 
 
 @in_a_loop
+async def test_who_is_trusted_makes_room_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmesh, "MAX_UNTRUSTED", 1)
+    async with serving(member(1)) as (server, address), connected(address) as client:
+        async with connected(address, greeted=False) as slow:
+            await works(address, member(2))
+            await slow.closed()
+        await client.send({"type": "status", "n": 1})
+        assert (await client.receive())["n"] == 1
+        assert server.dropped == {"shed": 1}
+
+
+@in_a_loop
 async def test_more_handshakes_than_a_second_allows_are_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmesh, "ALL_HANDSHAKES_BURST", 2.0)
     monkeypatch.setattr(qmesh, "ALL_HANDSHAKES_PER_S", 0.001)

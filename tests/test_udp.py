@@ -367,12 +367,16 @@ LAST_DAY = datetime.date(2026, 3, 1)
 
 @dataclass
 class Rotation:
-    """A mesh's new key and its old one, as the members know them who have both, and those who have not."""
+    """A mesh's new key and its old one, as the members know them who have both, and those who have not.
+
+    only_old: for those who do not know that it has a last day. neither: of a key that nobody has.
+    """
 
     topic: str
     new: MeshKeys
     old: MeshKeys
     only_old: MeshKeys
+    neither: MeshKeys
 
     @property
     def both(self) -> tuple[MeshKeys, MeshKeys]:
@@ -384,8 +388,9 @@ def rotation(topic: str, monkeypatch: pytest.MonkeyPatch) -> Rotation:
     """It is the old key's last day; `CLOCK_CHECK_S` is short."""
     monkeypatch.setattr(qmesh, "utc_today", lambda: LAST_DAY)
     monkeypatch.setattr(qmesh, "CLOCK_CHECK_S", 0.01)
-    old = members.closed(2, topic, until=LAST_DAY.isoformat())
-    return Rotation(topic, members.closed(1, topic), old, members.closed(2, topic))
+    number = secrets.randbits(128)  # nodes of one key hear each other, whatever their topics
+    new, only_old, neither = (members.closed(number + step, topic) for step in range(3))
+    return Rotation(topic, new, members.closed(number + 1, topic, LAST_DAY.isoformat()), only_old, neither)
 
 
 @in_a_loop
@@ -433,7 +438,7 @@ async def test_a_worker_of_two_meshes_is_found_from_either_and_a_client_of_two_f
 async def test_a_datagram_of_neither_mesh_is_counted_once_and_one_of_either_is_not(rotation: Rotation) -> None:
     async with opened(rotation.topic, *rotation.both) as both:
         address = both.node.address
-        for stranger in (members.closed(3, rotation.topic), MeshKeys.derive(rotation.topic)):
+        for stranger in (rotation.neither, MeshKeys.derive(rotation.topic)):
             assert await qmesh.udp_ping(stranger, address, LOOPBACK) is None
         for keys in rotation.both:
             assert await qmesh.udp_ping(keys, address, LOOPBACK) == both.node_id
