@@ -3,7 +3,7 @@
 
 Run `python qmesh.py worker` on some machines and `python qmesh.py prompt "..."` on any of them. There is
 no server, no account and no internet: the machines find each other through a distributed hash table (DHT)
-over UDP, talk in length-prefixed JSON over TCP, and a worker answers from a GGUF model through llama.cpp.
+over UDP, talk in length-prefixed JSON inside TLS, and a worker answers from a GGUF model through llama.cpp.
 
 The module reads from top to bottom. A section uses only what stands above it, and sections 1 to 11 are pure:
 they do no input or output, start no task, read no clock and draw no random number; time and randomness are
@@ -20,11 +20,11 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
      9  DHT engine             4 to 8 composed, without input or output
     10  Health and selection   samples to a score, scores to a choice
     11  Fair queue             whose request runs next
-    12  This machine           state files, processor, memory, GPU
+    12  This machine           keys and state files, processor, memory, GPU
     13  Models                 GGUF headers, finding and fetching model files
     14  Engine                 the one thread that owns llama.cpp
     15  UDP shell              moves datagrams and arms one timer
-    16  TCP shell              moves frames, with deadlines and limits
+    16  TCP shell              moves frames inside TLS, with deadlines and limits
     17  Worker                 serves a model to the mesh
     18  Client                 finds workers, chooses one, follows its answer
     19  Doctor                 what keeps machines apart, and what to do about it
@@ -35,7 +35,7 @@ The journey of one request:
     prompt -> find peers (15) -> look up the topic (7, 9) -> records with health
            -> keep those with the model that are not overloaded (10)
            -> fresh status from the best three at once (16) -> highest score
-           -> `prompt` on that connection (4, 18) -> worker admits or refuses (17)
+           -> `prompt` on that connection, inside TLS (4, 5, 16, 18) -> worker admits or refuses (17)
            -> queue (11) -> slot (14) -> tokens stream back -> `inference_result`
 """
 
@@ -1518,14 +1518,23 @@ class MeshKey:
             raise ValueError(f'a mesh key is "{KEY_PREFIX}" and 52 letters and digits')
         if len(words) == 1:
             return key
-        if len(words) != 3 or words[1] != "until" or not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", words[2]):
+        try:
+            until = datetime.date.fromisoformat(words[2]) if len(words) == 3 and words[1] == "until" else None
+        except ValueError:
+            until = None
+        if until is None or until.isoformat() != words[2]:
             raise ValueError('behind a key that is being replaced stands "until YYYY-MM-DD", its last day')
-        return replace(key, until=datetime.date.fromisoformat(words[2]))
+        return replace(key, until=until)
 
     @property
     def text(self) -> str:
         until = f" until {self.until.isoformat()}" if self.until is not None else ""
         return KEY_PREFIX + base64.b32encode(self.secret).decode().rstrip("=").lower() + until
+
+
+def holds_key(text: str) -> bool:
+    """Whether a text is, or has in it, what may be a key, rather than the name of a file with one."""
+    return KEY_PREFIX in text.lower() or "\n" in text
 
 
 def parse_mesh_keys(text: str) -> tuple[MeshKey, ...]:
@@ -2076,6 +2085,14 @@ class AnnounceTokens:
         return hmac.digest(self._secret, text, "sha256")[:TOKEN_BYTES]
 
 
+def whole_ids(records: Sequence[WorkerRecord], count: int) -> int:
+    """How many of `records`, at most `count`, do not part those of one id; `count` where the first has more."""
+    end = max(0, count)
+    while 0 < end < len(records) and records[end].worker_id == records[end - 1].worker_id:
+        end -= 1
+    return end or max(0, count)
+
+
 class RecordStore:
     """Worker records by topic, each until it expires or is taken back.
 
@@ -2139,10 +2156,11 @@ class RecordStore:
         return len(self._topics.get(topic, ()))
 
     def page(self, topic: NodeId, after: NodeId, count: int) -> list[WorkerRecord]:
-        """Up to `count` records with ids above `after`, in order of id."""
+        """Up to `count` records with ids above `after`, in order of id; of no id only a part, see `whole_ids`."""
         keys = self._sorted.get(topic, [])
         start = bisect.bisect_right(keys, after, key=lambda key: key[0])
-        return [self._topics[topic][key] for key in keys[start : start + max(0, count)]]
+        found = [self._topics[topic][key] for key in keys[start : start + max(0, count) + 1]]
+        return found[: whole_ids(found, count)]
 
     def sample(self, topic: NodeId, count: int, rng: random.Random) -> list[WorkerRecord]:
         """Up to `count` records drawn at random, so that clients do not all hear of the same few."""
@@ -2350,6 +2368,7 @@ class Responder:
         shown = [record for record in page if _may_tell(record.address, address)]
         packed = [pack_record(record) for record in shown]
         count = fit_items(packed, room - kept)
+        count = count if after is None else whole_ids(shown, count)
         room -= len(base64.b64encode(b"".join(packed[:count])))
         body = {"records": shown[:count], "total": self.store.total(topic), "token": self._tokens.issue(address, now)}
         if after is not None and page:
@@ -3362,7 +3381,7 @@ def expected_waits(remaining_s: Iterable[float], service_s: float, count: int) -
 # ======================================================================================================
 # 12  This machine
 #
-# The state directory, the processor, the memory and the GPU.
+# The mesh's key, the state directory, the processor, the memory and the GPU.
 # Rule 1: state belongs to one host and one instance, <state>/<hostname>/<instance>/: homes are shared over
 # NFS and folders are copied, and neither may clone an identity. A lock tells which instances are running.
 # Rule 2: files are replaced atomically; one that cannot be read is kept aside, renewed, and spoken of.
@@ -3412,6 +3431,12 @@ def in_force(keys: MeshKeys) -> bool:
     return keys.until is None or utc_today() <= keys.until
 
 
+def program_name() -> str:
+    """How the user started this program, for the commands that messages suggest."""
+    name = Path(sys.argv[0]).name
+    return name if name.endswith((".py", ".pyz")) else "qmesh.py"
+
+
 def running_archive() -> Path | None:
     """The archive that this program runs from; None where it runs from its source."""
     place = Path(__file__).resolve().parent
@@ -3448,12 +3473,12 @@ def read_keys(settings: Settings) -> tuple[MeshKey, ...]:
     told, source = settings.key, "the mesh key in QMESH_KEY"
     if told is None:
         told, source = sealed_key(), f"the key in {running_archive()}"
-    elif not told.lower().startswith(KEY_PREFIX):
+    elif not holds_key(told):
         told, source = read_key_file(Path(told)), f"the key file {told}"
     try:
-        return parse_mesh_keys(told) if told is not None else ()
+        return parse_mesh_keys(told.strip("\"' ")) if told is not None else ()  # quotes, as environment files keep them
     except ValueError as error:
-        raise UsageError(f"{source}: {error}; `qmesh.py init FILE` makes a key file") from None
+        raise UsageError(f"{source}: {error}; `{program_name()} init FILE` makes a key file") from None
 
 
 def read_mesh_keys(settings: Settings) -> tuple[MeshKeys, ...]:
@@ -3479,11 +3504,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
     """The path of a file with this text, which only this user can read, for a moment. Raises QMeshError."""
+    name = ""
     try:
         handle, name = tempfile.mkstemp(prefix="qmesh-")
         with os.fdopen(handle, "w", encoding="ascii") as file:
             file.write(text)
     except OSError as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
         raise QMeshError(
             f"no temporary file can be written ({error.strerror or error}); TMPDIR names a place"
         ) from None
@@ -3578,7 +3606,7 @@ class StateDirectory:
     def _known_key(self) -> NodeKey | None:
         path = self.path / NODE_KEY_FILE
         with contextlib.suppress(FileNotFoundError):
-            with contextlib.suppress(OSError):
+            if path.is_file():
                 path.chmod(0o600)
             with contextlib.suppress(ValueError, IsADirectoryError):
                 return NodeKey.parse(path.read_text("ascii"))
@@ -4131,12 +4159,6 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     if len(models) > 1:
         raise ModelError(f"several models are here, so choose one with --model NAME: {names}")
     return models[0]
-
-
-def program_name() -> str:
-    """How the user started this program, for the commands that messages suggest."""
-    name = Path(sys.argv[0]).name
-    return name if name.endswith((".py", ".pyz")) else "qmesh.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -5795,7 +5817,7 @@ class UdpNode:
         return list(dict.fromkeys(contact for engine in self.engines for contact in engine.table))
 
     async def _settled(self) -> None:
-        while not all(engine.settled for engine in self.engines):
+        while not all(engine.settled for engine in self._all):
             self._progress = self._loop.create_future()
             await self._progress
 
@@ -7172,6 +7194,8 @@ class Session:
                 raise WorkerLost(f"nothing was asked for {IDLE_TIMEOUT_S:g} s") from None
             if body is None:
                 return
+            if not in_force(self._connection.keys):
+                raise WireError("the last day of the key that this connection was made with is over")
             await self._wait_for_turn()
             handle = _SESSION_HANDLERS.get(body["type"])
             if handle is None:
@@ -7432,7 +7456,8 @@ class Client:
 
     def _begin_search(self) -> None:
         everything = self._search_is_whole = self._everything
-        self._searches = len(self.node.run(lambda engine, now: engine.find_workers(now, everything=everything)))
+        self._searches = len(self.node.engines)  # some may end at once, within `run`
+        self.node.run(lambda engine, now: engine.find_workers(now, everything=everything))
 
     def _search_ended(self) -> None:
         self._searches -= 1  # one in each mesh
@@ -7864,6 +7889,12 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
     asked = [f"ping to UDP {format_address(peer.udp)}"] if peer.udp is not None else []
     asked += [f"greeting to TCP {format_address(peer.tcp)}"] if peer.tcp is not None else []
     tried = ", ".join([*asked, "and was asked to do the same to us" if peer.greeted else ""]).rstrip(", ")
+    if peer.foreign:
+        tell = problem if peer.named else note
+        cause, found = (
+            ("other_topic", "the same key, but another topic") if peer.pinged else ("other_mesh", peer.failure)
+        )
+        return tell(peer.title, cause, found, _OTHER_MESHES["mesh"][1], tried)
     if not peer.pinged and not peer.greeted:
         return _unreachable(peer, tried)
     if peer.udp is not None and not peer.pinged:
@@ -7896,8 +7927,6 @@ def _without_udp(peer: Neighbour, tried: str, *, deaf: bool, udp_elsewhere: bool
 
 
 def _unreachable(peer: Neighbour, tried: str) -> Check:
-    if peer.foreign:
-        return problem(peer.title, "other_mesh", peer.failure, _OTHER_MESHES["mesh"][1], tried)
     neither = "answers neither over UDP nor over TCP" + (f" ({peer.failure})" if peer.failure else "")
     if peer.heard:
         found = f"is heard, but {neither}: something drops what goes there, or its answers"
@@ -7939,7 +7968,7 @@ class Ears:
     or "version". callers: hosts whose pings arrived. own_id: under which pings are answered.
     """
 
-    def __init__(self, keys: MeshKeys, host: str, own_id: NodeId) -> None:
+    def __init__(self, meshes: Sequence[MeshKeys], host: str, own_id: NodeId) -> None:
         self.heard: dict[Address, NodeId] = {}
         self.answers: dict[tuple[NodeId, Address], WorkerRecord | None] = {}
         self.strangers: dict[str, str] = {}
@@ -7950,8 +7979,7 @@ class Ears:
         self.own_hosts = {item.address for item in list_interfaces()}
         self._host = host
         self.own_id = own_id
-        self._topic = keys.topic
-        self._codec = DatagramCodec(keys.udp_key)
+        self._meshes = [(keys.topic, DatagramCodec(keys.udp_key)) for keys in meshes]
         self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
         self._sockets = UdpSockets(self._on_datagram)
         self._beacons: dict[bytes, tuple[Interface, str]] = {}
@@ -7968,14 +7996,17 @@ class Ears:
         for outlet in self.outlets:
             own = self._sockets.towards(outlet.address)
             if own is not None and outlet.address != LOOPBACK6:  # it knows no multicast
-                own.multicast(self._beacon(outlet, "multicast"), outlet)
-                if outlet.broadcast is not None:
-                    own.broadcast(self._beacon(outlet, "broadcast"), outlet)
+                for data in self._hellos(outlet, "multicast"):
+                    own.multicast(data, outlet)
+                for data in self._hellos(outlet, "broadcast") if outlet.broadcast is not None else ():
+                    own.broadcast(data, outlet)
 
-    def _beacon(self, outlet: Interface, way: str) -> bytes:
-        hello = Datagram("beacon", secrets.token_bytes(TRANSACTION_BYTES), None, {"topic": self._topic})
-        self._beacons[hello.transaction] = outlet, way
-        return self._codec.encode(hello, pad_to=SMALL_REQUEST_BYTES)
+    def _hellos(self, outlet: Interface, way: str) -> Iterator[bytes]:
+        """A beacon of each mesh."""
+        for topic, codec in self._meshes:
+            hello = Datagram("beacon", secrets.token_bytes(TRANSACTION_BYTES), None, {"topic": topic})
+            self._beacons[hello.transaction] = outlet, way
+            yield codec.encode(hello, pad_to=SMALL_REQUEST_BYTES)
 
     def unheard(self, outlet: Interface) -> tuple[list[str], list[str]]:
         """The ways that were tried on an interface, and those that did not bring our own beacon back."""
@@ -7991,16 +8022,17 @@ class Ears:
         await self._sockets.close()
 
     def _on_datagram(self, data: bytes, address: Address) -> None:
-        reason = self._codec.judge(data)
+        codec = next((codec for _, codec in self._meshes if codec.judge(data) is None), None)
+        reason = self._meshes[0][1].judge(data) if codec is None else None
         known = self.is_here(address[0]) or len(self.strangers) >= MAX_EXAMINED
         if reason in DatagramCodec.STRANGER and not known:
             usual = reason == "mesh" and self._usual.judge(data) is None
             self.strangers[address[0]] = "topic" if usual else reason
-        if reason is None:
+        if codec is not None:
             with contextlib.suppress(WireError):
-                self._on_own_mesh(self._codec.parse(data), address)
+                self._on_own_mesh(codec, codec.parse(data), address)
 
-    def _on_own_mesh(self, datagram: Datagram, address: Address) -> None:
+    def _on_own_mesh(self, codec: DatagramCodec, datagram: Datagram, address: Address) -> None:
         if datagram.kind == "beacon":
             if datagram.transaction in self._beacons:
                 self._heard_own.add(self._beacons[datagram.transaction])
@@ -8010,7 +8042,7 @@ class Ears:
             self.answers[datagram.sender, address] = datagram.body.get("record")
         elif datagram.kind == "ping" and datagram.sender is None:  # a node would take us for one
             self.callers.add(address[0])
-            pong = self._codec.encode(Datagram("pong", datagram.transaction, self.own_id))
+            pong = codec.encode(Datagram("pong", datagram.transaction, self.own_id))
             own = self._sockets.towards(address[0])
             if own is not None:
                 own.send(pong, address)
@@ -8023,10 +8055,11 @@ class Doctor:
         self._settings = settings
         self._environ = environ
         meshes = read_mesh_keys(settings)
-        self._keys = meshes[0]
+        self.mesh = meshes[0]
+        self._meshes = meshes
         self._identity = Identity.ephemeral(meshes)
         self._id = self._identity.node_id
-        self._ears = Ears(self._keys, settings.host, self._id)
+        self._ears = Ears(meshes, settings.host, self._id)
         self._peers: list[Neighbour] = []
         self._tcp_port = 0
         self._client_finds = True
@@ -8036,7 +8069,7 @@ class Doctor:
         for check in await asyncio.to_thread(self._check_machine):
             yield check
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-            for check in await check_port(kind, self._settings.host, self._keys, self._identity):
+            for check in await check_port(kind, self._settings.host, self.mesh, self._identity):
                 yield check
                 if check.verdict is Verdict.PROBLEM:
                     return  # with an address that is not ours, nothing of the network can be examined
@@ -8177,9 +8210,12 @@ class Doctor:
     async def _examine_peer(self, peer: Neighbour, ports: Sequence[tuple[int, int]], turns: asyncio.Semaphore) -> None:
         async with turns:
             if peer.udp is not None:
-                answered = await udp_ping(self._keys, peer.udp, self._settings.host)
-                peer.pinged = answered is not None
-                peer.node_id = peer.node_id or answered
+                for keys in self._meshes:
+                    answered = await udp_ping(keys, peer.udp, self._settings.host)
+                    peer.pinged = peer.pinged or answered is not None
+                    peer.node_id = peer.node_id or answered
+                    if peer.pinged:
+                        break
             if peer.tcp is None:
                 return
             try:
@@ -8209,7 +8245,7 @@ class Doctor:
         for peer in self._peers:
             strangers = strangers_of(peer.status) | strangers
         tried = f"beacons, listening and a search of the DHT for the topic {self._settings.topic!r}"
-        found = f"{plural(len(workers), 'worker')} found in the {self._keys.title}"
+        found = f"{plural(len(workers), 'worker')} found in the {self.mesh.title}"
         if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers):
             found = f"{found}, but not by a client: what answers its beacons does not arrive at UDP {CLIENT_PORT}"
             return problem("mesh", "udp_blocked_here", found, ALLOW_HERE, tried)
@@ -8731,8 +8767,8 @@ def run_doctor(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def examine(arguments: argparse.Namespace, settings: Settings) -> int:
     """Print each check as it is done; 0 only when none found a problem."""
-    started, checks = time.monotonic(), []
-    async with contextlib.aclosing(Doctor(settings, os.environ).examine()) as examining:
+    started, checks, doctor = time.monotonic(), [], Doctor(settings, os.environ)
+    async with contextlib.aclosing(doctor.examine()) as examining:
         async for check in examining:
             checks.append(check)
             if not arguments.json:
@@ -8740,8 +8776,8 @@ async def examine(arguments: argparse.Namespace, settings: Settings) -> int:
     problems = [check for check in checks if check.verdict is Verdict.PROBLEM]
     if arguments.json:
         elapsed_ms = round(1000 * (time.monotonic() - started), 1)
-        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "elapsed_ms": elapsed_ms}
-        print_json(body)
+        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "mesh": mesh_json(doctor.mesh)}
+        print_json(body | {"elapsed_ms": elapsed_ms})
     else:
         print(f"{plural(len(problems), 'problem')} found" if problems else "All is well")
     return 1 if problems else 0
@@ -8769,8 +8805,12 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
     text = KEY_FILE_HEADER + "".join(f"{key.text}\n" for key in keys)
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(text)
+        try:
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(text)
+        except OSError:
+            target.unlink()  # what is left is no key
+            raise
     except FileExistsError:
         raise UsageError(f"{target} is there already; its key may be in use, so it is left as it is") from None
     except OSError as error:
@@ -8785,10 +8825,12 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
 def old_key(path: Path, until: str) -> MeshKey:
     """The key in force of a key file, with its last day. Raises UsageError."""
     try:
-        key = parse_mesh_keys(read_key_file(path))[0]
-        return MeshKey.parse(f"{key.text} until {until}")
+        key = MeshKey.parse(f"{parse_mesh_keys(read_key_file(path))[0].text} until {until}")
     except ValueError as error:
         raise UsageError(f"--replace {path} --until {until}: {error}") from None
+    if key.until is not None and key.until < utc_today():
+        raise UsageError(f"--until {until}: that day is over, so the old key would count no more")
+    return key
 
 
 def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -8797,7 +8839,7 @@ def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
         raise UsageError("only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz, which can seal")
     keys = "".join(f"{key.text}\n" for key in read_keys(settings))
     if not keys:
-        raise UsageError("there is no key to put in: name one with --key FILE, as `qmesh.py init FILE` makes it")
+        raise UsageError(f"no key to put in: name one with --key FILE, as `{program_name()} init FILE` makes it")
     try:
         seal(archive, keys, target)
     except OSError as error:
@@ -8876,7 +8918,7 @@ def add_key(group: Any) -> None:  # a parser, or a group of one
 
 
 def key_file(text: str) -> str:
-    if text.strip().lower().startswith(KEY_PREFIX):
+    if holds_key(text):
         raise argparse.ArgumentTypeError(
             "a key in a command can be read by everybody on this machine: name a file that holds it, or set QMESH_KEY"
         )

@@ -302,7 +302,11 @@ async def test_who_has_shown_a_certificate_may_still_send_no_more_than_a_greetin
         await until_dropped(server, protocol=1)
 
 
-@pytest.mark.parametrize("said", [b"", STRANGERS["TLS 1.2"][:40], STRANGERS["TLS 1.3 without a name"][:-1]])
+@pytest.mark.parametrize(
+    "said",
+    [b"", STRANGERS["TLS 1.2"][:40], STRANGERS["TLS 1.3 without a name"][:-1]],
+    ids=["nothing", "a part", "all but a byte"],
+)
 @in_a_loop
 async def test_who_does_not_come_to_an_end_with_the_handshake_is_dropped_in_time(
     said: bytes, monkeypatch: pytest.MonkeyPatch

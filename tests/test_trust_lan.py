@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import json
 import os
 import random
@@ -138,8 +139,9 @@ def in_base64(data: bytes) -> Iterator[bytes]:
         yield letters[first:last]
 
 
+@functools.cache
 def addresses(machine: Machine) -> set[bytes]:
-    """Those of a machine in its first LAN, as packets hold them."""
+    """Those of a machine, as packets hold them."""
     told = json.loads(machine.python("import subprocess as s; print(s.check_output(['ip', '-j', 'addr']).decode())"))
     found = [entry["local"] for interface in told if interface["ifname"] != "lo" for entry in interface["addr_info"]]
     return {socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text) for text in found}
@@ -284,9 +286,9 @@ def ask(machine: Machine, talk: Talk, look: Callable[[], list[bytes]]) -> list[b
     assert asking.stdout is not None
     begun = asking.stdout.read(1)
     seen = look()
-    rest, stderr = asking.communicate(timeout=harness.COMMAND_TIMEOUT_S)
+    talk.answer = (begun + asking.stdout.read()).removesuffix("\n")
+    _, stderr = asking.communicate(timeout=harness.COMMAND_TIMEOUT_S)
     assert asking.returncode == 0, stderr
-    talk.answer = (begun + rest).removesuffix("\n")
     return seen
 
 

@@ -609,6 +609,40 @@ async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.
     assert json.loads(worker.stdout.readline())["event"] == "stopped"
 
 
+# --- Quotas ---
+
+
+@in_a_loop
+async def test_a_member_that_asks_too_much_is_heard_more_slowly_and_no_other(
+    mesh: harness.Mesh, tmp_path: Path
+) -> None:
+    mesh.program = changed_program(tmp_path, "qmesh.MEMBER_BURST = 8.0", "qmesh.MEMBER_PER_S = 20.0")
+    worker = mesh.start_worker()
+    loop = asyncio.get_running_loop()
+    async with reaching(worker) as greedy, reaching(worker) as modest:
+        started = loop.time()
+        for _ in range(28):
+            await greedy.send({"type": "status"})
+        for _ in range(4):
+            await modest.status()
+        assert loop.time() - started < 1.0
+        for _ in range(28):
+            await greedy.receive_kind("status_response")
+        assert loop.time() - started >= 1.0  # for the 20 that are more than a burst
+
+
+@in_a_loop
+async def test_a_large_request_counts_for_many(mesh: harness.Mesh, tmp_path: Path) -> None:
+    mesh.program = changed_program(tmp_path, "qmesh.MEMBER_BURST = 8.0", "qmesh.MEMBER_PER_S = 20.0")
+    worker = mesh.start_worker()
+    loop = asyncio.get_running_loop()
+    async with reaching(worker) as client:
+        started = loop.time()
+        await client.send({"type": "status", "ballast": "x" * 28 * qmesh.BYTES_PER_REQUEST})
+        await client.receive_kind("status_response")
+        assert loop.time() - started >= 1.0
+
+
 # --- Joining tokens ---
 
 

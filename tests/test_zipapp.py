@@ -316,7 +316,7 @@ def test_a_key_and_the_one_that_it_replaces_are_both_sealed_in(archive: Path, tm
 def test_without_a_key_nothing_is_sealed(archive: Path, tmp_path: Path) -> None:
     finished = bare(archive, "seal", tmp_path / "lab.pyz", tmp_path=tmp_path)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert re.search(r"there is no key to put in: name one with --key FILE, as `\S+ init FILE` makes", finished.stderr)
+    assert re.search(r"no key to put in: name one with --key FILE, as `\S+ init FILE` makes", finished.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

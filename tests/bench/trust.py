@@ -142,10 +142,10 @@ async def answer(reply: Callable[[Any], Awaitable[Any]], ready: Any) -> None:
         qmesh.print_json(await reply(json.loads(line)))
 
 
-class _Mallinfo(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks used free top".split()
-    ]
+class Mallinfo(ctypes.Structure):
+    """What mallinfo2 tells: `blocks[4]` bytes in areas of their own, `blocks[7]` in all others."""
+
+    _fields_ = [("blocks", ctypes.c_size_t * 10)]
 
 
 def allocated() -> int:
@@ -154,9 +154,9 @@ def allocated() -> int:
         mallinfo2 = ctypes.CDLL(None).mallinfo2
     except AttributeError:
         return 0
-    mallinfo2.restype = _Mallinfo
+    mallinfo2.restype = Mallinfo
     told = mallinfo2()
-    return int(told.used + told.hblkhd)
+    return int(told.blocks[4] + told.blocks[7])
 
 
 async def usage(question: Any) -> dict[str, float]:
@@ -878,7 +878,7 @@ def slow_row(it: Situation, quiet: Situation) -> list[str]:
     every = [gap for gaps in it.gaps_ms for gap in gaps]
     gap = [f"{statistics.median(every):.1f}", f"{percentile(every, 0.99):.1f}", spread(longest)]
     added = "" if it is quiet else f"{spread(more)} {'yes' if max(more) <= GAP_GOAL_MS else 'NO'}"
-    attack = [f"{statistics.median(it.tries_per_s):.0f}", f"{statistics.median(it.attack_cpu):.2f}"]
+    attack = [f"{statistics.median(each):.1f}" if each else "" for each in (it.tries_per_s, it.attack_cpu)]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in it.dropped.most_common())
     tries = len(it.arrivals_ms) + it.turned_away.total()
     why = "".join(f", {count} {name}" for name, count in it.turned_away.items())
@@ -887,7 +887,7 @@ def slow_row(it: Situation, quiet: Situation) -> list[str]:
         it.name,
         *gap,
         added + lost,
-        *(attack if it.tries_per_s else ["", ""]),
+        *attack,
         f"{len(it.arrivals_ms)} of {tries}{ms}{why}",
         dropped,
     ]
