@@ -323,7 +323,8 @@ def test_a_key_that_replaces_another_stands_before_it_in_its_file(nobody: harnes
         (("--replace", "OLD", "--until", "soon"), "until YYYY-MM-DD"),
         (("--replace", "OLD", "--until", ""), "until YYYY-MM-DD"),
         (("--replace", "OLD", "--until", "31 December 2099"), "until YYYY-MM-DD"),
-        (("--replace", "OLD", "--until", "2099-02-30"), "day is out of range for month"),
+        (("--replace", "OLD", "--until", "2099-02-30"), "until YYYY-MM-DD"),
+        (("--replace", "OLD", "--until", "2020-01-01"), "that day is over"),
         (("--replace", "MISSING", "--until", "2099-12-31"), "MISSING cannot be read (No such file or directory)"),
         (("--replace", "NO KEY", "--until", "2099-12-31"), "there is no mesh key in it"),
     ],
@@ -387,7 +388,8 @@ def test_nobody_without_its_key_finds_a_worker_of_a_closed_mesh(mesh: harness.Me
 def test_while_a_key_is_being_replaced_members_with_the_old_and_the_new_work_together(mesh: harness.Mesh) -> None:
     old = make_key(mesh, "old.key")
     new = make_key(mesh, "new.key", "--replace", str(old), "--until", "2099-12-31")
-    over = make_key(mesh, "over.key", "--replace", str(old), "--until", "2020-01-01")
+    over = make_key(mesh, "over.key", "--replace", str(old), "--until", "2099-12-31")
+    over.write_text(over.read_text("ascii").replace("2099", "2020"), "ascii")
     ids = {name: mesh.start_worker("--key", str(path)).worker_id for name, path in (("new", new), ("old", old))}
     reached = {
         path: {worker["worker_id"] for worker in mesh.json("status", "--key", str(path))["workers"]}

@@ -278,6 +278,28 @@ def test_pages_hold_every_record_once() -> None:
     assert got == kept(store)
 
 
+def test_pages_hold_every_record_once_where_workers_have_several_hosts() -> None:
+    store, rng = RecordStore(), random.Random(0)
+    records = [worker(number, f"10.0.{host}.1") for number in range(1, 41) for host in range(rng.randint(1, 5))]
+    for record in records:
+        store.put(TOPIC, record, 0.0)
+    got: list[WorkerRecord] = []
+    after = FIRST
+    while page := store.page(TOPIC, after, 7):
+        got += page
+        after = page[-1].worker_id
+    assert got == sorted(records, key=lambda record: record.key)
+
+
+def test_a_worker_with_more_hosts_than_a_page_holds_does_not_stop_the_paging() -> None:
+    store = RecordStore()
+    for host in range(5):
+        store.put(TOPIC, worker(1, f"10.0.{host}.1"), 0.0)
+    store.put(TOPIC, worker(2), 0.0)
+    assert ids(store.page(TOPIC, FIRST, 3)) == [1, 1, 1]
+    assert ids(store.page(TOPIC, NodeId(1), 3)) == [2]
+
+
 def test_a_page_goes_on_rightly_after_records_came_and_went() -> None:
     store = store_of(10, 20, 30, 40)
     assert ids(store.page(TOPIC, FIRST, 2)) == [10, 20]

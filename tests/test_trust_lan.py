@@ -30,7 +30,7 @@ from lan import Capture, Lan, Machine, require, settle
 import qmesh
 
 SOON_S = 15.0  # the pause between two beacons, and half of it
-GREEDY = ("--temperature", "0", "--max-tokens", "32")
+GREEDY = ("--temperature", "0", "--max-tokens", "24")
 WORKER_PORT = qmesh.DEFAULT_PORT
 UDP_PORTS = (qmesh.BEACON_PORT, qmesh.DEFAULT_PORT, qmesh.CLIENT_PORT)
 ALERT_BYTES = 7  # a TLS alert that is not encrypted: type, version, size, level and reason
@@ -178,8 +178,8 @@ class Talk:
 
     worker: Machine
     flags: tuple[str, ...]
-    prompt: str = field(default_factory=lambda: f"Tell a story in which these occur: {marked_words(14)}")
-    system: str = field(default_factory=lambda: f"You know what this is: {marked_words(4)}")
+    prompt: str = field(default_factory=lambda: f"Tell a story in which these occur: {marked_words(10)}")
+    system: str = field(default_factory=lambda: f"You know what this is: {marked_words(3)}")
     answer: str = ""
 
     @property

@@ -381,10 +381,10 @@ def without_tls() -> None:
     vars(qmesh).update(TlsStream=PlainStream, Connection=PlainConnection)
 
 
-def plain_program(directory: Path) -> Path:
-    program = directory / "plain.py"
+def changed_program(directory: Path, change: str) -> Path:
+    program = directory / "changed.py"
     places = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
-    lines = ["import sys", f"sys.path[:0] = {places!r}", "import qmesh, trust", "trust.without_tls()"]
+    lines = ["import sys", f"sys.path[:0] = {places!r}", "import qmesh, trust", change]
     program.write_text("\n".join([*lines, "sys.exit(qmesh.main(sys.argv[1:]))"]), "utf-8")
     return program
 
@@ -505,7 +505,7 @@ def real_sides(directory: Path, model: Path) -> Iterator[dict[str, Child]]:
         for side in SIDES:
             place = directory / side
             place.mkdir()
-            program = harness.PROGRAM if side == "TLS" else plain_program(place)
+            program = harness.PROGRAM if side == "TLS" else changed_program(place, "trust.without_tls()")
             mesh = stack.enter_context(harness.Mesh(place, model, program))
             mesh.start_worker("--threads", threads, "--nice", "0")
             state = str(mesh.state_dir)
@@ -620,6 +620,9 @@ def padded(hello: bytes, size: int) -> bytes:
     return hello[:3] + (len(body) + 4).to_bytes(2, "big") + hello[5:6] + len(body).to_bytes(3, "big") + body
 
 
+HALF_RECORD = b"\x17\x03\x03" + (13_500).to_bytes(2, "big") + bytes(13_000)
+
+
 def half_hello(stranger: Stranger) -> None:
     hello = stranger.dialler.hello()
     stranger.sock.sendall(hello[: len(hello) // 2])
@@ -631,15 +634,27 @@ def long_hello(stranger: Stranger) -> None:
 
 def unfinished_record(stranger: Stranger) -> None:
     stranger.handshake()
-    stranger.sock.sendall(b"\x17\x03\x03" + (13_500).to_bytes(2, "big") + bytes(13_000))
+    stranger.sock.sendall(HALF_RECORD)
+
+
+def hello_alone(stranger: Stranger) -> None:
+    stranger.sock.sendall(stranger.dialler.hello())
+
+
+def hello_and_half(stranger: Stranger) -> None:
+    hello_alone(stranger)
+    stranger.sock.recv(65536)
+    stranger.sock.sendall(HALF_RECORD)
 
 
 STATES: dict[str, Callable[[Stranger], None]] = {
     "silent": lambda stranger: None,
     "half a ClientHello": half_hello,
+    "a ClientHello, and nothing more": hello_alone,
+    "a ClientHello, and 13,000 of a record's 13,500 bytes": hello_and_half,
     "the handshake, no greeting": Stranger.handshake,
     "15,999 of a ClientHello's 16,000 bytes": long_hello,
-    "the handshake and 13,000 of a record's 13,500 bytes": unfinished_record,
+    "the handshake, and 13,000 of a record's 13,500 bytes": unfinished_record,
 }
 
 
@@ -732,6 +747,11 @@ def allow_files() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def count_hosts() -> None:
+    """Make this process's program one that counts by host also on the loopback, as on a network."""
+    vars(qmesh).update(sender_of=lambda address: address[0])
 
 
 class Bystander(asyncio.Protocol):
@@ -910,8 +930,10 @@ async def besiege(mesh: harness.Mesh, rounds: int) -> None:
 
 def part_slow(arguments: argparse.Namespace) -> None:
     allow_files()
-    with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), arguments.model) as mesh:
-        asyncio.run(besiege(mesh, arguments.rounds))
+    with tempfile.TemporaryDirectory() as directory:
+        program = changed_program(Path(directory), "trust.count_hosts()")
+        with harness.Mesh(Path(directory), arguments.model, program) as mesh:
+            asyncio.run(besiege(mesh, arguments.rounds))
 
 
 # --- Command line ---
