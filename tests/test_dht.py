@@ -1463,3 +1463,47 @@ def test_a_holder_that_is_met_on_a_wider_way_is_told_there() -> None:
         engine.handle_timer(now)
     assert told[0] == LINK
     assert told[-1] == WIDE
+
+
+# --- Quotas of senders ---
+
+
+def allowed(limiter: qmesh.RateLimiter, address: qmesh.Address, now: float, tries: int) -> int:
+    return sum(limiter.allow(address, now) for _ in range(tries))
+
+
+def test_a_sender_may_burst_and_then_keep_to_its_rate() -> None:
+    limiter = qmesh.RateLimiter(burst=10, per_s=2)
+    assert allowed(limiter, STRANGER, 0.0, 20) == 10
+    assert allowed(limiter, STRANGER, 1.0, 20) == 2
+    assert allowed(limiter, STRANGER, 1.4, 20) == 0
+    assert allowed(limiter, STRANGER, 100.0, 20) == 10
+
+
+def test_a_host_has_one_quota_for_all_its_ports_and_the_loopback_one_for_each() -> None:
+    limiter = qmesh.RateLimiter(burst=3, per_s=1)
+    assert [allowed(limiter, ("10.0.0.1", port), 0.0, 2) for port in (1, 2, 3)] == [2, 1, 0]
+    assert allowed(limiter, ("10.0.0.2", 1), 0.0, 5) == 3
+    assert [allowed(limiter, ("127.0.0.1", port), 0.0, 5) for port in (1, 2, 3)] == [3, 3, 3]
+
+
+def test_what_costs_more_than_is_left_is_taken_and_paid_by_a_pause() -> None:
+    limiter = qmesh.RateLimiter(burst=10, per_s=2)
+    assert limiter.charge(STRANGER, 0.0, 10) == 0
+    assert limiter.charge(STRANGER, 0.0, 4) == 2.0
+    assert limiter.charge(STRANGER, 2.0, 1) == 0.5  # who pauses as told has paid by then
+    assert limiter.charge(("10.0.0.2", 1), 2.0, 1) == 0
+
+
+def test_a_crowd_of_senders_takes_a_bounded_memory_and_who_sent_last_is_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(qmesh, "MAX_RATED_ADDRESSES", 4)
+    limiter = qmesh.RateLimiter(burst=1, per_s=0.001)
+    assert limiter.allow(("10.0.0.1", 1), 0.0)
+    for number in range(2, 5):
+        limiter.allow((f"10.0.0.{number}", 1), 0.0)
+        assert not limiter.allow(("10.0.0.1", 1), 0.0)
+    for number in range(5, 9):
+        limiter.allow((f"10.0.0.{number}", 1), 0.0)
+    assert limiter.allow(("10.0.0.1", 1), 0.0)  # it was silent while four others sent, and is forgotten
