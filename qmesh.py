@@ -6104,7 +6104,7 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
 # on every buffer.
 # Rule 1: both sides show a certificate of the mesh's authority; who the other side is, its certificate tells.
 # Rule 2: the first frame each way is `hello` and `welcome`, since TLS 1.3 tells the dialler that all is well
-# before its own certificate has been judged. Until then a peer is trusted with nothing: see `Door`.
+# before its own certificate has been judged. Until then a peer may cost no more than the constants say.
 # Rule 3: a connection that breaks the protocol is closed, after being told why; no other one notices.
 # ======================================================================================================
 
@@ -6381,6 +6381,8 @@ class Connection(asyncio.BufferedProtocol):
         try:
             return step()
         except OSError as error:
+            if self.peer_id:
+                raise WorkerLost(f"what {self.peer_name} sent was damaged on its way ({error})") from None
             raise tls_failure(error, self.peer_name) from None
         finally:
             self._flush()
@@ -6413,9 +6415,9 @@ class Connection(asyncio.BufferedProtocol):
         return format_address(self.address)
 
     def write(self, body: Mapping[str, Any]) -> None:
-        """Put a frame into the outgoing buffer; call `drain` after one or more."""
-        self._stream.write(encode_frame(body))
-        self._flush()
+        """Put a frame into the outgoing buffer; call `drain` after one or more. Raises WorkerLost, InvalidRequest."""
+        frame = encode_frame(body)
+        self._attempt(lambda: self._stream.write(frame))
 
     def _flush(self) -> None:
         data = self._stream.to_send()
@@ -6837,6 +6839,7 @@ class Worker:
         self._started = time.monotonic()
         self._dial_backs = asyncio.Semaphore(MAX_DIAL_BACKS)
         self._begun: set[int] = set()  # tickets of jobs that have given a token
+        self._asking_clones: set[asyncio.Task[None]] = set()
         self.rate = RateLimiter(burst=MEMBER_BURST, per_s=MEMBER_PER_S)
         self._run_id = secrets.token_hex(8)  # tells this process from a copy of it with the same worker id
         self._remember_at = 0.0
@@ -6907,9 +6910,17 @@ class Worker:
         if isinstance(event, Joined):
             log.info("met %s at %s", event.contact.node_id.short, format_address(event.contact.address))
         elif isinstance(event, Cloned):
+            task = asyncio.create_task(self._ask_clone(event.address))
+            self._asking_clones.add(task)
+            task.add_done_callback(self._asking_clones.discard)
+
+    async def _ask_clone(self, address: Address) -> None:
+        """Tell of a clone if it answers: who only repeats what this worker once said cannot."""
+        answers = [await udp_ping(keys, address, self.settings.host) for keys in self.meshes]
+        if self.worker_id in answers:
             log.warning(
                 "%s uses this worker's id: its state directory is a copy of %s. Delete the copy's %s and restart it",
-                format_address(event.address),
+                format_address(address),
                 self.state.path,
                 NODE_KEY_FILE,
             )
@@ -8244,6 +8255,10 @@ class Doctor:
         strangers = dict(self._ears.strangers)
         for peer in self._peers:
             strangers = strangers_of(peer.status) | strangers
+        # A member of two meshes, while a key is replaced, is a stranger to those that have one of the keys.
+        members = {peer.host for peer in self._peers if peer.greeted}
+        known = [host for host in strangers if host in members or self._ears.is_here(host)]
+        strangers = {host: why for host, why in strangers.items() if host not in known}
         tried = f"beacons, listening and a search of the DHT for the topic {self._settings.topic!r}"
         found = f"{plural(len(workers), 'worker')} found in the {self.mesh.title}"
         if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers):
@@ -8261,7 +8276,7 @@ class Doctor:
         hosts = ", ".join(sorted(host for host, why in strangers.items() if why == kind))
         what, remedy = _OTHER_MESHES[kind]
         tell = note if workers else problem
-        return tell("mesh", f"other_{kind}", f"{found}; {hosts} {what}", remedy, tried)
+        return tell("mesh", f"other_{kind}", f"{found}; {what}: {hosts}", remedy, tried)
 
 
 def strangers_of(status: Json) -> dict[str, str]:
@@ -8280,15 +8295,15 @@ def strangers_of(status: Json) -> dict[str, str]:
 
 _OTHER_MESHES: Final = {
     "version": (
-        "speaks another version of QMesh",
+        "heard of another version of QMesh",
         "copy the same qmesh.pyz to all machines that are to work together",
     ),
     "topic": (
-        f"belongs to the mesh of the default topic {DEFAULT_TOPIC!r}",
+        f"heard of the mesh of the default topic {DEFAULT_TOPIC!r}",
         "leave --topic and QMESH_TOPIC away here, or set the same there",
     ),
     "mesh": (
-        "belongs to a mesh with another topic or key",
+        "heard of a mesh with another topic or key",
         "use the same --key (or sealed file) and the same --topic on all machines that are to work together",
     ),
 }

@@ -194,6 +194,40 @@ async def test_a_certificate_of_the_right_authority_but_another_form_is_refused_
             await qmesh.dial(address, member(2, LAB))
 
 
+@in_a_loop
+async def test_what_is_changed_on_its_way_ends_the_connection_and_is_called_so() -> None:
+    async with serving(member(1, LAB)) as (_, address), through_a_flaw(address) as (flawed, damage):
+        connection = await qmesh.dial(flawed, member(2, LAB))
+        damage.set()
+        with contextlib.suppress(WorkerLost):
+            await connection.send({"type": "status", "n": 1})
+        with pytest.raises(WorkerLost):
+            await connection.receive()
+        connection.abort()
+        await works(address, member(3, LAB))
+
+
+@contextlib.asynccontextmanager
+async def through_a_flaw(address: Address) -> AsyncIterator[tuple[Address, asyncio.Event]]:
+    """A way to a listener that changes the last bit of all that passes once the event is set."""
+    damage, pumps = asyncio.Event(), set[asyncio.Task[None]]()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(qmesh.READ_BYTES):
+                writer.write(data[:-1] + bytes([data[-1] ^ damage.is_set()]))
+        writer.transport.abort()
+
+    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection(*address)
+        pumps.update(map(asyncio.create_task, (pump(reader, their_writer), pump(their_reader, writer))))
+
+    server = await asyncio.start_server(on_connection, LOOPBACK, 0)
+    async with server, asyncio.timeout(PATIENCE_S):
+        yield server.sockets[0].getsockname(), damage
+        await asyncio.gather(*pumps)
+
+
 # --- Those who do not speak TLS 1.3 ---
 
 

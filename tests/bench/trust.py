@@ -886,7 +886,8 @@ async def observe(it: Situation, worker: Besieged) -> None:
         for _ in range(NEWCOMERS):
             await worker.newcomer(it)
             await asyncio.sleep(BEAT_S)
-    await asyncio.sleep(QUIET_AGAIN_S)
+    if it.spread is not None and not it.on_bystander:
+        await asyncio.sleep(QUIET_AGAIN_S)
     it.lost += await worker.mend()
     it.dropped += await worker.dropped() - before
 
@@ -913,6 +914,16 @@ def slow_row(it: Situation, quiet: Situation) -> list[str]:
     ]
 
 
+def slow_table(situations: Sequence[Situation]) -> None:
+    header = ["situation", "gap, ms", "p99", "longest (from-to)", f"longer than quiet (goal {GAP_GOAL_MS})"]
+    header += ["tries/s", "attackers' cores", "newcomers let in", "dropped by the worker"]
+    rounds = len(situations[0].gaps_ms)
+    markdown(
+        [f"{header[0]}, {qmesh.plural(rounds, 'round')}", *header[1:]],
+        [slow_row(it, situations[0]) for it in situations],
+    )
+
+
 async def besiege(mesh: harness.Mesh, rounds: int) -> None:
     worker = Besieged(mesh)
     await worker.open()
@@ -922,10 +933,9 @@ async def besiege(mesh: harness.Mesh, rounds: int) -> None:
         start = turn % len(situations)
         for it in [*situations[start:], *situations[:start]]:
             await observe(it, worker)
+            print(f"round {turn + 1}: {it.name}: longest gap {max(it.gaps_ms[-1]):.1f} ms", file=sys.stderr)
+        slow_table(situations)
     await worker.close()
-    header = ["situation", "gap, ms", "p99", "longest (from-to)", f"longer than quiet (goal {GAP_GOAL_MS})"]
-    header += ["tries/s", "attackers' cores", "newcomers let in", "dropped by the worker"]
-    markdown(header, [slow_row(it, situations[0]) for it in situations])
 
 
 def part_slow(arguments: argparse.Namespace) -> None:
