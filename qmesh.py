@@ -184,15 +184,20 @@ REMEMBER_PERIOD_S: Final = 60.0  # a worker that is killed has told its disk by 
 # --- TCP ---
 MAX_FRAME_BYTES: Final = 4 * 1024 * 1024  # a long prompt with its history, several times over
 MAX_HELLO_BYTES: Final = 4 * 1024  # before `welcome` nobody is owed more memory than a greeting
-MAX_UNTRUSTED_BYTES: Final = 16 * 1024  # TLS's handshake and a greeting take 2, and 4 with keys for after quanta
+MAX_UNTRUSTED_BYTES: Final = 8 * 1024  # TLS's handshake and a greeting take 2, and 4 with keys for after quanta
+MAX_CLIENT_HELLO_BYTES: Final = 4 * 1024  # what a TLS client says first takes 0.3, and 2 with such keys
 HANDSHAKE_TIMEOUT_S: Final = 5.0  # TLS, greet and be greeted; a slow link does it in one
 MAX_UNTRUSTED: Final = 256  # connections that have not greeted yet; the oldest makes room
 MAX_UNTRUSTED_PER_HOST: Final = 64  # a classroom behind one address that starts at once still fits
-HANDSHAKE_BURST: Final = 128.0  # connections from one host; a doctor and some clients
-HANDSHAKES_PER_S: Final = 20.0  # and then per second
-ALL_HANDSHAKES_BURST: Final = 512.0  # from all hosts together
-ALL_HANDSHAKES_PER_S: Final = 100.0  # each takes a millisecond of the processor: a tenth of one, at most
-ACCEPTS_AT_ONCE: Final = 16  # connections taken in before anything else goes on
+CONNECTIONS_BURST: Final = 128.0  # from one host; a doctor and some clients
+CONNECTIONS_PER_S: Final = 20.0  # and then per second; what is more is hung up on
+ACCEPTS_BURST: Final = 512.0  # from all hosts together
+ACCEPTS_PER_S: Final = 500.0  # more wait in the system's queue: each takes up to 0.3 ms of the processor
+REFUSAL_COST: Final = 0.2  # of an accepted connection's
+ACCEPT_RETRY_S: Final = 0.5  # where none can be accepted, as of too many open files
+HANDSHAKES_BURST: Final = 512.0  # from all hosts together, but those that were members lately
+HANDSHAKES_PER_S: Final = 100.0  # each takes 2 ms of the processor: a fifth of one, at most
+MAX_MEMBER_HOSTS: Final = 1024  # remembered as those whose handshakes are worth it
 CONNECT_TIMEOUT_S: Final = 3.0  # a machine that is switched off does not refuse, it is silent
 DIAL_BACK_TIMEOUT_S: Final = 10.0  # for a ping and a connection to somebody who may not answer, and the way back
 MAX_DIAL_BACKS_EACH: Final = 4  # asked for at once on one connection
@@ -6110,6 +6115,7 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
 
 STREAM_BUFFER_BYTES: Final = 32 * 1024  # of what a connection sent and nobody has asked for yet; then it waits
 DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells more than silence does
+TLS_HEADER_BYTES: Final = 5
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
 LAST_FRAMES: Final = ("inference_result", "inference_error")  # nothing follows them for their request
 
@@ -6201,16 +6207,35 @@ class TlsStream:
 
     def __init__(self) -> None:
         self._ssl = load_ssl()
-        self._incoming = self._ssl.MemoryBIO()
-        self._outgoing = self._ssl.MemoryBIO()
+        self._incoming: Any = None
+        self._outgoing: Any = None
+        self._early = bytearray()  # what arrived before `begin`
         self.tls: Any = None
+
+    def has_hello(self) -> bool:
+        """Whether what a client says first is there as a whole. Raises WireError when it is no TLS client."""
+        # A record's type, version and length; the type is that of handshakes (RFC 8446, 5.1).
+        if not b"\x16\x03".startswith(self._early[:2]):
+            raise WireError("it does not speak TLS")
+        if len(self._early) < TLS_HEADER_BYTES:
+            return False
+        size = int.from_bytes(self._early[3:TLS_HEADER_BYTES], "big")
+        if size > MAX_CLIENT_HELLO_BYTES:
+            raise WireError(f"it begins with {size:,} bytes of TLS")
+        return len(self._early) >= TLS_HEADER_BYTES + size
 
     def begin(self, context: ssl.SSLContext, name: str | None) -> None:
         """Make ready for the handshake: with whom is dialled by this name, or as who was dialled."""
+        self._incoming, self._outgoing = self._ssl.MemoryBIO(), self._ssl.MemoryBIO()
+        self._incoming.write(self._early)
+        self._early.clear()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=name is None, server_hostname=name)
 
     def feed(self, data: memoryview) -> None:
-        self._incoming.write(data)
+        if self.tls is None:
+            self._early += data
+        else:
+            self._incoming.write(data)
 
     def to_send(self) -> bytes:
         data: bytes = self._outgoing.read()
@@ -6219,7 +6244,7 @@ class TlsStream:
     @property
     def unread(self) -> int:
         """Bytes that arrived and were not asked for."""
-        return int(self._incoming.pending)
+        return len(self._early) if self.tls is None else int(self._incoming.pending)
 
     def handshake(self) -> bool:
         """Go on with the handshake; whether it is done. Raises ssl.SSLError."""
@@ -6273,10 +6298,9 @@ class Connection(asyncio.BufferedProtocol):
     # One buffer for all connections: what arrives in it is taken over before anything else arrives.
     _ARRIVALS: ClassVar = memoryview(bytearray(READ_BYTES))
 
-    def __init__(self, on_made: Callable[[Connection], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.peer_id = ""
         self.peer_agent = ""
-        self._on_made = on_made
         self._stream = TlsStream()
         self._membership: Membership | None = None
         self._certified = ""
@@ -6296,8 +6320,6 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport
         self._transport.set_write_buffer_limits(high=0)  # so that drain waits for all of it
         self._writable.set()
-        if self._on_made is not None:
-            self._on_made(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._ARRIVALS
@@ -6337,13 +6359,19 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- The handshake ---
 
+    async def hello(self) -> None:
+        """Wait for all that a TLS client says first; until then hardly anything is spent on it.
+
+        Raises WireError or WorkerLost.
+        """
+        while not self._stream.has_hello():
+            await self._more()
+
     async def secure(self, identity: Identity, dialled: Membership | None = None) -> None:
-        """Do TLS's handshake: with a member of a mesh whom we dialled, or as who was dialled.
+        """Do TLS's handshake: with a member of a mesh whom we dialled, or as who was dialled and heard `hello`.
 
         Raises WrongMesh, WireError or WorkerLost.
         """
-        if dialled is None:
-            await self._more()  # nothing is spent on somebody who says nothing
         context = identity.listening if dialled is None else dialled.dialling
         self._stream.begin(context, dialled.server_name if dialled is not None else None)
         while not self._attempt(self._stream.handshake):
@@ -6542,6 +6570,10 @@ async def greeted_by(address: Address, identity: Identity) -> NodeId | None:
 Handler = Callable[[Connection], Awaitable[None]]
 
 
+# What somebody is dropped for who is not trusted yet, as it is counted.
+_DROPPED: Final = ((WrongMesh, "mesh"), (WireError, "protocol"), (Refused, "busy"), (QMeshError, "closed"))
+
+
 class TcpServer:
     """Accepts connections, greets them, and hands each to `handler`, whose end is the connection's.
 
@@ -6552,48 +6584,63 @@ class TcpServer:
         self.dropped: Counter[str] = Counter()
         self._handler = handler
         self._identity = identity
-        self._servers: list[asyncio.Server] = []
+        self._listening: list[tuple[socket.socket, asyncio.Task[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # with its host; the oldest first
+        self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # with its host; first who is shed first
         self._hosts: Counter[str] = Counter()  # of those that are trusted
-        self._rate = RateLimiter(burst=HANDSHAKE_BURST, per_s=HANDSHAKES_PER_S)
-        self._rate_in_all = RateLimiter(burst=ALL_HANDSHAKES_BURST, per_s=ALL_HANDSHAKES_PER_S)
+        self._members: OrderedDict[str, None] = OrderedDict()  # hosts from which members came
+        self._rate = RateLimiter(burst=CONNECTIONS_BURST, per_s=CONNECTIONS_PER_S)
+        self._accepts = RateLimiter(burst=ACCEPTS_BURST, per_s=ACCEPTS_PER_S)
+        self._handshakes = RateLimiter(burst=HANDSHAKES_BURST, per_s=HANDSHAKES_PER_S)
 
     async def start(self, host: str, port: int | None) -> Address:
         """Listen; returns the address. Raises UsageError when `port` is taken, MissingTls."""
         _ = self._identity.listening  # what is missing for it is said now
         socks = bind_preferred(socket.SOCK_STREAM, host, port, DEFAULT_PORT)
-        loop = asyncio.get_running_loop()
-        for sock in socks:
-            server = await loop.create_server(lambda: Connection(self._accept), sock=sock, backlog=ACCEPTS_AT_ONCE)
-            sock.listen(MAX_CONNECTIONS)  # more may wait than are accepted in one go
-            self._servers.append(server)
+        self._listening = [(sock, asyncio.create_task(self._accept(sock))) for sock in socks]
         return address_of(socks[0].getsockname())
 
     async def stop(self) -> None:
         """Accept no more, and end every connection."""
-        for server in self._servers:
-            server.close()
-        for task in self._tasks:
+        tasks = [task for _, task in self._listening] + list(self._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for sock, _ in self._listening:
+            sock.close()
 
     # --- Who is not trusted yet ---
 
-    def _accept(self, connection: Connection) -> None:
-        host, now = connection.address[0], asyncio.get_running_loop().time()
-        if not (self._rate.allow(connection.address, now) and self._rate_in_all.allow((UNSPECIFIED, 0), now)):
-            self.dropped["rate"] += 1
-            connection.abort()
-            return
+    async def _accept(self, sock: socket.socket) -> None:
+        """Take connections in, no faster than they can be dealt with: others wait in the system's queue, in turn."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                accepted, peer = await loop.sock_accept(sock)
+            except OSError as error:
+                log.warning("no connection can be accepted: %s", error)
+                await asyncio.sleep(ACCEPT_RETRY_S)
+                continue
+            address, cost = address_of(peer), 1.0
+            if self._rate.allow(address, loop.time()):
+                self._begin(accepted, address[0])
+            else:
+                self.dropped["rate"] += 1
+                accepted.close()
+                cost = REFUSAL_COST
+            await asyncio.sleep(self._accepts.charge((UNSPECIFIED, 0), loop.time(), cost))
+
+    def _begin(self, sock: socket.socket, host: str) -> None:
         self._make_room(host)
-        task = asyncio.create_task(self._serve(connection))
+        task = asyncio.create_task(self._serve(sock))
         self._tasks.add(task)
         self._untrusted[task] = host
-        task.add_done_callback(self._ended)
+        task.add_done_callback(functools.partial(self._ended, sock))
 
     def _make_room(self, host: str) -> None:
         """Those who take long to greet make room for those who come."""
+        if len(self._untrusted) < min(MAX_UNTRUSTED_PER_HOST, MAX_UNTRUSTED):
+            return
         same_host = [task for task, other in self._untrusted.items() if other == host]
         if len(same_host) >= MAX_UNTRUSTED_PER_HOST:
             self._shed(same_host[0])
@@ -6605,17 +6652,19 @@ class TcpServer:
         del self._untrusted[task]
         task.cancel()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
+        sock.close()  # it is closed already, unless the task was cancelled before it began
         self._tasks.discard(task)
         self._untrusted.pop(task, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("a connection's handler failed", exc_info=task.exception())
 
-    async def _serve(self, connection: Connection) -> None:
-        task = asyncio.current_task()
+    async def _serve(self, sock: socket.socket) -> None:
+        task, loop, connection = asyncio.current_task(), asyncio.get_running_loop(), Connection()
         assert task is not None
+        await loop.connect_accepted_socket(lambda: connection, sock)
         try:
-            trusted = await self._trust(connection)
+            trusted = await self._trust(connection, task)
             self._untrusted.pop(task, None)
             if trusted:
                 await self._serve_member(connection)
@@ -6626,24 +6675,29 @@ class TcpServer:
                 connection.abort()
             await connection.close()
 
-    async def _trust(self, connection: Connection) -> bool:
+    async def _trust(self, connection: Connection, task: asyncio.Task[None]) -> bool:
         """Whether somebody turns out to be a member of the mesh, in time."""
         try:
             async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+                await connection.hello()
+                self._untrusted.move_to_end(task)  # who says nothing is shed before who does
+                self._check_handshakes(connection.address[0])
                 await connection.secure(self._identity)
                 await self._explained(self._greet(connection), connection)
             return True
         except TimeoutError:
             reason, why = "slow", f"it did not greet within {HANDSHAKE_TIMEOUT_S:g} s"
-        except WrongMesh as error:
-            reason, why = "mesh", str(error)
-        except WireError as error:
-            reason, why = "protocol", str(error)
-        except WorkerLost as error:
-            reason, why = "closed", str(error)
+        except QMeshError as error:
+            reason, why = next(name for kind, name in _DROPPED if isinstance(error, kind)), str(error)
         self.dropped[reason] += 1
         log.info("%s: %s", connection.peer_name, why)
         return False
+
+    def _check_handshakes(self, host: str) -> None:
+        """Raises Refused where strangers ask for more handshakes than are worth the processor's time."""
+        now = asyncio.get_running_loop().time()
+        if host not in self._members and not self._handshakes.allow((UNSPECIFIED, 0), now):
+            raise Refused(f"more than {HANDSHAKES_PER_S:g} handshakes a second are asked for")
 
     async def _greet(self, connection: Connection) -> None:
         body = await connection.receive()
@@ -6662,6 +6716,7 @@ class TcpServer:
             await connection.send(error_frame(None, Refused("this worker has too many connections open")))
             return
         self._hosts[host] += 1
+        _remember(self._members, host, None, MAX_MEMBER_HOSTS)
         try:
             await connection.send(greeting("welcome", self._identity.node_id))
             await self._explained(self._handler(connection), connection)

@@ -772,10 +772,8 @@ class Bystander(asyncio.Protocol):
 
 async def child_bystander(*, spread: bool) -> None:
     allow_files()
-    each = qmesh.MAX_UNTRUSTED_PER_HOST, qmesh.HANDSHAKES_PER_S, qmesh.HANDSHAKE_BURST
-    most, per_s, burst = (
-        (qmesh.MAX_UNTRUSTED, qmesh.ALL_HANDSHAKES_PER_S, qmesh.ALL_HANDSHAKES_BURST) if spread else each
-    )
+    each = qmesh.MAX_UNTRUSTED_PER_HOST, qmesh.CONNECTIONS_PER_S, qmesh.CONNECTIONS_BURST
+    most, per_s, burst = (qmesh.MAX_UNTRUSTED, qmesh.ACCEPTS_PER_S, qmesh.ACCEPTS_BURST) if spread else each
     taken = qmesh.RateLimiter(burst=burst, per_s=per_s)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Bystander(taken, most, per_s), qmesh.LOOPBACK, 0, backlog=1024)
