@@ -163,9 +163,10 @@ BEACON_TIMES_S: Final = (0.0, 0.25, 1.0, 2.0, 5.0)  # dense at first: a person i
 BEACON_PERIOD_S: Final = 10.0  # then for ever, so that meshes that started apart become one
 MAX_TABLE_NODES: Final = 1024  # about 0.5 MB; a network of millions fills fewer
 MAX_RECORDS: Final = 4096  # about 2 MB; far more workers than one topic will see
+MAX_HOSTS_PER_WORKER: Final = 8  # networks that one machine is on; they fit one page, so that none is passed over
 MAX_RECORDS_PER_HOST: Final = 64  # one machine runs a handful of workers; a flood is not one
 MAX_TRANSACTIONS: Final = 512  # several lookups' worth; more is a fault of ours
-MAX_IMPOSTORS: Final = 256  # addresses where another worker answered than was announced
+MAX_HINTS: Final = 4096  # of where workers may be, that a client keeps
 MAX_TOLD: Final = 256  # addresses that the owner gave: names with many addresses, and peers of earlier days
 MAX_LOST: Final = 8  # addresses of nodes that fell silent, asked now and then whether they are back
 MAX_BEACONS_HEARD: Final = 256  # each arrives once per way that it was sent; the copies are not answered
@@ -191,7 +192,7 @@ MAX_UNTRUSTED: Final = 256  # connections that have not greeted yet; the oldest 
 MAX_UNTRUSTED_PER_HOST: Final = 64  # a classroom behind one address that starts at once still fits
 CONNECTIONS_BURST: Final = 128.0  # from one host; a doctor and some clients
 CONNECTIONS_PER_S: Final = 20.0  # and then per second; what is more is hung up on
-ACCEPTS_BURST: Final = 512.0  # from all hosts together
+ACCEPTS_BURST: Final = 64.0  # from all hosts together: 20 ms in which nothing else goes on
 ACCEPTS_PER_S: Final = 500.0  # more wait in the system's queue: each takes up to 0.3 ms of the processor
 REFUSAL_COST: Final = 0.2  # of an accepted connection's
 ACCEPT_RETRY_S: Final = 0.5  # where none can be accepted, as of too many open files
@@ -301,7 +302,7 @@ class Settings:
         for name, (flag, variable, parse) in _SETTING_SOURCES.items():
             if flags.get(name) is not None:
                 chosen[name] = _parse_setting(flag, parse, flags[name])
-            elif environ.get(variable, "").strip():
+            elif environ.get(variable, "").strip() or (name == "key" and variable in environ):
                 chosen[name] = _parse_setting(variable, parse, environ[variable].strip())
         return cls(**chosen)
 
@@ -365,6 +366,12 @@ def _parse_topic(value: Any) -> str:
     raise ValueError(f"a topic has 1 to {MAX_TOPIC_BYTES} bytes of UTF-8")
 
 
+def _parse_key(value: Any) -> str:
+    if not str(value).strip():  # as of a variable that was to be filled: without a word, the mesh would be open
+        raise ValueError("it is empty, where a file with the mesh's key is needed; without it, the mesh is open")
+    return str(value)
+
+
 def _parse_model(value: Any) -> str:
     if not str(value).strip():
         raise ValueError("the name or the path of a model is needed")
@@ -420,7 +427,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "port": ("--port", "QMESH_PORT", _parse_port),
     "peers": ("--peer", "QMESH_PEERS", _parse_peers),
     "topic": ("--topic", "QMESH_TOPIC", _parse_topic),
-    "key": ("--key", "QMESH_KEY", str),
+    "key": ("--key", "QMESH_KEY", _parse_key),
     "state_dir": ("--state-dir", "QMESH_STATE_DIR", str),
     "timeout_s": ("--timeout", "QMESH_TIMEOUT", _parse_timeout),
     "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
@@ -1538,8 +1545,8 @@ class MeshKey:
 
 
 def holds_key(text: str) -> bool:
-    """Whether a text is, or has in it, what may be a key, rather than the name of a file with one."""
-    return KEY_PREFIX in text.lower() or "\n" in text
+    """Whether a text has in it what may be a key, if mistyped, rather than being the name of a file with one."""
+    return re.search("[a-z2-7]{40}", text.lower()) is not None or "\n" in text
 
 
 def parse_mesh_keys(text: str) -> tuple[MeshKey, ...]:
@@ -2123,6 +2130,7 @@ class RecordStore:
         if known is not None and known.stamp >= record.stamp:
             return True  # overtaken on its way, or repeated: by a retry, or by somebody who recorded it
         if known is None:
+            self._make_room(topic, record.worker_id)
             if len(self._expiry) >= self._capacity or self._hosts[record.address[0]] >= self._per_host:
                 return False
             bisect.insort(self._sorted.setdefault(topic, []), key)
@@ -2131,6 +2139,14 @@ class RecordStore:
         self._expiry[topic, key] = now + RECORD_TTL_S
         self._expiry.move_to_end((topic, key))
         return True
+
+    def _make_room(self, topic: NodeId, worker_id: NodeId) -> None:
+        """Of very many hosts that speak for one worker, the one that did so longest ago is forgotten."""
+        keys = self._sorted.get(topic, [])
+        first = bisect.bisect_left(keys, worker_id, key=lambda key: key[0])
+        same = [key for key in keys[first : first + MAX_HOSTS_PER_WORKER] if key[0] == worker_id]
+        if len(same) == MAX_HOSTS_PER_WORKER:
+            self.remove(topic, min(same, key=lambda key: self._expiry[topic, key]))
 
     def remove(self, topic: NodeId, key: RecordKey) -> bool:
         record = self._topics.get(topic, {}).pop(key, None)
@@ -5794,7 +5810,7 @@ class UdpNode:
             sent.update(own.sent)
         received: Counter[str] = Counter()
         dropped: Counter[str] = Counter()
-        for engine in self.engines:
+        for engine in self._all:
             received.update(engine.gate.received)
             dropped.update(engine.gate.dropped)
         now = self._clock()
@@ -6117,6 +6133,7 @@ STREAM_BUFFER_BYTES: Final = 32 * 1024  # of what a connection sent and nobody h
 DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells more than silence does
 TLS_HEADER_BYTES: Final = 5
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
+MAX_OTHER_FRAMES: Final = 1024  # of an answer besides its tokens: news of its place in the queue, and its end
 LAST_FRAMES: Final = ("inference_result", "inference_error")  # nothing follows them for their request
 
 
@@ -6184,11 +6201,16 @@ class Identity:
         return [membership for membership in self._memberships if in_force(membership.keys)]
 
     @functools.cached_property
+    def dialling(self) -> list[ssl.SSLContext]:
+        """For who dials, in each mesh. Raises MissingTls."""
+        return [membership.dialling for membership in self._memberships]
+
+    @functools.cached_property
     def listening(self) -> ssl.SSLContext:
         """For a listener: whom a dialler names is whom it talks to, and it has to name one of our meshes."""
-        context = self._memberships[0].listening
-        context.sni_callback = self._choose
-        return context
+        contexts = [membership.listening for membership in self._memberships]
+        contexts[0].sni_callback = self._choose
+        return contexts[0]
 
     def _choose(self, tls: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> int | None:
         named = next((member for member in self.memberships if member.server_name == name), None)
@@ -6292,11 +6314,18 @@ def tls_failure(error: OSError, peer: str) -> QMeshError:
     return WireError(f"{peer} does not speak TLS as QMesh does ({reason})")
 
 
+class _Arrivals(threading.local):
+    """Where what arrives is put first. It is taken over at once, so all connections of a thread share one."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(READ_BYTES))
+
+
+_ARRIVALS: Final = _Arrivals()
+
+
 class Connection(asyncio.BufferedProtocol):
     """Frames over one TLS connection. peer_id: who the other side is, once it has greeted."""
-
-    # One buffer for all connections: what arrives in it is taken over before anything else arrives.
-    _ARRIVALS: ClassVar = memoryview(bytearray(READ_BYTES))
 
     def __init__(self) -> None:
         self.peer_id = ""
@@ -6309,8 +6338,8 @@ class Connection(asyncio.BufferedProtocol):
         self._arrived = asyncio.Event()
         self._writable = asyncio.Event()
         self._closed = asyncio.Event()
+        self._over = asyncio.Event()  # nothing more arrives
         self._reading = True
-        self._ended = False
         self._failure: QMeshError | None = None
         self._transport: Any = None
 
@@ -6322,7 +6351,7 @@ class Connection(asyncio.BufferedProtocol):
         self._writable.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._ARRIVALS
+        return _ARRIVALS.view
 
     def buffer_updated(self, nbytes: int) -> None:
         if not self.peer_id:
@@ -6331,14 +6360,14 @@ class Connection(asyncio.BufferedProtocol):
                 self._fail(WireError(f"{self.peer_name} sent {self._untrusted_bytes:,} bytes before it greeted"))
                 self.abort()
                 return
-        self._stream.feed(self._ARRIVALS[:nbytes])
+        self._stream.feed(_ARRIVALS.view[:nbytes])
         if self._reading and self._stream.unread > STREAM_BUFFER_BYTES:
             self._reading = False
             self._transport.pause_reading()
         self._arrived.set()
 
     def eof_received(self) -> bool:
-        self._ended = True
+        self._over.set()
         self._arrived.set()
         return True  # what we have to say can still be sent
 
@@ -6351,6 +6380,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(WorkerLost(f"the connection to {self.peer_name} broke" + (f": {exc}" if exc is not None else "")))
         self._writable.set()
+        self._over.set()
         self._closed.set()
 
     def _fail(self, failure: QMeshError) -> None:
@@ -6419,8 +6449,11 @@ class Connection(asyncio.BufferedProtocol):
         """Wait until something has arrived. Raises WorkerLost or WireError."""
         if self._failure is not None:
             raise self._failure
-        if self._ended:
+        if self._over.is_set():
             raise WorkerLost(f"{self.peer_name} closed the connection")
+        if self._transport.get_write_buffer_size() > STREAM_BUFFER_BYTES:
+            await self.drain()  # who makes TLS answer, and takes no answers, is not listened to
+            return
         if not self._reading:
             self._reading = True
             self._transport.resume_reading()
@@ -6445,6 +6478,8 @@ class Connection(asyncio.BufferedProtocol):
     def write(self, body: Mapping[str, Any]) -> None:
         """Put a frame into the outgoing buffer; call `drain` after one or more. Raises WorkerLost, InvalidRequest."""
         frame = encode_frame(body)
+        if self._failure is not None:
+            raise self._failure
         self._attempt(lambda: self._stream.write(frame))
 
     def _flush(self) -> None:
@@ -6478,7 +6513,7 @@ class Connection(asyncio.BufferedProtocol):
             if frame is not None:
                 return frame
             data = self._attempt(self._stream.read)
-            if data is None and not self._ended:
+            if data is None and not self._over.is_set():
                 await self._more()
             elif data:
                 self._frames.feed(data)
@@ -6488,6 +6523,13 @@ class Connection(asyncio.BufferedProtocol):
                 return None
 
     # --- The end ---
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, while the other side is there. Raises WorkerLost when it goes."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+            raise self._failure or WorkerLost(f"{self.peer_name} closed the connection")
 
     def abort(self) -> None:
         """Drop the connection now."""
@@ -6499,10 +6541,12 @@ class Connection(asyncio.BufferedProtocol):
             self._stream.close()
             self._flush()
         self._transport.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._closed.wait()
-        self.abort()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._closed.wait()
+        finally:
+            self.abort()
 
 
 def greeting(kind: str, node_id: NodeId) -> Json:
@@ -6662,7 +6706,12 @@ class TcpServer:
     async def _serve(self, sock: socket.socket) -> None:
         task, loop, connection = asyncio.current_task(), asyncio.get_running_loop(), Connection()
         assert task is not None
-        await loop.connect_accepted_socket(lambda: connection, sock)
+        try:
+            await loop.connect_accepted_socket(lambda: connection, sock)
+        except OSError as error:  # it has gone already
+            log.info("a connection ended as it began: %s", error)
+            self.dropped["closed"] += 1
+            return
         try:
             trusted = await self._trust(connection, task)
             self._untrusted.pop(task, None)
@@ -6778,11 +6827,11 @@ class WorkerLink:
         Raises what the worker reports, WorkerLost, or DeadlineExceeded when even that does not come.
         """
         ended = False
-        with self._inbox(job.request_id) as inbox:
+        with self._inbox(job.request_id, MAX_OTHER_FRAMES + job.params.max_tokens) as inbox:
             late = DeadlineExceeded("the worker was silent until the deadline passed")
             patience_s = job.timeout_s + DEADLINE_GRACE_S
             self._connection.write(job.to_json())
-            alarm = asyncio.get_running_loop().call_later(patience_s, inbox.put_nowait, late)
+            alarm = asyncio.get_running_loop().call_later(patience_s, self._put_last, inbox, late)
             try:
                 await self._connection.drain()
                 while not ended:
@@ -6792,12 +6841,13 @@ class WorkerLink:
             finally:
                 alarm.cancel()
                 if not ended and self.alive:
-                    self._connection.write({"type": "cancel", "request_id": job.request_id})
+                    with contextlib.suppress(QMeshError):
+                        self._connection.write({"type": "cancel", "request_id": job.request_id})
 
     @contextlib.contextmanager
-    def _inbox(self, request_id: str) -> Iterator[asyncio.Queue[Json | QMeshError]]:
-        # Bounded by the answer itself: a worker sends no more frames than the tokens it was asked for.
-        inbox: asyncio.Queue[Json | QMeshError] = asyncio.Queue()
+    def _inbox(self, request_id: str, most: int = 1) -> Iterator[asyncio.Queue[Json | QMeshError]]:
+        """Where frames of a request wait to be read, so many at most: no worker has reason to send more."""
+        inbox: asyncio.Queue[Json | QMeshError] = asyncio.Queue(most)
         if not self.alive:
             raise WorkerLost(f"the connection to {self._connection.peer_name} is closed")
         if request_id in self._waiting:
@@ -6807,6 +6857,13 @@ class WorkerLink:
             yield inbox
         finally:
             del self._waiting[request_id]
+
+    @staticmethod
+    def _put_last(inbox: asyncio.Queue[Json | QMeshError], end: QMeshError) -> None:
+        """Say why nothing more follows, in the place of the last frame if there is no other."""
+        if inbox.full():
+            inbox.get_nowait()
+        inbox.put_nowait(end)
 
     @staticmethod
     def _expect(said: Json | QMeshError, kind: str | None = None) -> Json:
@@ -6824,6 +6881,8 @@ class WorkerLink:
             while (body := await self._connection.receive()) is not None:
                 request_id = body.get("request_id")
                 inbox = self._waiting.get(request_id) if isinstance(request_id, str) else None
+                if inbox is not None and inbox.full():
+                    raise WireError(f"{self._connection.peer_name} sends more than it was asked for")
                 if inbox is not None:
                     inbox.put_nowait(body)
                 elif body["type"] == "inference_error" and "request_id" not in body:
@@ -6832,7 +6891,7 @@ class WorkerLink:
             lost = error
         finally:
             for inbox in self._waiting.values():
-                inbox.put_nowait(lost)
+                self._put_last(inbox, lost)
             self._connection.abort()
 
 
@@ -7116,10 +7175,10 @@ class Worker:
             raise ModelNotFound(f"this worker has no model {job.model}; it has {name}")
         if self.draining:
             raise Refused("this worker is being shut down", "draining")
-        if len(self._jobs) >= self.capacity and not self._make_room(session.member):
-            raise Refused(f"this worker's queue is full ({self.capacity} requests)")
         if self.health().state is HealthState.OVERLOADED:
             raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
+        if len(self._jobs) >= self.capacity and not self._make_room(session.member):
+            raise Refused(f"this worker's queue is full ({self.capacity} requests)")
         self._next_ticket += 1
         self._jobs[self._next_ticket] = session, job
         self._deadlines[self._next_ticket] = time.monotonic() + job.timeout_s
@@ -7128,12 +7187,11 @@ class Worker:
         return self._next_ticket
 
     def _make_room(self, member: Member) -> bool:
-        """Turn away what the member with the most requests asked last, if that leaves it no worse off than this one."""
+        """Turn away the last of what waits of the member with the most, if that is left with no less than this one."""
         held = Counter(session.member for session, _ in self._jobs.values())
-        greediest, most = held.most_common(1)[0]
-        waiting = [ticket for ticket in self._jobs if ticket not in self._begun]
-        last = max((ticket for ticket in waiting if self._jobs[ticket][0].member == greediest), default=None)
-        if last is None or most < held[member] + 2:
+        waiting = [(held[self._jobs[ticket][0].member], ticket) for ticket in self._jobs if ticket not in self._begun]
+        most, last = max(waiting, default=(0, 0))
+        if most < held[member] + 2:
             return False
         self._end(last, Refused("this worker's queue is full, and others have fewer requests in it"))
         return True
@@ -7210,7 +7268,8 @@ class Session:
                 self._worker.cancel(ticket)
             for task in (reading, writing, *self._dialling):
                 await _cancelled(task)
-            self._flush()
+            with contextlib.suppress(QMeshError):
+                self._flush()
 
     def tell(self, request_id: str, said: Said) -> None:
         """Queue what is to be said of a request. What the engine makes bounds the queue: so many tokens."""
@@ -7261,8 +7320,9 @@ class Session:
             if body is None:
                 return
             if not in_force(self._connection.keys):
-                raise WireError("the last day of the key that this connection was made with is over")
-            await self._wait_for_turn()
+                raise WorkerLost("the last day of the key that this connection was made with is over")
+            if body["type"] != "cancel":
+                await self._wait_for_turn()
             handle = _SESSION_HANDLERS.get(body["type"])
             if handle is None:
                 raise WireError(f"a client does not send {body['type']}")
@@ -7274,7 +7334,7 @@ class Session:
         cost = 1 + self._connection.last_frame_bytes / BYTES_PER_REQUEST
         pause_s = self._worker.rate.charge(self._connection.address, time.monotonic(), cost)
         if pause_s > 0:
-            await asyncio.sleep(pause_s)
+            await self._connection.pause(pause_s)
 
     def _on_status(self, body: Json) -> None:
         answer = self._worker.status()
@@ -7301,7 +7361,8 @@ class Session:
 
     async def _dial_back(self, request_id: str, udp: int, tcp: int) -> None:
         outcome = await self._worker.dial_back(self._connection.keys, self._connection.address[0], udp, tcp)
-        self._connection.write({"type": "dialled", "request_id": request_id, **outcome})
+        with contextlib.suppress(QMeshError):
+            self._connection.write({"type": "dialled", "request_id": request_id, **outcome})
 
     def _on_prompt(self, body: Json) -> None:
         request_id = _request_id(body)
@@ -7411,38 +7472,76 @@ class Selected:
 Progressed = Discovered | Selected | Queued | Token | Answer
 
 
+@dataclass(slots=True)
+class Hint:
+    """That a worker may be found at an address: heard of it, last, and when it proved wrong, last."""
+
+    record: WorkerRecord
+    heard_at: float
+    own_word: bool  # it was the worker's own answer, as far as UDP can tell, and no other node's
+    failed_at: float = -math.inf
+    is_another: bool = False  # who answered there has another id
+
+
 class KnownWorkers:
-    """The workers that a client heard of, each for as long as its record counts. first_at: when the first was."""
+    """The workers that a client heard of, each at one address or several. first_at: when the first was.
+
+    What is told are hints: only a connection shows who is where. So a lie, whatever it says, keeps nobody from
+    what others tell; and where one has failed, others are tried before it.
+    """
 
     def __init__(self) -> None:
         self.first_at = math.inf
-        self._records: dict[NodeId, tuple[WorkerRecord, float]] = {}  # with the time it was heard
-        self._impostors: OrderedDict[tuple[NodeId, Address], float] = OrderedDict()  # with the time they showed
+        self._hints: OrderedDict[tuple[NodeId, Address], Hint] = OrderedDict()  # the one heard of longest ago first
 
-    def heard_of(self, records: Iterable[WorkerRecord], now: float) -> None:
-        """Take in what was told: of a worker's records the latest, and of two addresses that which leads further."""
+    def heard_of(self, records: Iterable[WorkerRecord], now: float, *, own_word: bool) -> None:
         for record in records:
-            if self._impostors.get((record.worker_id, record.address), -math.inf) > now - RECORD_TTL_S:
-                continue
-            known = self._records.get(record.worker_id)
-            order = record.stamp, reach(record.address)
-            if known is None or (known[0].stamp, reach(known[0].address)) <= order:
-                self._records[record.worker_id] = record, now
-                self.first_at = min(self.first_at, now)
+            key = record.worker_id, record.address
+            hint = self._hints.get(key, Hint(record, now, own_word))
+            if hint.record.stamp <= record.stamp:
+                hint.record, hint.heard_at = record, now
+            hint.own_word = hint.own_word or own_word
+            _remember(self._hints, key, hint, MAX_HINTS)
+            self.first_at = min(self.first_at, now)
 
     def records(self, now: float) -> list[WorkerRecord]:
-        """Those that have not expired."""
-        self._records = {key: entry for key, entry in self._records.items() if entry[1] >= now - RECORD_TTL_S}
-        return [record for record, _ in self._records.values()]
+        """One for each worker, of its most promising address: not expired, and heard of since it last failed."""
+        best: dict[NodeId, Hint] = {}
+        for hint in self._hints.values():
+            known = best.get(hint.record.worker_id)
+            if self._counts(hint, now) and (known is None or self._promise(known, now) <= self._promise(hint, now)):
+                best[hint.record.worker_id] = hint
+        return [hint.record for hint in best.values()]
 
-    def forget(self, worker_id: NodeId) -> None:
-        """It does not answer: it counts again when it is heard of again."""
-        self._records.pop(worker_id, None)
+    def in_order(self, ranked: Sequence[WorkerRecord], now: float) -> list[WorkerRecord]:
+        """Whom to ask first: those that failed lately last, and early one that others cannot have invented."""
+        hints = [self._hints[record.worker_id, record.address] for record in ranked]
+        sound = [hint for hint in hints if self._is_sound(hint, now)]
+        early = [hint for hint in sound if hint.own_word][:1]
+        if early and early[0] not in sound[:STATUS_CANDIDATES]:
+            sound.remove(early[0])
+            sound.insert(STATUS_CANDIDATES - 1, early[0])
+        return [hint.record for hint in (*sound, *(hint for hint in hints if not self._is_sound(hint, now)))]
 
-    def is_another(self, record: WorkerRecord, now: float) -> None:
-        """Who answered there has another id: whoever says so again is not believed for a while."""
-        self.forget(record.worker_id)
-        _remember(self._impostors, (record.worker_id, record.address), now, MAX_IMPOSTORS)
+    def failed(self, record: WorkerRecord, now: float, *, is_another: bool = False) -> None:
+        """It was not to be had at this address, or somebody else was."""
+        hint = self._hints.get((record.worker_id, record.address))
+        if hint is not None:
+            hint.failed_at, hint.is_another = now, is_another
+
+    @staticmethod
+    def _counts(hint: Hint, now: float) -> bool:
+        if hint.is_another and now - hint.failed_at < RECORD_TTL_S:
+            return False
+        return now - hint.heard_at < RECORD_TTL_S and hint.heard_at > hint.failed_at
+
+    @staticmethod
+    def _promise(hint: Hint, now: float) -> tuple[bool, bool, int, int]:
+        return KnownWorkers._is_sound(hint, now), hint.own_word, reach(hint.record.address), hint.record.stamp
+
+    @staticmethod
+    def _is_sound(hint: Hint, now: float) -> bool:
+        return now - hint.failed_at >= RECORD_TTL_S
 
 
 class Client:
@@ -7479,6 +7578,7 @@ class Client:
         self._remembered = remembered_peers(self._host_dir)
         self.node.meet(self.settings.peers, self._remembered)
         self._identity = Identity.ephemeral(self.meshes)  # made while the first answers are on their way
+        _ = self._identity.dialling  # what is missing for it is said now
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -7507,9 +7607,9 @@ class Client:
         if isinstance(event, Joined):
             self._search()
         elif isinstance(event, Found):
-            self._known.heard_of(event.records, self._loop.time())
+            self._known.heard_of(event.records, self._loop.time(), own_word=event.search is None)
         elif isinstance(event, Finished):
-            self._known.heard_of(event.records, self._loop.time())
+            self._known.heard_of(event.records, self._loop.time(), own_word=False)
             self._search_ended()
         self._changed.set()
 
@@ -7580,7 +7680,7 @@ class Client:
             connection = await dial(record.address, self._identity)
             if connection.peer_id != str(record.worker_id):
                 connection.abort()
-                self._known.is_another(record, self._loop.time())
+                self._known.failed(record, self._loop.time(), is_another=True)
                 raise WorkerLost(f"{format_address(record.address)} is another worker now")
             link = self._links[record.worker_id] = WorkerLink(connection)
             return link
@@ -7615,10 +7715,13 @@ class Client:
         self, job: Job, passed_over: set[NodeId]
     ) -> tuple[tuple[WorkerRecord, HealthReport] | None, QMeshError | None]:
         """The best worker by fresh status, the most promising asked first; or None, and why there is none."""
-        ranked = [r for r in rank_workers(self.records(), job.model, self._rng) if r.worker_id not in passed_over]
+        records = [record for record in self.records() if record.worker_id not in passed_over]
+        ranked = self._known.in_order(rank_workers(records, job.model, self._rng), self._loop.time())
         failure: QMeshError | None = None
+        count = STATUS_CANDIDATES
         while ranked:
-            asked, ranked = ranked[:STATUS_CANDIDATES], ranked[STATUS_CANDIDATES:]
+            asked, ranked = ranked[:count], ranked[count:]
+            count *= 2  # so that any number of records that lead nowhere is soon through
             healths = {}
             for record, answer in zip(asked, await asyncio.gather(*map(self._status_of, asked)), strict=True):
                 if not isinstance(answer, QMeshError):
@@ -7626,7 +7729,7 @@ class Client:
                     continue
                 failure = answer
                 if not isinstance(answer, Refused):
-                    self._known.forget(record.worker_id)
+                    self._known.failed(record, self._loop.time())
             chosen = choose_worker(healths, self._rng)
             if chosen is not None:
                 return (chosen, healths[chosen]), None
@@ -7703,7 +7806,7 @@ class Client:
                     else:
                         yield said
         except WorkerLost as error:
-            self._known.forget(record.worker_id)
+            self._known.failed(record, self._loop.time())
             if first_token is None:
                 raise _NotStarted(str(error)) from None
             raise WorkerLost(f"worker {record.worker_id.short} was lost in the middle of its answer: {error}") from None
@@ -7724,10 +7827,11 @@ class Client:
         records = self.records()
         named = [record for record in records if job.model is None or has_model(record, job.model)]
         if records and all(record.worker_id in lacking for record in named):
-            names = ", ".join(sorted({record.model for record in records}))
+            names = ", ".join(sorted({printable(record.model) for record in records}))
             raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
         overloaded = any(record.state is HealthState.OVERLOADED for record in named)
-        unheard = not overloaded and (isinstance(failure, WorkerLost) or not records)
+        failed = failure is not None and not isinstance(failure, Refused)
+        unheard = not overloaded and (failed or not records)
         if unheard and (out_of_time or self._loop.time() - answered_at >= DISCOVERY_TIMEOUT_S):
             why = f" ({failure})" if failure is not None else ""
             raise NoWorkerFound(f"no worker is left that answers{why}; tried: {self._tried()}")
@@ -8445,8 +8549,13 @@ class Terminal:
             self._write(f"\r   {done / 1e6:,.0f} MB")
 
 
+# JSON escapes the control characters of ASCII itself; these could steer a terminal, or turn its text round, too.
+_STEERING_CODES: Final = (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_STEERING: Final = {code: f"\\u{code:04x}" for code in _STEERING_CODES}
+
+
 def print_json(body: Any) -> None:
-    print(json.dumps(body, ensure_ascii=False), flush=True)
+    print(json.dumps(body, ensure_ascii=False).translate(_STEERING), flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -540,3 +540,12 @@ def test_the_requirements_are_what_the_engine_checks_for() -> None:
     assert qmesh.LLAMA_REQUIREMENT in requirements
     first, beyond = (".".join(map(str, version)) for version in qmesh.LLAMA_VERSIONS)
     assert f"llama-cpp-python>={first},<{beyond}" == qmesh.LLAMA_REQUIREMENT
+
+
+def test_nothing_in_json_could_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"model": "a\x1b]0;b\x07\x9b2J\x7f\u202e\u2066 \u00e4\U0001f600"}
+    qmesh.print_json(said)
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == said
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", printed)
+    assert "\u00e4\U0001f600" in printed

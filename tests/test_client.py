@@ -304,6 +304,82 @@ async def test_who_announces_anothers_id_keeps_nobody_from_that_worker(topic: st
     assert met.qsize() == 1  # it was seen through once, and not believed again
 
 
+@in_a_loop
+async def test_any_number_of_invented_workers_keeps_nobody_from_the_one_that_beacons(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "STATUS_TIMEOUT_S", 1.0)
+    honest, silent = ScriptedWorker(says("yes"), score=30), socket.socket()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(silent)
+        silent.bind(("127.0.0.2", 0))
+        silent.listen()  # it accepts, and never says a word
+        await stack.enter_async_context(honest.on(topic))
+        peers = []
+        for number in range(1, 10):
+            record = record_of(NodeId(number), silent.getsockname()[1], score=100)
+            announcing = announced(topic, record, beacons=False, host="127.0.0.2")
+            peers.append(qmesh.format_address(await stack.enter_async_context(announcing)))
+        mesh = await stack.enter_async_context(client_of(topic, tmp_path, peers=tuple(peers)))
+        await until_known(mesh, 10)
+        watch = Stopwatch()
+        assert (await mesh.complete(job())).result.text == "yes"
+        assert watch.seconds < 3 * qmesh.STATUS_TIMEOUT_S  # it is among the first who are asked
+
+
+def hint(number: int, host: str, *, stamp: int = 1, score: int = 80) -> qmesh.WorkerRecord:
+    return replace(record_of(NodeId(number), 47475, score=score), address=(host, 47475), stamp=stamp)
+
+
+def test_of_a_workers_addresses_its_own_word_counts_most_then_that_which_leads_further() -> None:
+    known = qmesh.KnownWorkers()
+    known.heard_of([hint(1, LOOPBACK), hint(1, "10.0.0.9", stamp=9), hint(1, "10.0.0.1")], 0.0, own_word=False)
+    assert [record.address[0] for record in known.records(1.0)] == ["10.0.0.9"]
+    known.heard_of([hint(1, "10.0.0.1")], 1.0, own_word=True)
+    assert [record.address[0] for record in known.records(1.0)] == ["10.0.0.1"]
+
+
+def test_an_address_that_failed_comes_after_others_and_counts_again_once_heard_of() -> None:
+    known, one, other = qmesh.KnownWorkers(), hint(1, "10.0.0.1"), hint(1, "10.0.0.2", stamp=9)
+    known.heard_of([one], 0.0, own_word=True)
+    known.failed(one, 1.0)
+    assert known.records(1.0) == []
+    known.heard_of([one, other], 2.0, own_word=False)
+    assert known.records(2.0) == [other]
+    known.failed(other, 3.0)
+    known.heard_of([one], 4.0, own_word=True)
+    assert known.records(4.0) == [one]
+
+
+def test_where_somebody_else_answered_a_worker_is_not_looked_for_again_for_a_while() -> None:
+    known, lie = qmesh.KnownWorkers(), hint(1, "10.0.0.66", stamp=2**32 - 1)
+    known.heard_of([lie], 0.0, own_word=True)
+    known.failed(lie, 0.0, is_another=True)
+    known.heard_of([lie], 1.0, own_word=True)
+    assert known.records(1.0) == []
+    known.heard_of([lie], 40.0, own_word=True)
+    assert known.records(40.0) == [lie]
+
+
+def test_who_failed_lately_is_asked_last_and_one_that_spoke_for_itself_among_the_first() -> None:
+    known = qmesh.KnownWorkers()
+    records = [hint(number, f"10.0.0.{number}") for number in range(1, 8)]
+    known.heard_of(records, 0.0, own_word=False)
+    known.heard_of(records[5:6], 0.0, own_word=True)
+    known.failed(records[0], 0.5)
+    known.heard_of(records, 1.0, own_word=False)
+    assert [int(record.worker_id) for record in known.in_order(records, 1.0)] == [2, 3, 6, 4, 5, 7, 1]
+
+
+@in_a_loop
+async def test_the_name_of_a_model_that_a_peer_made_up_cannot_steer_a_terminal(topic: str, tmp_path: Path) -> None:
+    evil = ScriptedWorker(says("no"), model="a\x1b]0;b\x07")
+    async with mesh_of(topic, tmp_path, evil) as mesh:
+        with pytest.raises(ModelNotFound) as caught:
+            await mesh.complete(job(model="good"))
+    assert "the mesh has: a?]0;b?" in str(caught.value)
+
+
 # --- Refusals ---
 
 

@@ -255,6 +255,14 @@ def test_whatever_happens_the_store_agrees_with_a_plain_model(seed: int) -> None
     assert refused > 10
 
 
+def test_of_very_many_hosts_that_speak_for_a_worker_those_that_did_so_lately_are_kept() -> None:
+    store = store_of(7)
+    for second in range(20):
+        assert store.put(TOPIC, worker(1, f"10.0.{second}.1"), float(second))
+    assert [record.address[0] for record in store.page(TOPIC, FIRST, 8)] == sorted(f"10.0.{n}.1" for n in range(12, 20))
+    assert ids(store.page(TOPIC, NodeId(1), 8)) == [7]
+
+
 # --- Records: pages and samples ---
 
 

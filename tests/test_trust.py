@@ -27,6 +27,7 @@ from qmesh import (
     Connection,
     Identity,
     MissingTls,
+    QMeshError,
     TcpServer,
     WireError,
     WorkerLost,
@@ -226,6 +227,47 @@ async def through_a_flaw(address: Address) -> AsyncIterator[tuple[Address, async
     async with server, asyncio.timeout(PATIENCE_S):
         yield server.sockets[0].getsockname(), damage
         await asyncio.gather(*pumps)
+
+
+@in_a_loop
+async def test_who_takes_no_answers_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmesh, "SEND_TIMEOUT_S", 0.2)
+    ended: asyncio.Future[QMeshError] = asyncio.get_running_loop().create_future()
+
+    async def answers_without_end(connection: Connection) -> None:
+        for _ in range(64):  # more than the buffers between the two can hold
+            connection.write({"type": "status_response", "ballast": "x" * 1_000_000})
+        try:
+            while await connection.receive() is not None:
+                pass
+        except QMeshError as error:
+            ended.set_result(error)
+
+    server = TcpServer(answers_without_end, member(1))
+    async with connected(await server.start(LOOPBACK, 0)) as client, asyncio.timeout(PATIENCE_S):
+        await client.send({"type": "status"})
+        assert "took nothing for 0.2 s" in str(await ended)
+    await server.stop()
+
+
+@in_a_loop
+async def test_who_is_made_to_wait_may_leave() -> None:
+    waited, left = asyncio.Event(), asyncio.get_running_loop().create_future()
+
+    async def waits(connection: Connection) -> None:
+        await connection.pause(0.01)
+        waited.set()
+        try:
+            await connection.pause(PATIENCE_S)
+        except QMeshError as error:
+            left.set_result(error)
+
+    server = TcpServer(waits, member(1))
+    async with connected(await server.start(LOOPBACK, 0)) as client, asyncio.timeout(PATIENCE_S):
+        await waited.wait()
+        client.send_no_more()
+        assert isinstance(await left, WorkerLost)
+    await server.stop()
 
 
 # --- Those who do not speak TLS 1.3 ---
