@@ -620,7 +620,7 @@ def padded(hello: bytes, size: int) -> bytes:
     return hello[:3] + (len(body) + 4).to_bytes(2, "big") + hello[5:6] + len(body).to_bytes(3, "big") + body
 
 
-HALF_RECORD = b"\x17\x03\x03" + (13_500).to_bytes(2, "big") + bytes(13_000)
+HALF_RECORD = b"\x17\x03\x03" + (6_500).to_bytes(2, "big") + bytes(6_000)
 
 
 def half_hello(stranger: Stranger) -> None:
@@ -629,7 +629,7 @@ def half_hello(stranger: Stranger) -> None:
 
 
 def long_hello(stranger: Stranger) -> None:
-    stranger.sock.sendall(padded(stranger.dialler.hello(), 16_000)[:-1])
+    stranger.sock.sendall(padded(stranger.dialler.hello(), 4_000)[:-1])
 
 
 def unfinished_record(stranger: Stranger) -> None:
@@ -651,10 +651,10 @@ STATES: dict[str, Callable[[Stranger], None]] = {
     "silent": lambda stranger: None,
     "half a ClientHello": half_hello,
     "a ClientHello, and nothing more": hello_alone,
-    "a ClientHello, and 13,000 of a record's 13,500 bytes": hello_and_half,
+    "a ClientHello, and 6,000 of a record's 6,500 bytes": hello_and_half,
     "the handshake, no greeting": Stranger.handshake,
-    "15,999 of a ClientHello's 16,000 bytes": long_hello,
-    "the handshake, and 13,000 of a record's 13,500 bytes": unfinished_record,
+    "3,999 of a ClientHello's 4,000 bytes": long_hello,
+    "the handshake, and 6,000 of a record's 6,500 bytes": unfinished_record,
 }
 
 
