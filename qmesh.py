@@ -368,7 +368,7 @@ def _parse_topic(value: Any) -> str:
 
 def _parse_key(value: Any) -> str:
     if not str(value).strip():  # as of a variable that was to be filled: without a word, the mesh would be open
-        raise ValueError("it is empty, where a file with the mesh's key is needed; without it, the mesh is open")
+        raise ValueError("it is empty, where the mesh's key or a file with it is needed; leave it away for none")
     return str(value)
 
 
@@ -473,7 +473,9 @@ class UsageError(QMeshError):
 
 
 class NoWorkerFound(QMeshError):
-    """Start one with `python qmesh.py worker`, or name a machine that runs one with --peer HOST."""
+    """Start one with `python qmesh.py worker`, or name a machine that runs one with --peer HOST; its key and its topic
+    have to be the same as here.
+    """
 
     code = "no_worker"
     exit_code = 3
@@ -1436,7 +1438,7 @@ FINGERPRINT_CHARS: Final = 8  # 40 bits, for people to compare; nothing rests on
 SIGNATURE_BYTES: Final = 64
 MAX_KEY_FILE_BYTES: Final = 4 * 1024  # a mesh key, those that it replaces, and some words
 OPEN_MESH: Final = "open"
-MAX_MESH_KEYS: Final = 2  # the one in force, and the one that it replaces
+MAX_MESH_KEYS: Final = 4  # the one in force, and those that it replaces, if that is done again before the last day
 
 
 # --- Ed25519 (RFC 8032, 5.1): points of the curve as (X, Y, Z, T), x = X/Z, y = Y/Z, x * y = T/Z ---
@@ -1463,7 +1465,7 @@ def _add(p: _Point, q: _Point) -> _Point:
 def _doublings() -> tuple[_Point, ...]:
     """The base point, twice that, four times that, and so on: made once, every product is a sum of them."""
     points = [(_BASE_X, _BASE_Y, 1, _BASE_X * _BASE_Y % _FIELD)]
-    while len(points) < 8 * KEY_BYTES:
+    while len(points) <= 8 * KEY_BYTES:
         points.append(_add(points[-1], points[-1]))
     return tuple(points)
 
@@ -1471,9 +1473,13 @@ def _doublings() -> tuple[_Point, ...]:
 def _times_base(scalar: int) -> bytes:
     """A multiple of the base point, encoded."""
     total: _Point = (0, 1, 1, 0)
-    for bit, point in enumerate(_doublings()):
-        if scalar >> bit & 1:
-            total = _add(total, point)
+    # Written with digits 1, 0 and -1, of which no two neighbours count, a number has the fewest that do: a third.
+    for x, y, z, t in _doublings():
+        if scalar & 1:
+            digit = 2 - (scalar & 3)
+            scalar -= digit
+            total = _add(total, (digit * x, y, z, digit * t))
+        scalar >>= 1
     inverse = pow(total[2], -1, _FIELD)
     x, y = total[0] * inverse % _FIELD, total[1] * inverse % _FIELD
     return (y | (x & 1) << 255).to_bytes(KEY_BYTES, "little")
@@ -1493,10 +1499,9 @@ def ed25519_public_key(seed: bytes) -> bytes:
     return _times_base(_expand(seed)[0])
 
 
-def ed25519_sign(seed: bytes, message: bytes) -> bytes:
-    """The 64 bytes of a private key's signature of a message."""
+def ed25519_sign(seed: bytes, public: bytes, message: bytes) -> bytes:
+    """The 64 bytes of a private key's signature of a message. public: the key that belongs to it."""
     scalar, prefix = _expand(seed)
-    public = _times_base(scalar)
     nonce = int.from_bytes(hashlib.sha512(prefix + message).digest(), "little") % _ORDER
     point = _times_base(nonce)
     challenge = int.from_bytes(hashlib.sha512(point + public + message).digest(), "little")
@@ -1546,7 +1551,8 @@ class MeshKey:
 
 def holds_key(text: str) -> bool:
     """Whether a text has in it what may be a key, if mistyped, rather than being the name of a file with one."""
-    return re.search("[a-z2-7]{40}", text.lower()) is not None or "\n" in text
+    bare = text.lower().strip("\"' ")
+    return bare.startswith(KEY_PREFIX) or "\n" in bare or re.search("[a-z2-7]{40}", bare) is not None
 
 
 def parse_mesh_keys(text: str) -> tuple[MeshKey, ...]:
@@ -1564,7 +1570,7 @@ def parse_mesh_keys(text: str) -> tuple[MeshKey, ...]:
     if keys[0].until is not None or any(key.until is None for key in keys[1:]):
         raise ValueError("the first key is the one in force and has no last day; each key after it needs one")
     if len(keys) > MAX_MESH_KEYS or len({key.secret for key in keys}) < len(keys):
-        raise ValueError(f"at most {MAX_MESH_KEYS} keys, each another: the one in force and the one that it replaces")
+        raise ValueError(f"at most {MAX_MESH_KEYS} keys, each another: the one in force and those that it replaces")
     return tuple(keys)
 
 
@@ -1716,7 +1722,7 @@ class Authority:
         return _unsigned(public, _NODE_NAME, extensions)
 
     def _sign(self, unsigned: bytes) -> bytes:
-        return _signed(unsigned, ed25519_sign(self._seed, unsigned))
+        return _signed(unsigned, ed25519_sign(self._seed, self._public, unsigned))
 
 
 _PRIVATE_KEY: Final = bytes.fromhex("302e020100300506032b657004220420")  # PKCS #8's DER (RFC 8410, 7) up to the key
@@ -3464,38 +3470,51 @@ def running_archive() -> Path | None:
     return place if place.is_file() else None
 
 
-def sealed_key() -> str | None:
-    """The content of the key file that was sealed into the archive that runs; None where there is none."""
-    archive = running_archive()
-    if archive is None:
-        return None
-    with zipfile.ZipFile(archive) as members, contextlib.suppress(KeyError):
+def read_sealed_key(archive: Path) -> str | None:
+    """The content of the key file that was sealed into an archive; None where there is none."""
+    with zipfile.ZipFile(archive) as members:
+        if SEALED_KEY_FILE not in members.namelist():
+            return None
+        warn_of_readers(archive.stat().st_mode, archive)
         return members.read(SEALED_KEY_FILE).decode("ascii", errors="replace")
-    return None
 
 
 def read_key_file(path: Path) -> str:
-    """A key file's text. Raises UsageError; warns when others can read it."""
+    """The text of a key file, or of that in a sealed archive. Raises UsageError; warns when others can read it."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_KEY_FILE_BYTES + 1)
             mode = os.fstat(file.fileno()).st_mode
+        if len(data) > MAX_KEY_FILE_BYTES and zipfile.is_zipfile(path):
+            return read_sealed_key(path) or ""
     except OSError as error:
         raise UsageError(f"the key file {path} cannot be read ({error.strerror or error})") from None
     if len(data) > MAX_KEY_FILE_BYTES:
         raise UsageError(f"{path} is no key file: it has more than {MAX_KEY_FILE_BYTES:,} bytes")
-    if sys.platform != "win32" and stat.S_ISREG(mode) and mode & 0o077:
-        log.warning("other users of this machine can read the mesh's key: chmod 600 %s", path)
+    warn_of_readers(mode, path)
     return data.decode("utf-8-sig", errors="replace")
+
+
+def warn_of_readers(mode: int, path: Path) -> None:
+    if sys.platform != "win32" and stat.S_ISREG(mode) and mode & 0o077:
+        log.warning("other users of this machine can read the mesh's key: chmod go= %s", path)
+
+
+def is_key_text(text: str) -> bool:
+    """Whether what was told is a key, mistyped or not, rather than the name of a file: such names are shown."""
+    with contextlib.suppress(OSError, ValueError):
+        if Path(text).expanduser().is_file():
+            return False
+    return holds_key(text)
 
 
 def read_keys(settings: Settings) -> tuple[MeshKey, ...]:
     """The mesh's keys that this process was told of, none for an open mesh. Raises UsageError."""
-    told, source = settings.key, "the mesh key in QMESH_KEY"
+    told, source, archive = settings.key, "the mesh key in QMESH_KEY", running_archive()
     if told is None:
-        told, source = sealed_key(), f"the key in {running_archive()}"
-    elif not holds_key(told):
-        told, source = read_key_file(Path(told)), f"the key file {told}"
+        told, source = read_sealed_key(archive) if archive is not None else None, f"the key in {archive}"
+    elif not is_key_text(told):
+        told, source = read_key_file(Path(told).expanduser()), f"the key file {told}"
     try:
         return parse_mesh_keys(told.strip("\"' ")) if told is not None else ()  # quotes, as environment files keep them
     except ValueError as error:
@@ -3584,6 +3603,7 @@ class StateDirectory:
             for instance in range(MAX_INSTANCES):
                 path = host_dir / str(instance)
                 path.mkdir(parents=True, exist_ok=True)
+                path.chmod(0o700)  # whoever can write here can take this worker's place
                 lock = try_lock(path / LOCK_FILE)
                 if lock is not None:
                     return cls(path, lock)
@@ -7544,6 +7564,42 @@ class KnownWorkers:
         return now - hint.failed_at >= RECORD_TTL_S
 
 
+class WorkerLinks:
+    """Connections to workers, each made when it is needed first; requests that need it at the same time share it."""
+
+    def __init__(self, meshes: Sequence[MeshKeys]) -> None:
+        self._meshes = meshes
+        self._links: dict[NodeId, WorkerLink] = {}
+        self._dialling: dict[NodeId, asyncio.Lock] = {}
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """Who we are to workers. It takes some milliseconds to make."""
+        made = Identity.ephemeral(self._meshes)
+        _ = made.dialling
+        return made
+
+    async def to(self, record: WorkerRecord) -> WorkerLink:
+        """The connection to a worker. Raises WorkerLost, and what `dial` raises."""
+        async with self._dialling.setdefault(record.worker_id, asyncio.Lock()):
+            link = self._links.get(record.worker_id)
+            if link is not None and link.alive:
+                return link
+            connection = await dial(record.address, self.identity)
+            if connection.peer_id != str(record.worker_id):
+                connection.abort()
+                raise _AnotherWorker(f"{format_address(record.address)} is another worker now")
+            link = self._links[record.worker_id] = WorkerLink(connection)
+            return link
+
+    async def close(self) -> None:
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+
+
+class _AnotherWorker(WorkerLost):
+    """Who answers has another id than the worker that was looked for."""
+
+
 class Client:
     """A guest of the mesh: `async with Client(settings) as mesh`, then `run`, `complete` or `statuses`."""
 
@@ -7557,8 +7613,7 @@ class Client:
         self.meshes = read_mesh_keys(settings)
         self._host_dir = host_state_dir(settings.state_dir, os.environ if environ is None else environ)
         self._known = KnownWorkers()
-        self._links: dict[NodeId, WorkerLink] = {}
-        self._dialling: dict[NodeId, asyncio.Lock] = {}
+        self.links = WorkerLinks(self.meshes)
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
         self._searches = 0
         self._search_is_whole = False
@@ -7577,12 +7632,11 @@ class Client:
         )
         self._remembered = remembered_peers(self._host_dir)
         self.node.meet(self.settings.peers, self._remembered)
-        self._identity = Identity.ephemeral(self.meshes)  # made while the first answers are on their way
-        _ = self._identity.dialling  # what is missing for it is said now
+        load_ssl()  # what is missing for it is said now
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        await asyncio.gather(*(link.close() for link in self._links.values()))
+        await self.links.close()
         if self._searching is not None:
             self._searching.cancel()
         met = [contact.address for contact in self.node.contacts()]
@@ -7608,10 +7662,16 @@ class Client:
             self._search()
         elif isinstance(event, Found):
             self._known.heard_of(event.records, self._loop.time(), own_word=event.search is None)
+            self._loop.call_soon(self._prepare)
         elif isinstance(event, Finished):
             self._known.heard_of(event.records, self._loop.time(), own_word=False)
             self._search_ended()
         self._changed.set()
+
+    def _prepare(self) -> None:
+        """Make ready for dialling whom we have just heard of, while others are waited for."""
+        with contextlib.suppress(QMeshError):  # who dials is told
+            _ = self.links.identity
 
     def _search(self) -> None:
         """Search the DHT, unless a search is under way: whom it meets, it asks too."""
@@ -7672,18 +7732,11 @@ class Client:
     # --- Workers ---
 
     async def _link(self, record: WorkerRecord) -> WorkerLink:
-        """The connection to a worker; requests that need it at the same time share one."""
-        async with self._dialling.setdefault(record.worker_id, asyncio.Lock()):
-            link = self._links.get(record.worker_id)
-            if link is not None and link.alive:
-                return link
-            connection = await dial(record.address, self._identity)
-            if connection.peer_id != str(record.worker_id):
-                connection.abort()
-                self._known.failed(record, self._loop.time(), is_another=True)
-                raise WorkerLost(f"{format_address(record.address)} is another worker now")
-            link = self._links[record.worker_id] = WorkerLink(connection)
-            return link
+        try:
+            return await self.links.to(record)
+        except _AnotherWorker:
+            self._known.failed(record, self._loop.time(), is_another=True)
+            raise
 
     async def _status_of(self, record: WorkerRecord) -> tuple[Json, HealthReport] | QMeshError:
         try:
@@ -7830,6 +7883,8 @@ class Client:
             names = ", ".join(sorted({printable(record.model) for record in records}))
             raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
         overloaded = any(record.state is HealthState.OVERLOADED for record in named)
+        if isinstance(failure, MissingTls):
+            raise failure
         failed = failure is not None and not isinstance(failure, Refused)
         unheard = not overloaded and (failed or not records)
         if unheard and (out_of_time or self._loop.time() - answered_at >= DISCOVERY_TIMEOUT_S):
@@ -8012,6 +8067,7 @@ class Neighbour:
 
     here: on this machine. named: as it was given by --peer. heard: its beacons reach us. hears: it answers ours.
     pinged, greeted: whether it answers over UDP, over TCP. foreign: a QMesh of another mesh answers there.
+    guessed: nobody told of its TCP port.
     called: its ping reached this machine when it was asked to call back. shut: those of our ports that its calls did
     not reach, None where it made none.
     """
@@ -8027,6 +8083,7 @@ class Neighbour:
     greeted: bool = False
     called: bool = False
     foreign: bool = False
+    guessed: bool = False
     shut: list[str] | None = None
     status: Json = field(default_factory=dict)
     failure: str = ""
@@ -8069,6 +8126,9 @@ def conclude(peer: Neighbour, *, deaf: bool, udp_elsewhere: bool) -> Check:
         return _unreachable(peer, tried)
     if peer.udp is not None and not peer.pinged:
         return _without_udp(peer, tried, deaf=deaf, udp_elsewhere=udp_elsewhere)
+    if not peer.greeted and peer.guessed and not peer.named:
+        found = "has the same key, and announces no worker of this topic"
+        return note(peer.title, "other_topic", found, _OTHER_MESHES["mesh"][1], tried)
     if not peer.greeted:
         found = f"answers over UDP, not over TCP ({peer.failure})"
         remedy = f"{peer.remedy}; here, let TCP out"
@@ -8180,7 +8240,7 @@ class Ears:
 
     def unheard(self, outlet: Interface) -> tuple[list[str], list[str]]:
         """The ways that were tried on an interface, and those that did not bring our own beacon back."""
-        tried = [way for known, way in self._beacons.values() if known == outlet]
+        tried = list(dict.fromkeys(way for known, way in self._beacons.values() if known == outlet))
         return tried, [way for way in tried if (outlet, way) not in self._heard_own]
 
     def is_here(self, host: str) -> bool:
@@ -8337,6 +8397,7 @@ class Doctor:
         known = {peer.node_id: peer.tcp[1] for peer in self._peers if peer.tcp is not None}
         for peer in self._peers:
             if peer.tcp is None and peer.udp is not None:
+                peer.guessed = peer.node_id not in known
                 peer.tcp = peer.udp[0], known.get(peer.node_id, peer.udp[1])
 
     def _peer(self, node_id: NodeId | None, udp: Address | None, tcp: Address | None) -> Neighbour:
@@ -8798,6 +8859,10 @@ def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]
     if rows:
         print(table(header, rows))
         print(f"{plural(len(rows), 'worker')} in the {mesh.title}")
+    for status in workers:
+        theirs = status["mesh"].get("fingerprint") if isinstance(status.get("mesh"), dict) else None
+        if theirs not in (None, mesh.fingerprint):
+            print(f"{status['worker_id'][:6]}  has another key alone: that of {printable(theirs)}", file=sys.stderr)
     for status in silent:
         print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
 
@@ -8977,10 +9042,12 @@ def print_check(check: Check) -> None:
 
 def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
     target = Path(arguments.file)
+    if is_key_text(arguments.file):
+        raise UsageError("the name of a file for the new key is needed, not a key")
     if (arguments.replace is None) != (arguments.until is None):
         raise UsageError("--replace OLD and --until YYYY-MM-DD belong together")
     new = MeshKey(secrets.token_bytes(KEY_BYTES))
-    keys = [new] if arguments.replace is None else [new, old_key(Path(arguments.replace), arguments.until)]
+    keys = [new] if arguments.replace is None else [new, *old_keys(Path(arguments.replace), arguments.until)]
     text = KEY_FILE_HEADER + "".join(f"{key.text}\n" for key in keys)
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -8993,23 +9060,36 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
     except FileExistsError:
         raise UsageError(f"{target} is there already; its key may be in use, so it is left as it is") from None
     except OSError as error:
-        raise UsageError(f"{target} cannot be written ({error.strerror or error})") from None
+        raise UsageError(cannot_write(target, error)) from None
     terminal = Terminal(shown=True)
     terminal.say(f"🔑 Made the key of a closed mesh ({MeshKeys.derive(settings.topic, new).fingerprint})")
+    for key in keys[1:]:
+        fingerprint = MeshKeys.derive(settings.topic, key).fingerprint
+        terminal.say(f"   It replaces that of {fingerprint}, which counts until {key.until}")
     terminal.say(INIT_ADVICE.format(program=program_name(), file=target))
     print(target)
     return 0
 
 
-def old_key(path: Path, until: str) -> MeshKey:
-    """The key in force of a key file, with its last day. Raises UsageError."""
+def cannot_write(target: Path, error: OSError) -> str:
+    if not target.parent.is_dir():
+        return f"{target} cannot be written: there is no folder {target.parent}"
+    return f"{target} cannot be written ({error.strerror or error})"
+
+
+def old_keys(path: Path, until: str) -> list[MeshKey]:
+    """The key in force of a key file, with its last day, and those that it replaces and still count."""
     try:
-        key = MeshKey.parse(f"{parse_mesh_keys(read_key_file(path))[0].text} until {until}")
+        first, *older = parse_mesh_keys(read_key_file(path))
+        replaced = MeshKey.parse(f"{first.text} until {until}")
     except ValueError as error:
         raise UsageError(f"--replace {path} --until {until}: {error}") from None
-    if key.until is not None and key.until < utc_today():
+    if replaced.until is not None and replaced.until < utc_today():
         raise UsageError(f"--until {until}: that day is over, so the old key would count no more")
-    return key
+    keys = [replaced, *(key for key in older if key.until is not None and key.until >= utc_today())]
+    if len(keys) >= MAX_MESH_KEYS:
+        raise UsageError(f"{path} replaces {plural(len(older), 'key')} already: wait for the last day of one of them")
+    return keys
 
 
 def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -9019,10 +9099,12 @@ def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
     keys = "".join(f"{key.text}\n" for key in read_keys(settings))
     if not keys:
         raise UsageError(f"no key to put in: name one with --key FILE, as `{program_name()} init FILE` makes it")
+    if target.exists():
+        raise UsageError(f"{target} is there already, and is left as it is: name a new file, or delete that one")
     try:
         seal(archive, keys, target)
     except OSError as error:
-        raise UsageError(f"{target} cannot be written ({error.strerror or error})") from None
+        raise UsageError(cannot_write(target, error)) from None
     terminal = Terminal(shown=True)
     fingerprint = read_mesh_keys(settings)[0].fingerprint
     terminal.say(f"🔒 Sealed for the closed mesh {fingerprint}: copy it to each machine of the mesh, and run it there")
@@ -9088,16 +9170,12 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", help="bind to this address of the machine and no other (all)")
     group.add_argument("--peer", dest="peers", action="append", metavar="HOST[:PORT]", help="ask here too; repeatable")
     group.add_argument("--topic", help=f"the mesh's name ({DEFAULT_TOPIC})")
-    add_key(group)
+    group.add_argument("--key", type=key_file, metavar="FILE", help="the mesh's key (the sealed one, or an open mesh)")
     group.add_argument("--state-dir", metavar="DIR", help="where ids and remembered peers are kept")
 
 
-def add_key(group: Any) -> None:  # a parser, or a group of one
-    group.add_argument("--key", type=key_file, metavar="FILE", help="the mesh's key (the sealed one, or an open mesh)")
-
-
 def key_file(text: str) -> str:
-    if holds_key(text):
+    if is_key_text(text):
         raise argparse.ArgumentTypeError(
             "a key in a command can be read by everybody on this machine: name a file that holds it, or set QMESH_KEY"
         )
@@ -9203,7 +9281,7 @@ def init_arguments(parser: argparse.ArgumentParser) -> None:
 
 def seal_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="OUT.pyz", help="the copy to make")
-    add_key(parser)
+    parser.add_argument("--key", type=key_file, metavar="FILE", help="the key to put in (that in this program)")
     add_common(parser)
 
 

@@ -300,7 +300,7 @@ def test_a_key_file_that_is_there_is_never_replaced(nobody: harness.Mesh) -> Non
 def test_a_key_file_that_cannot_be_made_is_named(nobody: harness.Mesh) -> None:
     finished = nobody.run("init", str(nobody.directory / "missing" / "lab.key"))
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert "lab.key cannot be written (No such file or directory)" in finished.stderr
+    assert "lab.key cannot be written: there is no folder" in finished.stderr
 
 
 def test_a_key_that_replaces_another_stands_before_it_in_its_file(nobody: harness.Mesh) -> None:
@@ -308,11 +308,11 @@ def test_a_key_that_replaces_another_stands_before_it_in_its_file(nobody: harnes
     newer = make_key(nobody, "newer.key", "--replace", str(old), "--until", "2099-12-31")
     newest = make_key(nobody, "newest.key", "--replace", str(newer), "--until", "2099-12-31")
     keys = {path: qmesh.parse_mesh_keys(path.read_text("ascii")) for path in (old, newer, newest)}
-    for replaced, path in ((old, newer), (newer, newest)):
-        in_force, before = keys[path]
-        assert in_force.until is None
-        assert before == dataclasses.replace(keys[replaced][0], until=datetime.date(2099, 12, 31))
-        assert path.stat().st_mode & 0o777 == 0o600
+    replaced = [dataclasses.replace(keys[path][0], until=datetime.date(2099, 12, 31)) for path in (newer, old)]
+    assert keys[newer][1:] == (replaced[1],)
+    assert keys[newest][1:] == tuple(replaced)  # the oldest counts until its own last day
+    assert [len({key.secret for key in each}) for each in keys.values()] == [1, 2, 3]
+    assert [path.stat().st_mode & 0o777 for path in keys] == [0o600] * 3
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_key_file_that_others_can_read_is_spoken_of(nobody: harness.Mesh) -> N
     path.chmod(0o644)
     finished = nobody.run("status", "--timeout", "1", "--key", str(path))
     assert finished.returncode == 3
-    assert f"other users of this machine can read the mesh's key: chmod 600 {path}" in finished.stderr
+    assert f"other users of this machine can read the mesh's key: chmod go= {path}" in finished.stderr
 
 
 def test_nobody_without_its_key_finds_a_worker_of_a_closed_mesh(mesh: harness.Mesh) -> None:

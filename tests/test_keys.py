@@ -65,7 +65,7 @@ def vectors(file_name: str, kind: str) -> list[dict[str, str]]:
 
 
 def signature_of(vector: dict[str, str]) -> str:
-    return ed25519_sign(bytes.fromhex(vector["sk"]), bytes.fromhex(vector["msg"])).hex()
+    return ed25519_sign(*(bytes.fromhex(vector[name]) for name in ("sk", "pk", "msg"))).hex()
 
 
 @pytest.mark.parametrize("file_name", ["rfc8032_ed25519.json", "wycheproof_ed25519.json"])
@@ -86,12 +86,17 @@ def test_no_signature_is_one_that_wycheproof_calls_invalid() -> None:
 def test_public_keys_and_signatures_are_those_of_another_implementation(seed: bytes, message: bytes) -> None:
     other = ed25519.Ed25519PrivateKey.from_private_bytes(seed)
     assert ed25519_public_key(seed) == other.public_key().public_bytes_raw()
-    assert ed25519_sign(seed, message) == other.sign(message)
+    assert ed25519_sign(seed, ed25519_public_key(seed), message) == other.sign(message)
 
 
 @pytest.mark.parametrize("size", [0, 31, 33, 64])
 def test_a_private_key_of_another_size_is_refused(size: int) -> None:
-    for use in (ed25519_public_key, functools.partial(ed25519_sign, message=b""), Authority, NodeKey.of_seed):
+    for use in (
+        ed25519_public_key,
+        functools.partial(ed25519_sign, public=bytes(32), message=b""),
+        Authority,
+        NodeKey.of_seed,
+    ):
         with pytest.raises(ValueError, match="32 bytes"):
             use(bytes(size))
 
@@ -235,6 +240,8 @@ OLD = MeshKey(SEEDS[3], LAST_DAY)
 def test_a_key_file_holds_the_key_in_force_and_the_one_that_it_replaces() -> None:
     assert parse_mesh_keys(TEXT) == (MeshKey(SECRET),)
     assert parse_mesh_keys(f"{TEXT}\n{OLD.text}\n") == (MeshKey(SECRET), OLD)
+    older = MeshKey(SEEDS[0], LAST_DAY)
+    assert parse_mesh_keys(f"{TEXT}\n{OLD.text}\n{older.text}") == (MeshKey(SECRET), OLD, older)
 
 
 def test_comments_and_empty_lines_in_a_key_file_do_not_matter() -> None:
@@ -252,9 +259,9 @@ def test_comments_and_empty_lines_in_a_key_file_do_not_matter() -> None:
         ([OLD.text, TEXT], "first key"),
         ([TEXT, MeshKey(SEEDS[0]).text], "each key after it"),
         ([TEXT, OLD.text, MeshKey(SEEDS[0]).text], "each key after it"),
-        ([TEXT, OLD.text, MeshKey(SEEDS[0], LAST_DAY).text], "at most 2"),
+        ([TEXT, *(MeshKey(bytes([number]) * 32, LAST_DAY).text for number in range(4))], "at most 4"),
         ([TEXT, MeshKey(SECRET, LAST_DAY).text], "each another"),
-        ([TEXT, OLD.text, OLD.text], "at most 2"),
+        ([TEXT, OLD.text, OLD.text], "each another"),
         (["# first", "", TEXT[:-1]], "line 3: "),
         ([TEXT, OLD.text + "x"], "line 2: "),
     ],

@@ -288,7 +288,6 @@ def test_a_key_that_is_named_goes_before_the_sealed_one(sealed: Path, tmp_path: 
     assert told_mesh(sealed, tmp_path, QMESH_KEY=str(other)) == fingerprint(OTHER_KEY)
     assert told_mesh(sealed, tmp_path, QMESH_KEY=OTHER_KEY.text) == fingerprint(OTHER_KEY)
     assert told_mesh(sealed, tmp_path, "--key", other, QMESH_KEY=third.text) == fingerprint(OTHER_KEY)
-    assert told_mesh(sealed, tmp_path, QMESH_KEY=" ") == fingerprint(KEY)
 
 
 def test_sealing_a_sealed_archive_replaces_its_key(archive: Path, sealed: Path, tmp_path: Path) -> None:
@@ -299,10 +298,31 @@ def test_sealing_a_sealed_archive_replaces_its_key(archive: Path, sealed: Path, 
     assert (tmp_path / "copy.pyz").read_bytes() == sealed.read_bytes()
 
 
-def test_a_sealed_archive_can_be_sealed_anew_in_its_place(sealed: Path, tmp_path: Path) -> None:
+def test_what_is_there_already_is_not_sealed_over(sealed: Path, tmp_path: Path) -> None:
+    own, key = Path(shutil.copy(sealed, tmp_path / "lab.pyz")), key_file(tmp_path, OTHER_KEY)
+    for target in (own, key):
+        before = target.read_bytes()
+        finished = bare(own, "seal", target, "--key", key, tmp_path=tmp_path)
+        assert finished.returncode == 2
+        assert f"{target} is there already, and is left as it is" in finished.stderr
+        assert target.read_bytes() == before
+
+
+def test_the_key_in_a_sealed_archive_can_be_used_and_replaced(archive: Path, sealed: Path, tmp_path: Path) -> None:
+    assert told_mesh(archive, tmp_path, "--key", sealed) == fingerprint(KEY)
+    new = tmp_path / "new.key"
+    finished = bare(archive, "init", new, "--replace", sealed, "--until", "2099-12-31", tmp_path=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert qmesh.parse_mesh_keys(new.read_text("ascii"))[1].secret == KEY.secret
+
+
+def test_a_sealed_archive_that_others_can_read_is_spoken_of(sealed: Path, tmp_path: Path) -> None:
     own = Path(shutil.copy(sealed, tmp_path / "lab.pyz"))
-    seal(own, own, OTHER_KEY)
-    assert told_mesh(own, tmp_path) == fingerprint(OTHER_KEY)
+    own.chmod(0o755)
+    warning = f"other users of this machine can read the mesh's key: chmod go= {own}"
+    assert warning in bare(own, "status", "--timeout", "0.2", tmp_path=tmp_path).stderr
+    own.chmod(0o700)
+    assert warning not in bare(own, "status", "--timeout", "0.2", tmp_path=tmp_path).stderr
 
 
 def test_a_key_and_the_one_that_it_replaces_are_both_sealed_in(archive: Path, tmp_path: Path) -> None:
@@ -334,8 +354,8 @@ def test_a_seal_that_fails_leaves_nothing_behind(archive: Path, tmp_path: Path) 
     no_key = key_file(tmp_path, name="no.key")
     there = sorted(tmp_path.rglob("*"))
     for target, named, said in (
-        (tmp_path / "missing" / "lab.pyz", key, "lab.pyz cannot be written (No such file or directory)"),
-        (folder, key, "folder.pyz cannot be written (Is a directory)"),
+        (tmp_path / "missing" / "lab.pyz", key, "lab.pyz cannot be written: there is no folder"),
+        (folder, key, "folder.pyz is there already"),
         (tmp_path / "lab.pyz", no_key, "there is no mesh key in it"),
         (tmp_path / "lab.pyz", tmp_path / "none.key", "none.key cannot be read (No such file or directory)"),
     ):

@@ -150,13 +150,12 @@ async def find(topic: str, count: int) -> dict[str, Times]:
 
     async def connect(record: WorkerRecord) -> None:
         async with turns:
-            connection = await qmesh.dial(record.address, identity)
+            connection = await qmesh.dial(record.address, client.links.identity)
         assert connection.peer_id == str(record.worker_id)
         connected.saw(record.worker_id)
         connections.append(connection)
 
     async with client_of(topic) as client:
-        identity = qmesh.Identity.ephemeral(client.meshes)
         async with asyncio.TaskGroup() as dialling:
             searching = dialling.create_task(client.discover(everything=True))
             while not heard.over:
