@@ -396,6 +396,9 @@ def test_while_a_key_is_being_replaced_members_with_the_old_and_the_new_work_tog
         for path in (new, old)
     }
     assert reached == {new: {ids["new"], ids["old"]}, old: {ids["new"], ids["old"]}}
+    told = mesh.run("status", "--key", str(new)).stderr
+    assert f"{ids['old'][:6]}  has another key alone" in told
+    assert ids["new"][:6] not in told
     answer = mesh.json("prompt", "hi", "--max-tokens", "2", "--key", str(old))
     assert answer["worker_id"] in ids.values()
     assert mesh.run("status", "--timeout", "1.5", "--key", str(over)).returncode == 3  # another new key, no old one

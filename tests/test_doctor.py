@@ -72,6 +72,22 @@ def test_what_was_not_tried_is_not_called_blocked() -> None:
     assert qmesh.conclude(tcp_only, deaf=False, udp_elsewhere=False).verdict is Verdict.WELL
 
 
+@pytest.mark.parametrize(
+    ("outcome", "cause", "verdict"),
+    [
+        ({"pinged": True, "guessed": True}, "other_topic", Verdict.NOTE),
+        ({"pinged": True, "guessed": True, "named": "lab"}, "tcp_blocked_there", Verdict.PROBLEM),
+        ({"pinged": True, "foreign": True}, "other_topic", Verdict.NOTE),
+        ({"pinged": False, "foreign": True}, "other_mesh", Verdict.NOTE),
+        ({"pinged": False, "foreign": True, "named": "lab"}, "other_mesh", Verdict.PROBLEM),
+    ],
+)
+def test_another_topic_or_mesh_is_not_called_a_firewall(outcome: dict[str, Any], cause: str, verdict: Verdict) -> None:
+    check = qmesh.conclude(peer(**outcome), deaf=False, udp_elsewhere=False)
+    assert (check.cause, check.verdict) == (cause, verdict)
+    assert cause.startswith("tcp") or "--topic" in check.remedy
+
+
 # --- This machine ---
 
 

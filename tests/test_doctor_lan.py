@@ -16,7 +16,7 @@ from lan import Lan, Machine, require, start_workers
 
 import qmesh
 
-NOISE_S = 25  # until each doctor has listened, though a crowd of them starts at once
+NOISE_S = 18  # until each doctor has listened, though a crowd of them starts at once
 # A machine with a later version of QMesh, as far as it can be heard.
 LATER_VERSION = f"""
 import socket, time

@@ -335,6 +335,9 @@ class PlainStream(qmesh.TlsStream):
         self.tls: Any = None
         self._in, self._out = bytearray(), bytearray()
 
+    def has_hello(self) -> bool:
+        return bool(self._in)
+
     def feed(self, data: memoryview) -> None:
         self._in += data
 
