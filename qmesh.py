@@ -6533,7 +6533,7 @@ class Connection(asyncio.BufferedProtocol):
             if frame is not None:
                 return frame
             data = self._attempt(self._stream.read)
-            if data is None and not self._over.is_set():
+            if data is None and (self._failure is not None or not self._over.is_set()):
                 await self._more()
             elif data:
                 self._frames.feed(data)

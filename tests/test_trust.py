@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -376,6 +377,51 @@ async def test_who_has_shown_a_certificate_may_still_send_no_more_than_a_greetin
         assert "at most 4,096 are accepted" in (await client.receive())["message"]
         await client.closed()
         await until_dropped(server, protocol=1)
+
+
+@in_a_loop
+async def test_who_has_shown_a_certificate_may_not_send_without_end_either() -> None:
+    async with serving(member(1)) as (server, address), connected(address, greeted=False) as client:
+        with contextlib.suppress(OSError):
+            await client.send_bytes(bytes(2 * qmesh.MAX_UNTRUSTED_BYTES))
+        await until_dropped(server, protocol=1)
+
+
+@in_a_loop
+async def test_a_connection_that_breaks_is_told_from_one_that_ends() -> None:
+    ends: asyncio.Queue[object] = asyncio.Queue()
+
+    async def listens(connection: Connection) -> None:
+        try:
+            ends.put_nowait(await connection.receive())
+        except QMeshError as error:
+            ends.put_nowait(error)
+
+    server = TcpServer(listens, member(1))
+    address = await server.start(LOOPBACK, 0)
+    async with asyncio.timeout(PATIENCE_S):
+        connection = await qmesh.dial(address, member(2))
+        await connection.close()
+        assert await ends.get() is None
+        with socket.socket() as sock:
+            await breaks_off(sock, address)
+        assert isinstance(await ends.get(), WorkerLost)
+    await server.stop()
+
+
+async def breaks_off(sock: socket.socket, address: Address) -> None:
+    """Greet over this socket, and have it reset when it is closed."""
+    connection, loop = Connection(), asyncio.get_running_loop()
+    sock.setblocking(False)
+    await loop.sock_connect(sock, address)
+    identity = member(3)
+    await loop.create_connection(lambda: connection, sock=sock)
+    await connection.secure(identity, identity.memberships[0])
+    await connection.send(qmesh.greeting("hello", identity.node_id))
+    welcome = await connection.receive()
+    assert welcome is not None
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.abort()
 
 
 @pytest.mark.parametrize(
