@@ -1609,6 +1609,10 @@ class MeshKeys:
         """What people call the mesh."""
         return f"open mesh {self.name!r}" if self.is_open else f"closed mesh {self.name!r} ({self.fingerprint})"
 
+    def to_json(self) -> Json:
+        """Which mesh this is; nothing of it is secret."""
+        return {"topic": self.name, "open": self.is_open, "fingerprint": self.fingerprint}
+
 
 def _subkey(secret: bytes, label: bytes) -> bytes:
     return hmac.digest(secret, b"qmesh " + label, "sha256")
@@ -6928,11 +6932,6 @@ def _parse_answer(body: Json) -> Queued | Token | Result:
         raise WireError(f"a place in the queue that makes no sense: {error}") from None
 
 
-def mesh_json(keys: MeshKeys) -> Json:
-    """Which mesh this is, for people and programs; nothing of it is secret."""
-    return {"topic": keys.name, "open": keys.is_open, "fingerprint": keys.fingerprint}
-
-
 # ======================================================================================================
 # 17  Worker
 #
@@ -7150,7 +7149,7 @@ class Worker:
             "udp": list(self.node.address),
             "model": self.engine.plan.model.name,
             "slots": self.engine.plan.slots,
-            "mesh": mesh_json(self.meshes[0]),
+            "mesh": self.meshes[0].to_json(),
         }
 
     def status(self) -> Json:
@@ -7169,7 +7168,7 @@ class Worker:
             "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.capacity},
             "speed": round(self.engine.speed.tokens_per_s, 1),
             "gpu": {"layers": layers, "devices": self.engine.devices if layers else [], "cards": cards},
-            "mesh": mesh_json(self.meshes[0]),
+            "mesh": self.meshes[0].to_json(),
             "network": self.node.report() | {"connections_dropped": dict(self._server.dropped)},
             "run_id": self._run_id,
             "agent": AGENT,
@@ -8844,7 +8843,7 @@ def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
     workers, silent, network, mesh = asyncio.run(ask_all(settings))
     elapsed_ms = round(1000 * (time.monotonic() - started), 1)
     if arguments.json:
-        answer = {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh_json(mesh)}
+        answer = {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh.to_json()}
         print_json(answer | {"elapsed_ms": elapsed_ms})
     else:
         print_status(mesh, workers, silent)
@@ -9020,7 +9019,7 @@ async def examine(arguments: argparse.Namespace, settings: Settings) -> int:
     problems = [check for check in checks if check.verdict is Verdict.PROBLEM]
     if arguments.json:
         elapsed_ms = round(1000 * (time.monotonic() - started), 1)
-        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "mesh": mesh_json(doctor.mesh)}
+        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "mesh": doctor.mesh.to_json()}
         print_json(body | {"elapsed_ms": elapsed_ms})
     else:
         print(f"{plural(len(problems), 'problem')} found" if problems else "All is well")

@@ -426,7 +426,7 @@ def test_a_closed_mesh_and_an_open_one_of_the_same_name_do_not_see_each_other(ne
     ):
         assert [worker["worker_id"] for worker in told["workers"]] == [talk.worker.processes[0].worker_id]
         assert told["unreachable"] == []
-        assert told["mesh"] == qmesh.mesh_json(mesh)
+        assert told["mesh"] == mesh.to_json()
         assert told["workers"][0]["mesh"] == told["mesh"]
 
 
