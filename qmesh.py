@@ -1544,6 +1544,11 @@ class MeshKey:
         return replace(key, until=until)
 
     @property
+    def fingerprint(self) -> str:
+        """What people call the mesh by; it does not lead back to the key."""
+        return base64.b32encode(_subkey(self.secret, b"fingerprint")).decode().lower()[:FINGERPRINT_CHARS]
+
+    @property
     def text(self) -> str:
         until = f" until {self.until.isoformat()}" if self.until is not None else ""
         return KEY_PREFIX + base64.b32encode(self.secret).decode().rstrip("=").lower() + until
@@ -1596,9 +1601,8 @@ class MeshKeys:
         open_secret = hashlib.sha256(b"qmesh open mesh\0" + topic_name.encode()).digest()
         secret = open_secret if key is None else key.secret
         topic = NodeId.of_bytes(hmac.digest(_subkey(secret, b"topic"), topic_name.encode(), "sha256"))
-        told = base64.b32encode(_subkey(secret, b"fingerprint")).decode().lower()[:FINGERPRINT_CHARS]
-        keys = topic, _subkey(secret, b"udp"), _subkey(secret, b"ca")
-        return cls(topic_name, *keys, OPEN_MESH if key is None else told, None if key is None else key.until)
+        told = (OPEN_MESH, None) if key is None else (key.fingerprint, key.until)
+        return cls(topic_name, topic, _subkey(secret, b"udp"), _subkey(secret, b"ca"), *told)
 
     @property
     def is_open(self) -> bool:
@@ -1689,6 +1693,11 @@ def _signed(unsigned: bytes, signature: bytes) -> bytes:
     return _der(_SEQUENCE, unsigned, _ED25519, _der(_BITS, b"\0", signature))
 
 
+def node_id_of(public: bytes) -> NodeId:
+    """Who has this public key, in every mesh."""
+    return NodeId.of_bytes(hashlib.sha256(public).digest())
+
+
 class Authority:
     """A mesh's certificate authority, the same for every member. certificate: its own, in DER."""
 
@@ -1715,7 +1724,7 @@ class Authority:
         expected = _signed(self._leaf(public), bytes(SIGNATURE_BYTES))
         if len(certificate) != len(expected) or certificate[:-SIGNATURE_BYTES] != expected[:-SIGNATURE_BYTES]:
             raise WireError("a certificate that is not of QMesh's form")
-        return NodeId.of_bytes(hashlib.sha256(public).digest())
+        return node_id_of(public)
 
     def _leaf(self, public: bytes) -> bytes:
         usage = _der(_BITS, b"\x07\x80")  # signs handshakes
@@ -1743,7 +1752,7 @@ class NodeKey:
     @classmethod
     def of_seed(cls, seed: bytes) -> NodeKey:
         public = ed25519_public_key(seed)
-        return cls(seed, public, NodeId.of_bytes(hashlib.sha256(public).digest()))
+        return cls(seed, public, node_id_of(public))
 
     @classmethod
     def parse(cls, text: str) -> NodeKey:
@@ -2287,22 +2296,21 @@ class RateLimiter:
 
     def allow(self, address: Address, now: float) -> bool:
         """Whether one more of a sender's is taken now."""
-        level = self._level(address, now)
-        self._set(address, level - (level >= 1), now)
+        sender = sender_of(address)
+        level = self._level(sender, now)
+        _remember(self._buckets, sender, (level - (level >= 1), now), MAX_RATED_ADDRESSES)
         return level >= 1
 
     def charge(self, address: Address, now: float, cost: float) -> float:
         """Take what costs a sender so much, and return for how many seconds it has to pause for that."""
-        level = self._level(address, now) - cost
-        self._set(address, level, now)
+        sender = sender_of(address)
+        level = self._level(sender, now) - cost
+        _remember(self._buckets, sender, (level, now), MAX_RATED_ADDRESSES)
         return max(0.0, -level / self._per_s)
 
-    def _level(self, address: Address, now: float) -> float:
-        level, since = self._buckets.get(sender_of(address), (self._burst, now))
+    def _level(self, sender: Address | str, now: float) -> float:
+        level, since = self._buckets.get(sender, (self._burst, now))
         return min(self._burst, level + (now - since) * self._per_s)
-
-    def _set(self, address: Address, level: float, now: float) -> None:
-        _remember(self._buckets, sender_of(address), (level, now), MAX_RATED_ADDRESSES)
 
 
 class Gate:
@@ -3457,9 +3465,9 @@ def utc_today() -> datetime.date:
     return datetime.datetime.now(datetime.UTC).date()
 
 
-def in_force(keys: MeshKeys) -> bool:
+def in_force(key: MeshKey | MeshKeys) -> bool:
     """Whether a mesh's key counts today."""
-    return keys.until is None or utc_today() <= keys.until
+    return key.until is None or utc_today() <= key.until
 
 
 def program_name() -> str:
@@ -3531,18 +3539,25 @@ def read_mesh_keys(settings: Settings) -> tuple[MeshKeys, ...]:
     return tuple(filter(in_force, keys))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content so that a reader sees the old or the new, whole."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file, of this user alone, that takes a path's place when it is whole; else what was there stays."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        with os.fdopen(handle, "w+b") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content so that a reader sees the old or the new, whole."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 @contextlib.contextmanager
@@ -5496,6 +5511,31 @@ _IP_MULTICAST_ALL: Final = 49
 _IPV6_MULTICAST_ALL: Final = 29
 
 
+class OwnedTasks:
+    """The tasks of one owner, who ends them all with `close`. One that fails is logged."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task failed", exc_info=task.exception())
+
+
 class UdpSocket(asyncio.DatagramProtocol):
     """One bound socket. It sends itself a datagram now and then: some systems stop delivering without a word."""
 
@@ -5776,7 +5816,7 @@ class UdpNode:
         self._listener: BeaconListener | None = None
         self._outlets: list[Interface] = []
         self._broadcasts: set[str | None] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = OwnedTasks()
         self._mending = False
         self._closing = False
         self._timer: asyncio.TimerHandle | None = None
@@ -5820,9 +5860,7 @@ class UdpNode:
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         if self._listener is not None:
             self._listener.close()
         await self._sockets.close()
@@ -5880,7 +5918,7 @@ class UdpNode:
         self.run(lambda engine, now: engine.meet(dict.fromkeys([*numeric.values(), *known]), now))
         named = {name: place for name, place in places.items() if name not in numeric}
         if named:
-            self._own_task(self._resolve(named))
+            self._tasks.start(self._resolve(named))
 
     async def _resolve(self, places: dict[str, Address]) -> None:
         """Resolve names until each has been; then only while nobody is known, as a machine's address may change."""
@@ -5901,16 +5939,6 @@ class UdpNode:
             self.unresolved.pop(name, None)
             self.resolved[name] = found
             self.run(lambda engine, now: engine.meet(found, now))
-
-    def _own_task(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_ended)
-
-    def _task_ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("the UDP node's upkeep failed", exc_info=task.exception())
 
     # --- Moving datagrams, events and the timer ---
 
@@ -5999,7 +6027,7 @@ class UdpNode:
         deaf = [own for own in self._sockets if not own.test()]
         if not self._mending and not self._closing:
             self._mending = True
-            self._own_task(self._mend(deaf))
+            self._tasks.start(self._mend(deaf))
 
     async def _mend(self, deaf: Sequence[UdpSocket]) -> None:
         """Listen on interfaces that have come, and bind anew the sockets that hear nothing any more."""
@@ -6972,7 +7000,7 @@ class Worker:
         self._started = time.monotonic()
         self._dial_backs = asyncio.Semaphore(MAX_DIAL_BACKS)
         self._begun: set[int] = set()  # tickets of jobs that have given a token
-        self._asking_clones: set[asyncio.Task[None]] = set()
+        self._asking_clones = OwnedTasks()
         self.rate = RateLimiter(burst=MEMBER_BURST, per_s=MEMBER_PER_S)
         self._run_id = secrets.token_hex(8)  # tells this process from a copy of it with the same worker id
         self._remember_at = 0.0
@@ -7035,6 +7063,7 @@ class Worker:
         node = await UdpNode.open(
             *engines, host=settings.host, port=settings.port, listen=True, on_event=self._on_dht_event
         )
+        self._resources.push_async_callback(self._asking_clones.close)
         self._resources.push_async_callback(node.close)
         node.meet(settings.peers, remembered_peers(self._host_dir))
         return node
@@ -7043,9 +7072,7 @@ class Worker:
         if isinstance(event, Joined):
             log.info("met %s at %s", event.contact.node_id.short, format_address(event.contact.address))
         elif isinstance(event, Cloned):
-            task = asyncio.create_task(self._ask_clone(event.address))
-            self._asking_clones.add(task)
-            task.add_done_callback(self._asking_clones.discard)
+            self._asking_clones.start(self._ask_clone(event.address))
 
     async def _ask_clone(self, address: Address) -> None:
         """Tell of a clone if it answers: who only repeats what this worker once said cannot."""
@@ -7272,7 +7299,7 @@ class Session:
         self._tickets: dict[str, int] = {}
         self._outbox: list[tuple[str, Said]] = []
         self._client_lags = asyncio.Event()
-        self._dialling: set[asyncio.Task[None]] = set()
+        self._dialling = OwnedTasks()
 
     async def run(self) -> None:
         """Serve until the client closes, breaks the protocol, or stops reading."""
@@ -7285,8 +7312,9 @@ class Session:
         finally:
             for ticket in self._tickets.values():
                 self._worker.cancel(ticket)
-            for task in (reading, writing, *self._dialling):
+            for task in (reading, writing):
                 await _cancelled(task)
+            await self._dialling.close()
             with contextlib.suppress(QMeshError):
                 self._flush()
 
@@ -7374,9 +7402,7 @@ class Session:
             busy = Refused(f"{MAX_DIAL_BACKS_EACH} calls back are under way on this connection")
             self._connection.write(error_frame(request_id, busy))
             return
-        task = asyncio.create_task(self._dial_back(request_id, udp, tcp))
-        self._dialling.add(task)
-        task.add_done_callback(self._dialling.discard)
+        self._dialling.start(self._dial_back(request_id, udp, tcp))
 
     async def _dial_back(self, request_id: str, udp: int, tcp: int) -> None:
         outcome = await self._worker.dial_back(self._connection.keys, self._connection.address[0], udp, tcp)
@@ -9061,10 +9087,9 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
     except OSError as error:
         raise UsageError(cannot_write(target, error)) from None
     terminal = Terminal(shown=True)
-    terminal.say(f"🔑 Made the key of a closed mesh ({MeshKeys.derive(settings.topic, new).fingerprint})")
+    terminal.say(f"🔑 Made the key of a closed mesh ({new.fingerprint})")
     for key in keys[1:]:
-        fingerprint = MeshKeys.derive(settings.topic, key).fingerprint
-        terminal.say(f"   It replaces that of {fingerprint}, which counts until {key.until}")
+        terminal.say(f"   It replaces that of {key.fingerprint}, which counts until {key.until}")
     terminal.say(INIT_ADVICE.format(program=program_name(), file=target))
     print(target)
     return 0
@@ -9083,9 +9108,9 @@ def old_keys(path: Path, until: str) -> list[MeshKey]:
         replaced = MeshKey.parse(f"{first.text} until {until}")
     except ValueError as error:
         raise UsageError(f"--replace {path} --until {until}: {error}") from None
-    if replaced.until is not None and replaced.until < utc_today():
+    if not in_force(replaced):
         raise UsageError(f"--until {until}: that day is over, so the old key would count no more")
-    keys = [replaced, *(key for key in older if key.until is not None and key.until >= utc_today())]
+    keys = [replaced, *filter(in_force, older)]
     if len(keys) >= MAX_MESH_KEYS:
         raise UsageError(f"{path} replaces {plural(len(older), 'key')} already: wait for the last day of one of them")
     return keys
@@ -9095,18 +9120,18 @@ def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
     archive, target = running_archive(), Path(arguments.file)
     if archive is None:
         raise UsageError("only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz, which can seal")
-    keys = "".join(f"{key.text}\n" for key in read_keys(settings))
+    keys = read_keys(settings)
     if not keys:
         raise UsageError(f"no key to put in: name one with --key FILE, as `{program_name()} init FILE` makes it")
     if target.exists():
         raise UsageError(f"{target} is there already, and is left as it is: name a new file, or delete that one")
     try:
-        seal(archive, keys, target)
+        seal(archive, "".join(f"{key.text}\n" for key in keys), target)
     except OSError as error:
         raise UsageError(cannot_write(target, error)) from None
     terminal = Terminal(shown=True)
-    fingerprint = read_mesh_keys(settings)[0].fingerprint
-    terminal.say(f"🔒 Sealed for the closed mesh {fingerprint}: copy it to each machine of the mesh, and run it there")
+    mesh = keys[0].fingerprint
+    terminal.say(f"🔒 Sealed for the closed mesh {mesh}: copy it to each machine of the mesh, and run it there")
     terminal.say("   Whoever can read this file is a member; so far only you can, and of copies you decide")
     print(target)
     return 0
@@ -9114,24 +9139,18 @@ def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def seal(archive: Path, keys: str, target: Path) -> None:
     """Copy an archive as it is, with these keys in it: the same bytes each time. Only this user can read it."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w+b") as file, zipfile.ZipFile(archive) as members:
-            with archive.open("rb") as original:
-                file.write(original.read(min(info.header_offset for info in members.infolist())))
-            with zipfile.ZipFile(file, "a") as copy:
-                for info in members.infolist():
-                    if info.filename != SEALED_KEY_FILE:
-                        with members.open(info) as source, copy.open(info, "w") as into:
-                            shutil.copyfileobj(source, into)
-                info = zipfile.ZipInfo(SEALED_KEY_FILE)  # dated 1980-01-01, whenever it is made
-                info.create_system, info.external_attr = 3, 0o600 << 16  # Unix's, everywhere
-                copy.writestr(info, keys)
-        Path(name).chmod(0o700)
-        Path(name).replace(target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(target) as file, zipfile.ZipFile(archive) as members:
+        with archive.open("rb") as original:
+            file.write(original.read(min(info.header_offset for info in members.infolist())))
+        with zipfile.ZipFile(file, "a") as copy:
+            for info in members.infolist():
+                if info.filename != SEALED_KEY_FILE:
+                    with members.open(info) as source, copy.open(info, "w") as into:
+                        shutil.copyfileobj(source, into)
+            info = zipfile.ZipInfo(SEALED_KEY_FILE)  # dated 1980-01-01, whenever it is made
+            info.create_system, info.external_attr = 3, 0o600 << 16  # Unix's, everywhere
+            copy.writestr(info, keys)
+    target.chmod(0o700)
 
 
 # --- Arguments ---

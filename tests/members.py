@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from qmesh import Identity, MeshKey, MeshKeys, NodeKey
+import contextlib
+from collections.abc import AsyncIterator
+
+from qmesh import LOOPBACK, Address, Connection, Handler, Identity, MeshKey, MeshKeys, NodeKey, TcpServer
 
 OPEN = MeshKeys.derive("tests")
 
@@ -21,3 +24,20 @@ def closed(number: int, topic: str = "tests", until: str = "") -> MeshKeys:
 def member(number: int, *meshes: MeshKeys) -> Identity:
     """A node of these meshes, or of one that is open."""
     return Identity(node_key(number), meshes or [OPEN])
+
+
+async def echo(connection: Connection) -> None:
+    """Answer each frame with its `n`, until the other side closes."""
+    while (body := await connection.receive()) is not None:
+        await connection.send({"type": "status_response", "n": body.get("n")})
+
+
+@contextlib.asynccontextmanager
+async def serving(identity: Identity, handler: Handler = echo) -> AsyncIterator[tuple[TcpServer, Address]]:
+    """A listener of this node, and where it listens."""
+    server = TcpServer(handler, identity)
+    address = await server.start(LOOPBACK, 0)
+    try:
+        yield server, address
+    finally:
+        await server.stop()

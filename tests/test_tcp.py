@@ -11,9 +11,10 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import members
 import pytest
 from loop import PATIENCE_S, in_a_loop
-from members import member
+from members import echo, member
 from raw_client import RawClient, connected, frame
 
 import qmesh
@@ -64,24 +65,14 @@ MORE_FRAMES = {
 }
 
 
-async def echo(connection: Connection) -> None:
-    """Answer each frame with its `n`, until the other side closes."""
-    while (body := await connection.receive()) is not None:
-        await connection.send({"type": "status_response", "n": body.get("n")})
-
-
 def forever() -> asyncio.Future[None]:
     return asyncio.get_running_loop().create_future()
 
 
-@contextlib.asynccontextmanager
-async def serving(handler: qmesh.Handler = echo) -> AsyncIterator[tuple[TcpServer, Address]]:
-    server = TcpServer(handler, SERVER)
-    address = await server.start(LOOPBACK, 0)
-    try:
-        yield server, address
-    finally:
-        await server.stop()
+def serving(
+    handler: qmesh.Handler = echo,
+) -> contextlib.AbstractAsyncContextManager[tuple[TcpServer, Address]]:
+    return members.serving(SERVER, handler)
 
 
 @contextlib.asynccontextmanager

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 from loop import PATIENCE_S, in_a_loop
-from members import OPEN, closed, member, node_key
+from members import OPEN, closed, echo, member, node_key, serving
 from raw_client import connected
 
 import qmesh
@@ -37,20 +37,6 @@ from qmesh import (
 
 LAB, OFFICE = closed(1), closed(2)
 ALERT_BYTES = 7  # a record that holds an alert and nothing else
-
-
-async def echo(connection: Connection) -> None:
-    while (body := await connection.receive()) is not None:
-        await connection.send({"type": "status_response", "n": body.get("n")})
-
-
-@contextlib.asynccontextmanager
-async def serving(identity: Identity) -> AsyncIterator[tuple[TcpServer, Address]]:
-    server = TcpServer(echo, identity)
-    try:
-        yield server, await server.start(LOOPBACK, 0)
-    finally:
-        await server.stop()
 
 
 async def works(address: Address, identity: Identity) -> None:
