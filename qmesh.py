@@ -94,13 +94,18 @@ if TYPE_CHECKING:
     import ssl
 
 __all__ = [
+    "Answer",
+    "BlockingClient",
     "Client",
     "HealthReport",
     "Job",
+    "Lost",
     "MeshKeys",
+    "Message",
     "NodeId",
     "QMeshError",
     "Result",
+    "Resume",
     "Sampling",
     "Settings",
     "Token",
@@ -226,12 +231,25 @@ DISCOVERY_GATHER_S: Final = 0.12  # after the first worker, others on the LAN ar
 MAX_MESSAGES: Final = 1024  # turns of one conversation
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
+MAX_SEED: Final = 2**32 - 2  # llama.cpp takes one more as a wish for a random one
 MAX_TOKENS_LIMIT: Final = 1_000_000  # the context binds first; this keeps arithmetic sane
 DEFAULT_MAX_TOKENS: Final = 512
 STATUS_CANDIDATES: Final = 3  # asked for fresh status before a choice (more adds cost, not quality)
 SCORE_TIE: Final = 2.0  # points; a one-second sample is not more exact, so closer scores are ties
 RETRY_FIRST_S: Final = 0.25  # when all refuse: wait this long, doubling, with jitter
 RETRY_MAX_S: Final = 4.0
+DEFAULT_STALL_S: Final = 10.0  # a worker of which nothing was heard for this long is given up
+MIN_STALL_S: Final = 3.0  # a worker says of each request at least every two seconds that it lives
+STALL_TICKS: Final = 4  # a stall is counted in so many parts, so that a client that slept blames nobody for it
+REATTACH_TRY_S: Final = 0.3  # when a connection breaks, its worker is tried again for so long before another is asked
+KEPT_S: Final = 60.0  # a worker keeps a request, and what it answered, for a client whose connection broke
+MAX_KEPT: Final = 256  # such requests
+MAX_KEPT_TOKENS: Final = 32 * 1024  # of all that are kept: some 6 MB
+PATIENCE_S: Final = 60.0  # for which a begun answer waits for a worker, where none is there that can go on
+AVOID_FIRST_S: Final = 5.0  # a worker that failed is asked after all others for this long, then twice as long ...
+AVOID_MAX_S: Final = 80.0
+MAX_LOSSES: Final = 5  # workers lost over one request without a token between: it may be what kills them
+HEDGE_AFTER_S: Final = 2.0  # with --hedge: a first token is late then, on a worker that has a free slot
 
 # --- Health ---
 HEALTHY_ABOVE: Final = 60.0
@@ -250,12 +268,17 @@ MIN_CONTEXT: Final = 256
 MIN_CHUNK_TOKENS: Final = 16  # of prompt in one step, however slow the machine: less is all overhead
 FIRST_CHUNK_TOKENS: Final = 64  # while its speed is not known
 MAX_CHUNK_TOKENS: Final = 512  # larger ones are no faster
-STEP_S: Final = 1.0  # a step may take about this long: cancelling and deadlines take effect between two
+STEP_S: Final = 0.5  # a step may take about this long: cancelling and deadlines take effect between two
 SHARED_STEP_S: Final = 0.2  # while answers are written: the gap that a reader of one sees beside a long prompt
 QUEUE_NEWS_S: Final = 2.0  # who waits hears at least this often how the expected wait has changed
 MAX_GPU_LAYERS: Final = 10_000  # the deepest models have some hundreds
 MEMORY_RESERVE: Final = 0.1  # share of the free memory that loading a model leaves alone
-SHUTDOWN_GRACE_S: Final = 5.0  # running answers are cut off after this when a worker is told to stop
+DEFAULT_GRACE_S: Final = 5.0  # a worker that is told to stop hands over what is not finished by then
+MAX_GRACE_S: Final = 3600.0
+ENGINE_JOIN_S: Final = 5.0  # for llama.cpp to end its step, when a worker ends
+ENGINE_STUCK_S: Final = 120.0  # a step takes a second or so, and the first on a slow machine half a minute
+YIELD_ABOVE: Final = 50.0  # per cent of the processor in use by others: with --yield the worker makes way
+YIELD_BELOW: Final = 25.0  # and takes work again
 DEFAULT_NICE: Final = 10  # whoever sits at the machine goes first
 
 # --- Models ---
@@ -288,6 +311,7 @@ class Settings:
     key: str | None = field(default=None, repr=False)
     state_dir: str | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
+    stall_s: float = DEFAULT_STALL_S
     log_level: str = "warning"
     model: str | None = None
     gpu_layers: int | None = None
@@ -378,13 +402,24 @@ def _parse_model(value: Any) -> str:
     return str(value)
 
 
-def _parse_timeout(value: Any) -> float:
+def _parse_seconds(value: Any) -> float:
     try:
-        seconds = float(value)
+        return float(value)
     except ValueError:
         raise ValueError(f"a number of seconds is needed, not {value!r}") from None
+
+
+def _parse_timeout(value: Any) -> float:
+    seconds = _parse_seconds(value)
     if not 0 < seconds <= MAX_TIMEOUT_S:
         raise ValueError(f"more than 0 and at most {MAX_TIMEOUT_S:g} seconds, not {value!r}")
+    return seconds
+
+
+def _parse_stall(value: Any) -> float:
+    seconds = _parse_seconds(value)
+    if not MIN_STALL_S <= seconds <= MAX_TIMEOUT_S:
+        raise ValueError(f"from {MIN_STALL_S:g} to {MAX_TIMEOUT_S:g} seconds, not {value!r}")
     return seconds
 
 
@@ -430,6 +465,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "key": ("--key", "QMESH_KEY", _parse_key),
     "state_dir": ("--state-dir", "QMESH_STATE_DIR", str),
     "timeout_s": ("--timeout", "QMESH_TIMEOUT", _parse_timeout),
+    "stall_s": ("--stall-timeout", "QMESH_STALL_TIMEOUT", _parse_stall),
     "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
     "model": ("--model", "QMESH_MODEL", _parse_model),
     "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
@@ -703,7 +739,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are chosen and when to stop. temperature 0 is greedy; seed None is drawn by the worker.
+    """How tokens are chosen and when to stop. temperature 0 is greedy; seed None is drawn by the client.
 
     top_k 0 and min_p 0 turn those filters off; repeat_penalty 1 is none. json_schema: the text is made to
     match it; {} means any JSON.
@@ -779,7 +815,7 @@ def _text(name: str, value: Any) -> str:
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list):
+    if not isinstance(values, (list, tuple)):
         raise InvalidRequest(f"{name} must be text or a list of texts")
     return tuple(_text(name, item) for item in values)
 
@@ -826,8 +862,28 @@ _SAMPLING_RANGES: Final[dict[str, tuple[float, float]]] = {
     "top_k": (0, MAX_TOKENS_LIMIT),
     "min_p": (0, 1),
     "repeat_penalty": (0.01, 100),
-    "seed": (0, 2**32 - 2),
+    "seed": (0, MAX_SEED),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """That a request goes on: the ids of the tokens that its client has, and the fingerprint (in hexadecimal) of the
+    model that they are of; "" where there are none.
+    """
+
+    tokens: tuple[int, ...] = ()
+    fingerprint: str = ""
+
+    def to_json(self) -> Json:
+        return {"tokens": list(self.tokens), "fingerprint": self.fingerprint}
+
+    @classmethod
+    def from_json(cls, body: Any) -> Resume:
+        body = _object("resume", body)
+        tokens = _list("resume.tokens", body.get("tokens", []))
+        fingerprint = _text("resume.fingerprint", body.get("fingerprint", ""))
+        return cls(tuple(_count("resume.tokens", token) for token in tokens), fingerprint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -836,7 +892,7 @@ class Job:
 
     Either `messages` (a conversation, given the model's chat template) or `prompt` (text as it is).
     model: None takes what the worker has. session: conversations that share one may share a context.
-    resume: ids of tokens that the client already has; the answer goes on behind them.
+    resume: set when this worker or another one has begun already; the answer goes on behind its tokens.
     timeout_s: what is left of the client's patience when the request is sent.
     """
 
@@ -845,9 +901,8 @@ class Job:
     prompt: str | None = None
     model: str | None = None
     params: Sampling = field(default_factory=Sampling)
-    stream: bool = True
     session: str | None = None
-    resume: tuple[int, ...] = ()
+    resume: Resume | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
 
     def __post_init__(self) -> None:
@@ -872,25 +927,31 @@ class Job:
             body["prompt"] = self.prompt
         else:
             body["messages"] = [{"role": m.role, "content": m.content} for m in self.messages]
-        if self.resume:
-            body["resume"] = {"tokens": list(self.resume)}
+        if self.resume is not None:
+            body["resume"] = self.resume.to_json()
         optional = {"model": self.model, "session": self.session}
         body.update({name: value for name, value in optional.items() if value is not None})
-        return {**body, "stream": self.stream, "timeout_s": self.timeout_s}
+        return {**body, "timeout_s": self.timeout_s}
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The ids of the tokens that the client has already."""
+        return self.resume.tokens if self.resume is not None else ()
+
+    @property
+    def question(self) -> Job:
+        """What is asked, whichever try this is."""
+        return replace(self, resume=None, timeout_s=MAX_TIMEOUT_S)
 
     @classmethod
     def from_json(cls, body: Json) -> Job:
         """Raises InvalidRequest, naming the field."""
         optional = {name: _text(name, body[name]) for name in ("prompt", "model", "session") if name in body}
-        stream = body.get("stream", True)
-        if not isinstance(stream, bool):
-            raise InvalidRequest("stream must be true or false")
         return cls(
             request_id=_text("request_id", body.get("request_id")),
             messages=_messages(body.get("messages", [])),
             params=Sampling.from_json(body.get("params", {})),
-            stream=stream,
-            resume=_resume(body.get("resume", {})),
+            resume=Resume.from_json(body["resume"]) if "resume" in body else None,
             timeout_s=_number("timeout_s", body.get("timeout_s", DEFAULT_TIMEOUT_S)),
             **optional,
         )
@@ -905,11 +966,6 @@ def _message(index: int, value: Any) -> Message:
     body = _object(name, value)
     role = _one_of(f"{name}.role", body.get("role"), ("system", "user", "assistant"))
     return Message(role, _text(f"{name}.content", body.get("content")))
-
-
-def _resume(value: Any) -> tuple[int, ...]:
-    tokens = _list("resume.tokens", _object("resume", value).get("tokens", []))
-    return tuple(_count("resume.tokens", token) for token in tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1059,6 +1115,7 @@ FRAMES: Final = frozenset(
         "status_response",
         "prompt",
         "inference_queued",
+        "inference_alive",
         "inference_token",
         "inference_result",
         "inference_error",
@@ -3271,14 +3328,19 @@ def state_of(score: float, before: HealthState | None = None) -> HealthState:
 
 
 class HealthWindow:
-    """The last few samples of processor and memory, and the verdict on them with the queue as it is now."""
+    """The last few samples of processor and memory, and the verdict on them with the queue as it is now.
 
-    def __init__(self, size: int = SAMPLE_WINDOW) -> None:
+    yields: count as overloaded, whatever the score, while others use much of the processor.
+    """
+
+    def __init__(self, size: int = SAMPLE_WINDOW, *, yields: bool = False) -> None:
+        self.yielding = False
+        self._yields = yields
         self._samples: deque[tuple[float, float]] = deque(maxlen=size)
         self._state: HealthState | None = None
 
     def add(self, cpu: float, memory: float) -> None:
-        """Take in one sample, in per cent in use."""
+        """Take in one sample, in per cent in use: of the processor by others than the worker, of memory by all."""
         self._samples.append((min(max(cpu, 0.0), 100.0), min(max(memory, 0.0), 100.0)))
 
     def report(self, occupied: int, capacity: int) -> HealthReport:
@@ -3289,7 +3351,8 @@ class HealthWindow:
         queue = queue_availability(occupied, capacity)
         score = health_score(cpu, memory, queue)
         self._state = state_of(score, self._state)
-        return HealthReport(score, self._state, cpu, memory, queue)
+        self.yielding = self._yields and cpu > (YIELD_BELOW if self.yielding else YIELD_ABOVE)
+        return HealthReport(score, HealthState.OVERLOADED if self.yielding else self._state, cpu, memory, queue)
 
 
 def bare_model_name(name: str) -> str:
@@ -3312,14 +3375,14 @@ def has_model(record: WorkerRecord, model: str) -> bool:
     return record.model.casefold() == short_model_name(bare_model_name(model)).casefold()
 
 
-def can_serve(record: WorkerRecord, model: str | None) -> bool:
-    """Whether a record's worker has the model and takes requests."""
-    return (model is None or has_model(record, model)) and record.state is not HealthState.OVERLOADED
+def offers(record: WorkerRecord, model: str | None, fingerprint: str = "") -> bool:
+    """Whether a record's worker serves a model by this name, and with this fingerprint, where they are given."""
+    return (model is None or has_model(record, model)) and fingerprint in ("", record.fingerprint.hex())
 
 
-def rank_workers(records: Iterable[WorkerRecord], model: str | None, rng: random.Random) -> list[WorkerRecord]:
-    """Those that can serve the model, best first; ties in random order."""
-    able = [record for record in records if can_serve(record, model)]
+def rank_workers(records: Iterable[WorkerRecord], rng: random.Random) -> list[WorkerRecord]:
+    """Those that take requests, best first; ties in random order."""
+    able = [record for record in records if record.state is not HealthState.OVERLOADED]
     return _best_first(able, [float(record.score) for record in able], rng)
 
 
@@ -3868,11 +3931,26 @@ class SystemMonitor:
 
     def __init__(self) -> None:
         self._psutil = load_psutil()
-        self._psutil.cpu_percent(interval=None)  # the first call only marks the start of the interval
+        self._own = self._psutil.Process()
+        self._own_s = self._measured_at = 0.0
+        self.sample()  # the first one only marks the start of the interval
 
     def sample(self) -> tuple[float, float]:
-        """Per cent of processor in use since the last call, and of memory in use now."""
-        return float(self._psutil.cpu_percent(interval=None)), float(self._psutil.virtual_memory().percent)
+        """Per cent of the processor in use by others than this process since the last call, and of memory in use now.
+
+        Without our own use, as whoever sits at the machine feels it: what we do ourselves shows in our queue.
+        """
+        in_use = float(self._psutil.cpu_percent(interval=None))
+        return max(0.0, in_use - self._own_percent()), float(self._psutil.virtual_memory().percent)
+
+    def _own_percent(self) -> float:
+        """Per cent of the whole processor that this process used since the last call."""
+        times, now = self._own.cpu_times(), time.monotonic()
+        own_s = times.user + times.system
+        capacity_s = (now - self._measured_at) * (os.cpu_count() or 1)
+        share = (own_s - self._own_s) / capacity_s if capacity_s > 0 else 0.0
+        self._own_s, self._measured_at = own_s, now
+        return 100 * share
 
     def free_memory_bytes(self) -> int:
         return int(self._psutil.virtual_memory().available)
@@ -3882,9 +3960,8 @@ class SystemMonitor:
 
     def lower_priority(self, nice: int) -> None:
         """Let everything else on this machine go first; a refusal by the system is no reason to stop."""
-        process = self._psutil.Process()
         try:
-            process.nice(self._psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nice)
+            self._own.nice(self._psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nice)
         except (self._psutil.Error, OSError) as error:
             log.warning("the priority cannot be set to %s: %s", nice, error)
 
@@ -5037,7 +5114,7 @@ class Task:
         self.client = client
         self.job = job
         self.prompt = prompt
-        self.answer = list(job.resume)
+        self.answer = list(job.given)
         self.deadline = now + job.timeout_s
         self.queued_at = self.started_at = self.first_token_at = now
         self.cached = 0
@@ -5167,7 +5244,7 @@ class Batcher:
             prompt = self._model.prompt_tokens(job)
             self._check(job, prompt)
             task = Task(ticket, client, job, prompt, self._clock())
-            task.sampler = self._model.make_sampler(job.params, prompt, job.resume)
+            task.sampler = self._model.make_sampler(job.params, prompt, job.given)
         except QMeshError as error:
             self._events.append((ticket, error))
             return
@@ -5175,12 +5252,11 @@ class Batcher:
             log.exception("a request could not be prepared")
             self._events.append((ticket, WorkerLost(ENGINE_FAILED)))
             return
-        for token in job.resume:
+        for token in job.given:
             task.show(task.stream.feed(self._model.piece(token)))
         self._tasks[ticket] = task
         full = len(task.wanted) >= self._model.slot_tokens
         if task.stream.stopped or full or len(task.answer) >= job.params.max_tokens:
-            task.show(task.stream.finish())  # the client was told it with its last token
             self._finish(task, "stop" if task.stream.stopped else "length")  # there was nothing left to do
         else:
             self._queue.push(client, str(ticket), task)
@@ -5188,9 +5264,9 @@ class Batcher:
     def _check(self, job: Job, prompt: Sequence[int]) -> None:
         if not prompt:
             raise InvalidRequest("the prompt is empty")
-        if any(not 0 <= token < self._model.vocabulary_size for token in job.resume):
+        if any(not 0 <= token < self._model.vocabulary_size for token in job.given):
             raise InvalidRequest("resume.tokens holds ids that are not in the model's vocabulary")
-        needed, room = len(prompt) + len(job.resume), self._model.slot_tokens
+        needed, room = len(prompt) + len(job.given), self._model.slot_tokens
         if len(prompt) >= room or needed > room:
             raise InvalidRequest(
                 f"the prompt has {needed:,} tokens and this worker's context holds {room:,}, answer included",
@@ -5300,7 +5376,7 @@ class Batcher:
             self._end(task, error)
             return
         now = self._clock()
-        if len(task.answer) == len(task.job.resume):
+        if len(task.answer) == len(task.job.given):
             task.first_token_at = now
         if self._model.ends_answer(token):
             self._finish(task, "stop")
@@ -5309,16 +5385,12 @@ class Batcher:
         slot.pending.append(token)
         text = task.show(task.stream.feed(self._model.piece(token)))
         full = len(task.answer) >= task.job.params.max_tokens or len(slot.tokens) + 1 >= self._model.slot_tokens
-        if full and not task.stream.stopped:
-            text += task.show(task.stream.finish())
         self._events.append((task.ticket, Token(len(task.answer) - 1, (token,), text)))
         if task.stream.stopped or full:
             self._finish(task, "stop" if task.stream.stopped else "length")
 
     def _finish(self, task: Task, reason: str) -> None:
-        rest = task.show(task.stream.finish())
-        if rest:
-            self._events.append((task.ticket, Token(len(task.answer), (), rest)))
+        task.show(task.stream.finish())  # it is told with the whole text, and so but once, whoever resumes before
         now = self._clock()
         self.speed.served(now - task.started_at)
         self._end(task, task.result(reason, model=self._plan.model.name, worker_id=self._worker_id, now=now))
@@ -5391,6 +5463,7 @@ class Engine:
         self.has_template = False
         self._worker_id = worker_id
         self._publish = publish
+        self._busy_since: float | None = None
         self._commands: queue.SimpleQueue[Callable[[Batcher], None] | None] = queue.SimpleQueue()
         self._loaded: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -5411,6 +5484,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    def step_s(self) -> float:
+        """How long the step that is under way has taken; 0 between two."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def layers_on_gpu(self) -> int:
@@ -5448,18 +5526,20 @@ class Engine:
             try:
                 command = self._commands.get(block=batcher.idle)
             except queue.Empty:
-                self._step(batcher)
-            else:
-                if command is None:
-                    return
-                command(batcher)
+                command = self._step
+            if command is None:
+                return
+            self._busy_since = time.monotonic()
+            command(batcher)
+            self._busy_since = None
             if events := batcher.take_events():
                 self._publish(events)
 
-    def _step(self, batcher: Batcher) -> None:
+    @staticmethod
+    def _step(batcher: Batcher) -> None:
         try:
             batcher.step()
-        except Exception:  # a fault of ours: these requests fail, the worker lives on
+        except Exception:  # a fault of ours, or no memory: these requests fail, the worker lives on
             log.exception("the engine failed")
             batcher.fail_all(WorkerLost(ENGINE_FAILED))
 
@@ -6400,6 +6480,10 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         self._transport.set_write_buffer_limits(high=0)  # so that drain waits for all of it
+        sock = transport.get_extra_info("socket")
+        if sock is not None and hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; elsewhere it takes minutes
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * SEND_TIMEOUT_S))
         self._writable.set()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -6837,13 +6921,73 @@ class TcpServer:
             raise
 
 
+class Inbox:
+    """Where what a worker says of one request waits to be read; so many frames at most: it has no reason to send more.
+
+    Raises WireError for one more.
+    """
+
+    def __init__(self, worker: str, most: int) -> None:
+        self.ended = False  # by the worker: nothing more follows
+        self._worker = worker
+        self._frames: asyncio.Queue[Json | QMeshError] = asyncio.Queue(most)
+        self._heard = False
+
+    def put(self, body: Json) -> None:
+        self._heard = True
+        self.ended = self.ended or body["type"] in LAST_FRAMES
+        if body["type"] == "inference_alive":
+            return
+        if self._frames.full():
+            raise WireError(f"{self._worker} sends more than it was asked for")
+        self._frames.put_nowait(body)
+
+    def end(self, why: QMeshError) -> None:
+        """Say why nothing more follows, in the place of the last frame if there is no other."""
+        if self._frames.full():
+            self._frames.get_nowait()
+        self._frames.put_nowait(why)
+
+    async def get(self, kind: str | None = None) -> Json:
+        """The next frame, of this kind. Raises what ended the request, and WireError for another kind."""
+        return self._expect(await self._frames.get(), kind)
+
+    async def get_before_stall(self, stall_s: float) -> Json:
+        """The next frame. Raises WorkerLost when nothing was heard for `stall_s`, not even that the worker lives.
+
+        A client that was stopped, or whose machine slept, finds one part of that time over at most.
+        """
+        silent = 0
+        while silent < STALL_TICKS:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(stall_s / STALL_TICKS):
+                    return await self.get()
+            silent = 0 if self._heard else silent + 1
+            self._heard = False
+        raise _WorkerSilent(f"{self._worker} was silent for {stall_s:g} s")
+
+    @staticmethod
+    def _expect(said: Json | QMeshError, kind: str | None) -> Json:
+        if isinstance(said, QMeshError):
+            raise said
+        if said["type"] == "inference_error":
+            raise error_from_frame(said)
+        if kind is not None and said["type"] != kind:
+            raise WireError(f"{said['type']} where {kind} was expected")
+        return said
+
+
+class _WorkerSilent(WorkerLost):
+    """Nothing was heard of a worker for too long."""
+
+
 class WorkerLink:
     """A client's connection to one worker: many requests at once, told apart by their ids."""
 
     def __init__(self, connection: Connection) -> None:
         self.worker_id = connection.peer_id
         self._connection = connection
-        self._waiting: dict[str, asyncio.Queue[Json | QMeshError]] = {}
+        self._waiting: dict[str, Inbox] = {}
         self._reading = asyncio.create_task(self._read())
 
     @property
@@ -6865,7 +7009,7 @@ class WorkerLink:
             async with asyncio.timeout(timeout_s):
                 with self._inbox(request_id) as inbox:
                     await self._connection.send(body | {"request_id": request_id})
-                    return self._expect(await inbox.get(), kind)
+                    return await inbox.get(kind)
         except TimeoutError:
             raise WorkerLost(f"{self._connection.peer_name} gave no {body['type']} in {timeout_s:g} s") from None
 
@@ -6873,59 +7017,42 @@ class WorkerLink:
         """Have the worker ping and dial these ports of ours: `dialled`, see `Worker.dial_back`. Raises WorkerLost."""
         return await self._ask({"type": "dial_back", "udp": udp, "tcp": tcp}, "dialled", DIAL_BACK_TIMEOUT_S)
 
-    async def run(self, job: Job) -> AsyncGenerator[Queued | Token | Result, None]:
+    async def run(self, job: Job, stall_s: float = DEFAULT_STALL_S) -> AsyncGenerator[Queued | Token | Result, None]:
         """Send a job and yield what the worker says of it; a Result is the last. Leaving early cancels it.
 
-        Raises what the worker reports, WorkerLost, or DeadlineExceeded when even that does not come.
+        Raises what the worker reports, WorkerLost when it is silent for `stall_s`, or DeadlineExceeded.
         """
-        ended = False
         with self._inbox(job.request_id, MAX_OTHER_FRAMES + job.params.max_tokens) as inbox:
-            late = DeadlineExceeded("the worker was silent until the deadline passed")
+            late = DeadlineExceeded("the worker did not finish before the deadline passed")
             patience_s = job.timeout_s + DEADLINE_GRACE_S
             self._connection.write(job.to_json())
-            alarm = asyncio.get_running_loop().call_later(patience_s, self._put_last, inbox, late)
+            alarm = asyncio.get_running_loop().call_later(patience_s, inbox.end, late)
             try:
                 await self._connection.drain()
-                while not ended:
-                    said = await inbox.get()
-                    ended = isinstance(said, dict) and said["type"] in LAST_FRAMES
-                    yield _parse_answer(self._expect(said))
+                said: Queued | Token | Result | None = None
+                while not isinstance(said, Result):
+                    said = _parse_answer(await inbox.get_before_stall(stall_s))
+                    yield said
+            except _WorkerSilent:
+                self._connection.abort()  # what else is asked here is to go on elsewhere, too
+                raise
             finally:
                 alarm.cancel()
-                if not ended and self.alive:
+                if not inbox.ended and self.alive:
                     with contextlib.suppress(QMeshError):
                         self._connection.write({"type": "cancel", "request_id": job.request_id})
 
     @contextlib.contextmanager
-    def _inbox(self, request_id: str, most: int = 1) -> Iterator[asyncio.Queue[Json | QMeshError]]:
-        """Where frames of a request wait to be read, so many at most: no worker has reason to send more."""
-        inbox: asyncio.Queue[Json | QMeshError] = asyncio.Queue(most)
+    def _inbox(self, request_id: str, most: int = 1) -> Iterator[Inbox]:
         if not self.alive:
             raise WorkerLost(f"the connection to {self._connection.peer_name} is closed")
         if request_id in self._waiting:
             raise InvalidRequest(f"the request_id {printable(request_id)} is in use already")
-        self._waiting[request_id] = inbox
+        inbox = self._waiting[request_id] = Inbox(self._connection.peer_name, most)
         try:
             yield inbox
         finally:
             del self._waiting[request_id]
-
-    @staticmethod
-    def _put_last(inbox: asyncio.Queue[Json | QMeshError], end: QMeshError) -> None:
-        """Say why nothing more follows, in the place of the last frame if there is no other."""
-        if inbox.full():
-            inbox.get_nowait()
-        inbox.put_nowait(end)
-
-    @staticmethod
-    def _expect(said: Json | QMeshError, kind: str | None = None) -> Json:
-        if isinstance(said, QMeshError):
-            raise said
-        if said["type"] == "inference_error":
-            raise error_from_frame(said)
-        if kind is not None and said["type"] != kind:
-            raise WireError(f"{said['type']} where {kind} was expected")
-        return said
 
     async def _read(self) -> None:
         lost: QMeshError = WorkerLost(f"{self._connection.peer_name} closed the connection")
@@ -6933,17 +7060,15 @@ class WorkerLink:
             while (body := await self._connection.receive()) is not None:
                 request_id = body.get("request_id")
                 inbox = self._waiting.get(request_id) if isinstance(request_id, str) else None
-                if inbox is not None and inbox.full():
-                    raise WireError(f"{self._connection.peer_name} sends more than it was asked for")
                 if inbox is not None:
-                    inbox.put_nowait(body)
+                    inbox.put(body)
                 elif body["type"] == "inference_error" and "request_id" not in body:
                     lost = error_from_frame(body)
         except QMeshError as error:
             lost = error
         finally:
             for inbox in self._waiting.values():
-                self._put_last(inbox, lost)
+                inbox.end(lost)
             self._connection.abort()
 
 
@@ -6967,7 +7092,208 @@ def _parse_answer(body: Json) -> Queued | Token | Result:
 # Rule 1: it regulates itself. A request is admitted or refused here, by the health as it is now.
 # Rule 2: who leaves, by `cancel` or by closing the connection, stops costing anything at the next step.
 # Rule 3: events of the engine cross from its thread in one place, `Worker._publish`.
+# Rule 4: of a request that is under way something is said in any two seconds, so that silence means death.
 # ======================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """Nothing has happened to a request, and it is not forgotten."""
+
+
+Said = Alive | Queued | Token | Result | QMeshError
+Member = Address | str
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """What a worker knows of one request.
+
+    session: where its client listens; None when its connection broke. ticket: the engine's, while it works on it.
+    given: the tokens of its answer from here, heard or not. deadline: by the loop's clock. kept_at: since when it
+    waits for its client to come back.
+    """
+
+    job: Job
+    session: Session | None = None
+    deadline: float = math.inf
+    ticket: int | None = None
+    given: list[Token] = field(default_factory=list)
+    end: Result | QMeshError | None = None
+    told: bool = False  # something, since the last time it was looked
+    kept_at: float = 0.0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it is neither under way nor answered."""
+        return self.ticket is None and self.end is None
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids of all tokens of the answer so far."""
+        return self.job.given + tuple(token for piece in self.given for token in piece.tokens)
+
+    def goes_on_as(self, job: Job) -> bool:
+        """Whether a job is this request again, with no more of its answer than is known here."""
+        heard = job.given
+        same = self.job.question == job.question and len(heard) >= len(self.job.given)
+        return same and self.tokens[: len(heard)] == heard
+
+    def say(self, said: Said) -> None:
+        self.told = True
+        if self.session is not None:
+            self.session.tell(self, said)
+
+
+class RequestTable:
+    """The requests of a worker: those that run or wait in its engine, and those that it keeps.
+
+    A request leaves the engine when its client's connection breaks, and when it has ended. It is kept for a while
+    then, with its answer, so that a client that comes back hears the rest, and nothing is computed twice.
+    """
+
+    def __init__(self, engine: Engine, capacity: int) -> None:
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.capacity = capacity
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[int, Request] = {}
+        self._kept: OrderedDict[str, Request] = OrderedDict()  # by request id, kept longest first
+        self._next_ticket = 0
+
+    def __len__(self) -> int:
+        """How many run or wait."""
+        return len(self._running)
+
+    def known(self, job: Job) -> Request | None:
+        """The request that a job is another try of, where it is under way here or kept."""
+        if job.resume is None:
+            return None
+        running = (request for request in self._running.values() if request.job.request_id == job.request_id)
+        request = next(running, None) or self._kept.get(job.request_id)
+        return request if request is not None and request.goes_on_as(job) else None
+
+    def begin(self, session: Session, job: Job) -> Request:
+        """Have the engine run a job. Raises Refused when there is no room."""
+        request = Request(job)
+        self._enter(request, session, job.timeout_s)
+        return request
+
+    def _enter(self, request: Request, session: Session, timeout_s: float) -> None:
+        if len(self) >= self.capacity and not self._make_room(session.member):
+            raise Refused(f"this worker's queue is full ({self.capacity} requests)")
+        self._next_ticket += 1
+        request.session, request.ticket = session, self._next_ticket
+        request.deadline = self._loop.time() + timeout_s
+        self._running[self._next_ticket] = request
+        self.idle.clear()
+        job = replace(request.job, resume=Resume(request.tokens), timeout_s=timeout_s)
+        self._engine.submit(self._next_ticket, str(session.member), job)
+
+    def go_on(self, request: Request, session: Session, job: Job) -> None:
+        """Tell a client that came back what it has not heard, and go on from there. Raises Refused, as `begin`."""
+        if request.is_waiting:
+            self._enter(request, session, job.timeout_s)
+        elif request.session is not None:
+            request.session.forget(request)
+        self._kept.pop(job.request_id, None)
+        request.session = session
+        for piece in request.given:
+            if piece.seq >= len(job.given):
+                request.say(piece)
+        if request.end is not None:
+            request.say(request.end)
+            self._keep(request)
+
+    def _make_room(self, member: Member) -> bool:
+        """Turn away the last of what waits of the member with the most, if that is left with no less than this one."""
+        members = {ticket: request.session.member for ticket, request in self._running.items() if request.session}
+        held = Counter(members.values())
+        waiting = [(held[members[ticket]], ticket) for ticket in members if not self._running[ticket].given]
+        most, last = max(waiting, default=(0, 0))
+        if most < held[member] + 2:
+            return False
+        refusal = Refused("this worker's queue is full, and others have fewer requests in it")
+        self.end(self._running[last], refusal)
+        return True
+
+    # --- Leaving ---
+
+    def cancel(self, request: Request) -> None:
+        """Stop working for a request; nothing more is said of it."""
+        request.session = None
+        if request.ticket is not None:
+            self._engine.cancel(request.ticket)
+            self._left_engine(request)
+
+    def leave(self, request: Request) -> None:
+        """The connection of a request's client broke: stop working for it, and keep it for a while."""
+        self.cancel(request)
+        self._keep(request)
+
+    def end(self, request: Request, error: QMeshError) -> None:
+        """End a request that is under way with an error, and tell its client."""
+        session = request.session
+        request.say(error)
+        self.cancel(request)
+        if session is not None:
+            session.speak()
+
+    def end_all(self, error: QMeshError) -> None:
+        """Hand over what is under way: clients have all tokens that were made for them before the error."""
+        for request in list(self._running.values()):
+            self.end(request, error)
+
+    def _left_engine(self, request: Request) -> None:
+        assert request.ticket is not None
+        del self._running[request.ticket]
+        request.ticket = None
+        if not self._running:
+            self.idle.set()
+
+    def _keep(self, request: Request) -> None:
+        request.session, request.kept_at = None, self._loop.time()
+        self._kept[request.job.request_id] = request
+        self._kept.move_to_end(request.job.request_id)
+        tokens = sum(len(kept.given) for kept in self._kept.values())
+        while tokens > MAX_KEPT_TOKENS or len(self._kept) > MAX_KEPT:
+            _, dropped = self._kept.popitem(last=False)
+            tokens -= len(dropped.given)
+
+    # --- Time and the engine ---
+
+    def look_after(self) -> None:
+        """Once a second: keep deadlines, also while the engine is in a step that does not end; show signs of life."""
+        now = self._loop.time()
+        for request in list(self._running.values()):
+            if request.deadline <= now:
+                self.end(request, DeadlineExceeded(f"no whole answer within {request.job.timeout_s:g} s"))
+            elif not request.told and request.session is not None:
+                request.session.show_life(request)
+            request.told = False
+        while self._kept and next(iter(self._kept.values())).kept_at <= now - KEPT_S:
+            self._kept.popitem(last=False)
+
+    def on_events(self, events: Iterable[EngineEvent]) -> None:
+        """Take in what the engine says, and pass it on to the clients."""
+        spoken: set[Session] = set()
+        for ticket, said in events:
+            request = self._running.get(ticket)
+            if request is None:
+                continue  # cancelled meanwhile
+            if isinstance(said, Token):
+                request.given.append(said)
+            if isinstance(said, (Result, QMeshError)):
+                request.end = said
+                self._left_engine(request)
+            if request.session is not None:
+                spoken.add(request.session)
+            request.say(said)
+            if isinstance(said, Result):
+                self._keep(request)
+        for session in spoken:
+            session.speak()
 
 
 @dataclass(frozen=True, slots=True)
@@ -6979,6 +7305,8 @@ class WorkerOptions:
     queue: int | None = None
     threads: int | None = None
     nice: int = DEFAULT_NICE
+    grace_s: float = DEFAULT_GRACE_S
+    yields: bool = False  # make way when others use the processor
 
 
 class Worker:
@@ -6993,21 +7321,15 @@ class Worker:
         self.address: Address = (UNSPECIFIED, 0)
         self.draining = False
         self._host_dir = self.state.path.parent
-        self._window = HealthWindow()
-        self._jobs: dict[int, tuple[Session, Job]] = {}
-        self._deadlines: dict[int, float] = {}
-        self._next_ticket = 0
+        self._window = HealthWindow(yields=options.yields)
         self._started = time.monotonic()
         self._dial_backs = asyncio.Semaphore(MAX_DIAL_BACKS)
-        self._begun: set[int] = set()  # tickets of jobs that have given a token
         self._asking_clones = OwnedTasks()
         self.rate = RateLimiter(burst=MEMBER_BURST, per_s=MEMBER_PER_S)
         self._run_id = secrets.token_hex(8)  # tells this process from a copy of it with the same worker id
         self._remember_at = 0.0
         self._gpus: list[GpuLoad] = []
         self._stamp = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._resources = contextlib.AsyncExitStack()
         self._resources.callback(self.state.release)
 
@@ -7020,6 +7342,7 @@ class Worker:
             self._monitor = SystemMonitor()
             self._monitor.lower_priority(self.options.nice)
             self.engine = await self._start_engine()
+            self.requests = RequestTable(self.engine, self.options.queue or QUEUE_PER_SLOT * self.engine.plan.slots)
             self._server = TcpServer(self._serve, self._identity)
             self.address = await self._server.start(self.settings.host, self.settings.port)
             self._resources.push_async_callback(self._server.stop)
@@ -7053,7 +7376,7 @@ class Worker:
     @staticmethod
     async def _stop_engine(engine: Engine) -> None:
         engine.stop()
-        if not await asyncio.to_thread(engine.join, SHUTDOWN_GRACE_S):
+        if not await asyncio.to_thread(engine.join, ENGINE_JOIN_S):
             log.warning("llama.cpp is still busy; the process ends without it")
 
     async def _join(self) -> UdpNode:
@@ -7090,35 +7413,30 @@ class Worker:
         await asyncio.shield(self._upkeep)
 
     async def stop(self) -> None:
-        """Leave the mesh, refuse new requests, let running ones finish for a moment, and end."""
+        """Drain: leave the mesh, refuse new requests, finish what can be finished in time, hand over the rest."""
         self.draining = True
         self.node.run(lambda engine, now: engine.withdraw(now))  # at once; closing the node waits for answers
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SHUTDOWN_GRACE_S):
-                await self._idle.wait()
-        for ticket in list(self._jobs):
-            self._end(ticket, Refused("the worker is being shut down", "draining"))
+            async with asyncio.timeout(self.options.grace_s):
+                await self.requests.idle.wait()
+        self.requests.end_all(Refused("this worker is being shut down", "draining"))
         self._remember_peers()
         await self._resources.aclose()
 
     # --- Health ---
 
     def health(self) -> HealthReport:
-        return self._window.report(len(self._jobs), self.capacity)
-
-    @property
-    def capacity(self) -> int:
-        """How many requests may run and wait."""
-        return self.options.queue or QUEUE_PER_SLOT * self.engine.plan.slots
+        return self._window.report(len(self.requests), self.requests.capacity)
 
     async def _keep_up(self) -> None:
         before: HealthState | None = None
         while True:
-            if not self.engine.alive:
-                raise QMeshError("the thread that runs llama.cpp has ended")
-            self._end_overdue_jobs()
+            self._check_engine()
+            self.requests.look_after()
             self._window.add(*self._monitor.sample())
             health = self.health()
+            if self._window.yielding:
+                self.requests.end_all(Refused("this machine's owner needs it"))
             changed = before is not None and health.state is not before
             if not self.draining:
                 record = self._record(health)
@@ -7133,18 +7451,11 @@ class Worker:
             self._gpus = await read_gpu_load()
             await asyncio.sleep(GPU_SAMPLE_PERIOD_S)
 
-    def _end_overdue_jobs(self) -> None:
-        """Keep deadlines also while the engine is in a step that does not end."""
-        now = time.monotonic()
-        for ticket in [ticket for ticket, deadline in self._deadlines.items() if deadline <= now]:
-            timeout_s = self._jobs[ticket][1].timeout_s
-            self._end(ticket, DeadlineExceeded(f"no whole answer within {timeout_s:g} s"))
-
-    def _end(self, ticket: int, error: QMeshError) -> None:
-        session, job = self._jobs[ticket]
-        self.cancel(ticket)
-        session.tell(job.request_id, error)
-        session.speak()
+    def _check_engine(self) -> None:
+        if not self.engine.alive:
+            raise QMeshError("the thread that runs llama.cpp has ended")
+        if self.engine.step_s() > ENGINE_STUCK_S:
+            raise QMeshError(f"llama.cpp has not come back for {ENGINE_STUCK_S:g} s")
 
     def _remember_peers(self) -> None:
         self._remember_at = time.monotonic() + REMEMBER_PERIOD_S
@@ -7162,7 +7473,7 @@ class Worker:
             stamp=self._stamp,
             score=round(health.score),
             state=health.state,
-            free_slots=min(255, max(0, self.engine.plan.slots - len(self._jobs))),
+            free_slots=min(255, max(0, self.engine.plan.slots - len(self.requests))),
             model=short_model_name(model.name),
             fingerprint=model.fingerprint,
         )
@@ -7181,7 +7492,8 @@ class Worker:
 
     def status(self) -> Json:
         """The body of `status_response`."""
-        plan, active = self.engine.plan, min(len(self._jobs), self.engine.plan.slots)
+        plan, requests = self.engine.plan, self.requests
+        active = min(len(requests), plan.slots)
         model = {"name": plan.model.name, "architecture": plan.model.architecture}
         model |= {"quantization": plan.model.quantization, "fingerprint": plan.model.fingerprint.hex()}
         layers = self.engine.layers_on_gpu
@@ -7192,7 +7504,7 @@ class Worker:
             "health": self.health().to_json(),
             "models": [{**model, "context": self.engine.slot_tokens}],
             "slots": plan.slots,
-            "queue": {"active": active, "waiting": len(self._jobs) - active, "capacity": self.capacity},
+            "queue": {"active": active, "waiting": len(requests) - active, "capacity": requests.capacity},
             "speed": round(self.engine.speed.tokens_per_s, 1),
             "gpu": {"layers": layers, "devices": self.engine.devices if layers else [], "cards": cards},
             "mesh": self.meshes[0].to_json(),
@@ -7214,76 +7526,40 @@ class Worker:
     async def _serve(self, connection: Connection) -> None:
         await Session(self, connection).run()
 
-    def admit(self, session: Session, job: Job) -> int:
-        """Take a job in and return its ticket. Raises the error that refuses it."""
-        name = self.engine.plan.model.name
-        if job.model is not None and model_key(job.model) != model_key(name):
-            raise ModelNotFound(f"this worker has no model {job.model}; it has {name}")
+    def admit(self, session: Session, job: Job) -> Request:
+        """Take a request in, or go on with one that is known here. Raises the error that refuses it."""
+        model = self.engine.plan.model
+        if job.model is not None and model_key(job.model) != model_key(model.name):
+            raise ModelNotFound(f"this worker has no model {job.model}; it has {model.name}")
+        if job.resume is not None and job.resume.fingerprint not in ("", model.fingerprint.hex()):
+            raise ModelNotFound(f"the answer was begun with another model than this worker's {model.name}")
+        known = self.requests.known(job)
+        if known is None or known.is_waiting:
+            self._check_load()
+        if known is None:
+            return self.requests.begin(session, job)
+        self.requests.go_on(known, session, job)
+        return known
+
+    def _check_load(self) -> None:
         if self.draining:
             raise Refused("this worker is being shut down", "draining")
+        if self._window.yielding:
+            raise Refused("this machine's owner needs it")
         if self.health().state is HealthState.OVERLOADED:
             raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
-        if len(self._jobs) >= self.capacity and not self._make_room(session.member):
-            raise Refused(f"this worker's queue is full ({self.capacity} requests)")
-        self._next_ticket += 1
-        self._jobs[self._next_ticket] = session, job
-        self._deadlines[self._next_ticket] = time.monotonic() + job.timeout_s
-        self._idle.clear()
-        self.engine.submit(self._next_ticket, str(session.member), job)
-        return self._next_ticket
-
-    def _make_room(self, member: Member) -> bool:
-        """Turn away the last of what waits of the member with the most, if that is left with no less than this one."""
-        held = Counter(session.member for session, _ in self._jobs.values())
-        waiting = [(held[self._jobs[ticket][0].member], ticket) for ticket in self._jobs if ticket not in self._begun]
-        most, last = max(waiting, default=(0, 0))
-        if most < held[member] + 2:
-            return False
-        self._end(last, Refused("this worker's queue is full, and others have fewer requests in it"))
-        return True
-
-    def cancel(self, ticket: int) -> None:
-        """Stop working for a ticket; nothing more is said of it."""
-        if self._forget(ticket):
-            self.engine.cancel(ticket)
-
-    def _forget(self, ticket: int) -> bool:
-        known = self._jobs.pop(ticket, None) is not None
-        self._deadlines.pop(ticket, None)
-        self._begun.discard(ticket)
-        if not self._jobs:
-            self._idle.set()
-        return known
 
     def _publish(self, loop: asyncio.AbstractEventLoop, events: list[EngineEvent]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
             loop.call_soon_threadsafe(self._on_engine_events, events)
 
     def _on_engine_events(self, events: list[EngineEvent]) -> None:
-        told: set[Session] = set()
-        for ticket, said in events:
-            session, job = self._jobs.get(ticket, (None, None))
-            if session is None or job is None:
-                continue  # cancelled meanwhile
-            last = isinstance(said, (Result, QMeshError))
-            if isinstance(said, Token):
-                self._begun.add(ticket)
-            if last:
-                self._forget(ticket)
-            if last or job.stream or isinstance(said, Queued):
-                session.tell(job.request_id, said)
-                told.add(session)
-        for session in told:
-            session.speak()
+        self.requests.on_events(events)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-Said = Queued | Token | Result | QMeshError
-Member = Address | str
 
 
 class Session:
@@ -7296,7 +7572,7 @@ class Session:
         self.member: Member = sender_of(connection.address)
         self._worker = worker
         self._connection = connection
-        self._tickets: dict[str, int] = {}
+        self._requests: dict[str, Request] = {}
         self._outbox: list[tuple[str, Said]] = []
         self._client_lags = asyncio.Event()
         self._dialling = OwnedTasks()
@@ -7310,19 +7586,30 @@ class Session:
             for task in done:
                 task.result()
         finally:
-            for ticket in self._tickets.values():
-                self._worker.cancel(ticket)
+            for request in list(self._requests.values()):
+                self._worker.requests.leave(request)
             for task in (reading, writing):
                 await _cancelled(task)
             await self._dialling.close()
             with contextlib.suppress(QMeshError):
                 self._flush()
 
-    def tell(self, request_id: str, said: Said) -> None:
+    def tell(self, request: Request, said: Said) -> None:
         """Queue what is to be said of a request. What the engine makes bounds the queue: so many tokens."""
         if isinstance(said, (Result, QMeshError)):
-            self._tickets.pop(request_id, None)
-        self._outbox.append((request_id, said))
+            self.forget(request)
+        self._outbox.append((request.job.request_id, said))
+
+    def forget(self, request: Request) -> None:
+        """Say no more of a request: it has ended, or its client listens elsewhere."""
+        if self._requests.get(request.job.request_id) is request:
+            del self._requests[request.job.request_id]
+
+    def show_life(self, request: Request) -> None:
+        """Say that a request is under way, unless the client has enough to read."""
+        if not self._connection.lagging:
+            self.tell(request, Alive())
+            self.speak()
 
     def speak(self) -> None:
         """Send what was queued: at once, or where the client lags, when it has taken what was sent before."""
@@ -7350,6 +7637,8 @@ class Session:
     def _frame(self, request_id: str, said: Said) -> Json:
         if isinstance(said, (Token, Result)):
             return said.to_json(request_id)
+        if isinstance(said, Alive):
+            return {"type": "inference_alive", "request_id": request_id}
         if isinstance(said, Queued):
             place = {"position": said.position, "wait_s": said.wait_s}
             return {"type": "inference_queued", "request_id": request_id, **place}
@@ -7361,7 +7650,7 @@ class Session:
                 async with asyncio.timeout(IDLE_TIMEOUT_S):
                     body = await self._connection.receive()
             except TimeoutError:
-                if self._tickets:
+                if self._requests:
                     continue  # it listens
                 raise WorkerLost(f"nothing was asked for {IDLE_TIMEOUT_S:g} s") from None
             if body is None:
@@ -7413,20 +7702,22 @@ class Session:
         request_id = _request_id(body)
         try:
             job = Job.from_json(body)
-            if request_id in self._tickets:
+            if request_id in self._requests:
                 raise InvalidRequest(f"the request_id {request_id} is in use already")
-            if len(self._tickets) >= MAX_REQUESTS_PER_CONNECTION:
+            if len(self._requests) >= MAX_REQUESTS_PER_CONNECTION:
                 raise Refused(f"{MAX_REQUESTS_PER_CONNECTION} requests are under way on this connection")
-            self._tickets[request_id] = self._worker.admit(self, job)
+            request = self._worker.admit(self, job)
+            if request.end is None:
+                self._requests[request_id] = request
         except QMeshError as error:
             self._outbox.append((request_id, error))
-            self.speak()
+        self.speak()
 
     def _on_cancel(self, body: Json) -> None:
         request_id = body.get("request_id")
-        ticket = self._tickets.pop(request_id, None) if isinstance(request_id, str) else None
-        if ticket is not None:
-            self._worker.cancel(ticket)
+        request = self._requests.pop(request_id, None) if isinstance(request_id, str) else None
+        if request is not None:
+            self._worker.requests.cancel(request)
 
 
 def _request_id(body: Json) -> str:
@@ -7463,10 +7754,13 @@ def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
 # ======================================================================================================
 # 18  Client
 #
-# Finds workers, chooses one, and follows its answer.
+# Finds workers, chooses one, and sees the answer through, whatever becomes of the worker.
 # Rule 1: the highest fresh score wins; records only say whom to ask for it.
 # Rule 2: a refusal is not a failure: the next worker is tried, and when all refuse, all are tried again
 # after a pause that grows, until the request's deadline.
+# Rule 3: a token that was given is kept. Who goes on in another's place is told them, and may only add to them:
+# the reader hears each token once, in order.
+# Rule 4: what no worker can do is not tried again; and no request may take one worker after another down.
 # ======================================================================================================
 
 
@@ -7514,16 +7808,29 @@ class Selected:
     health: HealthReport
 
 
-Progressed = Discovered | Selected | Queued | Token | Answer
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A worker that was at work on the request is lost to it, after so many tokens in all; another one will go on."""
+
+    worker_id: str
+    reason: str
+    tokens: int
+
+
+Progressed = Discovered | Selected | Queued | Token | Lost | Answer
 
 
 @dataclass(slots=True)
 class Hint:
-    """That a worker may be found at an address: heard of it, last, and when it proved wrong, last."""
+    """That a worker may be found at an address: heard of it, last, and when it proved wrong, last.
+
+    failures: in a row. own_word: it was the worker's own answer, as far as UDP can tell, and no other node's.
+    """
 
     record: WorkerRecord
     heard_at: float
-    own_word: bool  # it was the worker's own answer, as far as UDP can tell, and no other node's
+    own_word: bool
+    failures: int = 0
     failed_at: float = -math.inf
     is_another: bool = False  # who answered there has another id
 
@@ -7558,21 +7865,30 @@ class KnownWorkers:
                 best[hint.record.worker_id] = hint
         return [hint.record for hint in best.values()]
 
-    def in_order(self, ranked: Sequence[WorkerRecord], now: float) -> list[WorkerRecord]:
-        """Whom to ask first: those that failed lately last, and early one that others cannot have invented."""
+    def in_order(self, ranked: Sequence[WorkerRecord], now: float) -> tuple[list[WorkerRecord], list[WorkerRecord]]:
+        """Whom to ask first, and whom only then, as they failed lately. Of those who did not, one that others cannot
+        have invented is among the first.
+        """
         hints = [self._hints[record.worker_id, record.address] for record in ranked]
         sound = [hint for hint in hints if self._is_sound(hint, now)]
         early = [hint for hint in sound if hint.own_word][:1]
         if early and early[0] not in sound[:STATUS_CANDIDATES]:
             sound.remove(early[0])
             sound.insert(STATUS_CANDIDATES - 1, early[0])
-        return [hint.record for hint in (*sound, *(hint for hint in hints if not self._is_sound(hint, now)))]
+        failed = [hint.record for hint in hints if not self._is_sound(hint, now)]
+        return [hint.record for hint in sound], failed
 
     def failed(self, record: WorkerRecord, now: float, *, is_another: bool = False) -> None:
-        """It was not to be had at this address, or somebody else was."""
+        """It was not to be had at this address, or was lost, or somebody else was there."""
         hint = self._hints.get((record.worker_id, record.address))
         if hint is not None:
-            hint.failed_at, hint.is_another = now, is_another
+            hint.failed_at, hint.is_another, hint.failures = now, is_another, hint.failures + 1
+
+    def served(self, record: WorkerRecord) -> None:
+        """It did what was asked of it."""
+        hint = self._hints.get((record.worker_id, record.address))
+        if hint is not None:
+            hint.failures = 0
 
     @staticmethod
     def _counts(hint: Hint, now: float) -> bool:
@@ -7586,7 +7902,8 @@ class KnownWorkers:
 
     @staticmethod
     def _is_sound(hint: Hint, now: float) -> bool:
-        return now - hint.failed_at >= RECORD_TTL_S
+        avoid_s = min(AVOID_FIRST_S * 2.0 ** (hint.failures - 1), AVOID_MAX_S)
+        return not hint.failures or now - hint.failed_at >= avoid_s
 
 
 class WorkerLinks:
@@ -7617,6 +7934,11 @@ class WorkerLinks:
             link = self._links[record.worker_id] = WorkerLink(connection)
             return link
 
+    def reaches(self, worker_id: NodeId) -> bool:
+        """Whether the connection to a worker is there."""
+        link = self._links.get(worker_id)
+        return link is not None and link.alive
+
     async def close(self) -> None:
         await asyncio.gather(*(link.close() for link in self._links.values()))
 
@@ -7625,19 +7947,44 @@ class _AnotherWorker(WorkerLost):
     """Who answers has another id than the worker that was looked for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A worker that was chosen, by its status of a moment ago. fingerprint: its model's, in hexadecimal, or ""."""
+
+    record: WorkerRecord
+    health: HealthReport
+    fingerprint: str
+
+
 class Client:
-    """A guest of the mesh: `async with Client(settings) as mesh`, then `run`, `complete` or `statuses`."""
+    """A guest of the mesh, who asks it:
+
+        async with qmesh.Client() as mesh:
+            async for text in mesh.stream("Why is the sky blue?"):
+                print(text, end="")
+
+    `stream` gives an answer piece by piece, `ask` whole, `run` with all that happens on the way; `statuses` tells how
+    the workers do. `BlockingClient` is the same for programs without asyncio. An answer survives the death of its
+    worker; see `Delivery`.
+
+    settings: those that `Settings.resolve({}, os.environ)` gives, if None: what the environment says, and defaults.
+    environ, rng: for tests. Making one raises UsageError for a key that cannot be used; entering it MissingTls.
+    """
 
     node: UdpNode  # from `async with` on
 
     def __init__(
-        self, settings: Settings, environ: Mapping[str, str] | None = None, rng: random.Random | None = None
+        self,
+        settings: Settings | None = None,
+        environ: Mapping[str, str] | None = None,
+        rng: random.Random | None = None,
     ) -> None:
-        self.settings = settings
-        self._rng = rng or random.SystemRandom()
-        self.meshes = read_mesh_keys(settings)
-        self._host_dir = host_state_dir(settings.state_dir, os.environ if environ is None else environ)
-        self._known = KnownWorkers()
+        environ = os.environ if environ is None else environ
+        self.settings = resolve_settings({}, environ) if settings is None else settings
+        self.rng = rng or random.SystemRandom()
+        self.meshes = read_mesh_keys(self.settings)
+        self.known = KnownWorkers()
+        self._host_dir = host_state_dir(self.settings.state_dir, environ)
         self.links = WorkerLinks(self.meshes)
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
         self._searches = 0
@@ -7669,7 +8016,7 @@ class Client:
         if met:
             StateDirectory.of_client(self._host_dir).remember(met)
 
-    def _tried(self) -> str:
+    def tried(self) -> str:
         """What was tried to find a worker, for people."""
         place = f"on {self.settings.host}" if self.settings.host else "on this network and this machine"
         tried = [f"beacons {place} (UDP {BEACON_PORT}, {self.meshes[0].title})"]
@@ -7686,10 +8033,10 @@ class Client:
         if isinstance(event, Joined):
             self._search()
         elif isinstance(event, Found):
-            self._known.heard_of(event.records, self._loop.time(), own_word=event.search is None)
+            self.known.heard_of(event.records, self._loop.time(), own_word=event.search is None)
             self._loop.call_soon(self._prepare)
         elif isinstance(event, Finished):
-            self._known.heard_of(event.records, self._loop.time(), own_word=False)
+            self.known.heard_of(event.records, self._loop.time(), own_word=False)
             self._search_ended()
         self._changed.set()
 
@@ -7721,7 +8068,7 @@ class Client:
 
     def records(self) -> list[WorkerRecord]:
         """The workers heard of and not expired."""
-        return self._known.records(self._loop.time())
+        return self.known.records(self._loop.time())
 
     async def discover(self, *, everything: bool = False, timeout_s: float | None = None) -> None:
         """Wait until workers are known: the first few, or as good as all.
@@ -7742,7 +8089,7 @@ class Client:
                     await self._changed.wait()
         if not self.records():
             waited = self._loop.time() - self._opened_at
-            raise NoWorkerFound(f"no worker was found in {waited:.1f} s; tried: {self._tried()}")
+            raise NoWorkerFound(f"no worker was found in {waited:.1f} s; tried: {self.tried()}")
 
     def _discovery_wait_s(self, everything: bool) -> float:
         """How long discovery should go on, as far as is known now; 0 when it is done."""
@@ -7752,21 +8099,22 @@ class Client:
         if everything:  # beacons at 0 and 0.25 s have been answered, and the search has ended
             beaconing = self._opened_at + BEACON_TIMES_S[1] + DISCOVERY_GATHER_S - now
             return max(0.0, beaconing, 0.0 if self._searched else self._opened_at + LOOKUP_DEADLINE_S - now)
-        return 0.0 if self._searched else max(0.0, self._known.first_at + DISCOVERY_GATHER_S - now)
+        return 0.0 if self._searched else max(0.0, self.known.first_at + DISCOVERY_GATHER_S - now)
 
     # --- Workers ---
 
-    async def _link(self, record: WorkerRecord) -> WorkerLink:
+    async def link(self, record: WorkerRecord) -> WorkerLink:
+        """The connection to a worker. Raises what `WorkerLinks.to` raises."""
         try:
             return await self.links.to(record)
         except _AnotherWorker:
-            self._known.failed(record, self._loop.time(), is_another=True)
+            self.known.failed(record, self._loop.time(), is_another=True)
             raise
 
     async def _status_of(self, record: WorkerRecord) -> tuple[Json, HealthReport] | QMeshError:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):  # a deaf worker must not keep us from the others
-                status = await (await self._link(record)).status()
+                status = await (await self.link(record)).status()
             return status, HealthReport.from_json(status.get("health"))
         except (QMeshError, TimeoutError) as error:
             log.info("worker %s: %s", record.worker_id.short, error)
@@ -7789,142 +8137,520 @@ class Client:
                 silent.append(who | {"error": str(error)})
         return workers, silent
 
-    async def _choose(
-        self, job: Job, passed_over: set[NodeId]
-    ) -> tuple[tuple[WorkerRecord, HealthReport] | None, QMeshError | None]:
+    async def choose(
+        self, suits: Callable[[WorkerRecord], bool], passed_over: set[NodeId]
+    ) -> tuple[Choice | None, QMeshError | None]:
         """The best worker by fresh status, the most promising asked first; or None, and why there is none."""
-        records = [record for record in self.records() if record.worker_id not in passed_over]
-        ranked = self._known.in_order(rank_workers(records, job.model, self._rng), self._loop.time())
+        records = [record for record in self.records() if record.worker_id not in passed_over and suits(record)]
         failure: QMeshError | None = None
-        count = STATUS_CANDIDATES
-        while ranked:
-            asked, ranked = ranked[:count], ranked[count:]
-            count *= 2  # so that any number of records that lead nowhere is soon through
-            healths = {}
-            for record, answer in zip(asked, await asyncio.gather(*map(self._status_of, asked)), strict=True):
-                if not isinstance(answer, QMeshError):
-                    healths[record] = answer[1]
-                    continue
-                failure = answer
-                if not isinstance(answer, Refused):
-                    self._known.failed(record, self._loop.time())
-            chosen = choose_worker(healths, self._rng)
-            if chosen is not None:
-                return (chosen, healths[chosen]), None
-            if healths:
-                failure = Refused("every worker is overloaded")
+        for ranked in self.known.in_order(rank_workers(records, self.rng), self._loop.time()):
+            count = STATUS_CANDIDATES
+            while ranked:
+                asked, ranked = ranked[:count], ranked[count:]
+                count *= 2  # so that any number of records that lead nowhere is soon through
+                choice, failure = await self._best_of(asked, failure)
+                if choice is not None:
+                    return choice, None
         return None, failure
+
+    async def _best_of(
+        self, records: Sequence[WorkerRecord], failure: QMeshError | None
+    ) -> tuple[Choice | None, QMeshError | None]:
+        healths, statuses = {}, {}
+        for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
+            if not isinstance(answer, QMeshError):
+                statuses[record], healths[record] = answer
+                continue
+            failure = answer
+            if not isinstance(answer, Refused):
+                self.known.failed(record, self._loop.time())
+        chosen = choose_worker(healths, self.rng)
+        if chosen is None:
+            return None, Refused("every worker is overloaded") if healths else failure
+        return Choice(chosen, healths[chosen], fingerprint_in(statuses[chosen])), None
+
+    def search(self) -> None:
+        """Look for workers again, as those that are known may not be all."""
+        self._search()
 
     # --- Requests ---
 
-    async def complete(self, job: Job) -> Answer:
-        """Run a job and return its answer whole. Raises what `run` raises."""
-        async with contextlib.aclosing(self.run(job)) as progress:
-            async for event in progress:
-                if isinstance(event, Answer):
-                    return event
-        raise WorkerLost("the answer has no end")
+    def run(self, job: Job, *, hedge_s: float | None = None) -> AsyncGenerator[Progressed, None]:
+        """Run a job, and yield what happens on the way; an Answer is the last. See `Delivery` for what it survives.
 
-    async def run(self, job: Job) -> AsyncGenerator[Progressed, None]:
-        """Run a job, and yield what happens on the way; an Answer is the last.
+        hedge_s: ask a second worker when the first token has not come after so many seconds; the first to answer wins.
 
-        Raises NoWorkerFound, ModelNotFound, Refused (by all, until the deadline), InvalidRequest,
-        DeadlineExceeded, or WorkerLost when the worker dies in the middle of its answer.
+        Raises NoWorkerFound, ModelNotFound, Refused (by all, until the deadline), InvalidRequest, DeadlineExceeded,
+        or WorkerLost when nobody is left who can go on.
         """
-        started = self._loop.time()
-        deadline = started + job.timeout_s
-        lacking: set[NodeId] = set()  # those that turned out not to have the model
-        refusing: set[NodeId] = set()
-        failure: QMeshError | None = None
-        pause_s, answered_at = RETRY_FIRST_S, math.inf
-        await self.discover(timeout_s=job.timeout_s)
-        discovered = answered_at = self._loop.time()
-        yield Discovered(len(self.records()))
+        return Delivery(self, job, hedge_s).events()
+
+    def stream(self, prompt: str | Sequence[Message], **options: Any) -> TextPieces:
+        """Ask, and give the answer piece by piece: `async for text in mesh.stream("...")`.
+
+        prompt, options: as `new_job` takes them, and `hedge_s` of `run`. Raises what they raise.
+        """
+        hedge_s = options.pop("hedge_s", None)
+        usual = {"model": self.settings.model, "timeout_s": self.settings.timeout_s}
+        return TextPieces(self.run(new_job(prompt, **(usual | options)), hedge_s=hedge_s))
+
+    async def ask(self, prompt: str | Sequence[Message] | Job, **options: Any) -> Answer:
+        """Ask, and return the answer whole. prompt, options: as `stream` takes them; or a Job, and `hedge_s`."""
+        pieces = TextPieces(self.run(prompt, **options)) if isinstance(prompt, Job) else self.stream(prompt, **options)
+        async with contextlib.aclosing(pieces):
+            async for _ in pieces:
+                pass
+        return pieces.answer
+
+
+def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    """The settings that flags, then the environment, then defaults give. Raises UsageError."""
+    try:
+        return Settings.resolve(flags, environ)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def new_job(
+    prompt: str | Sequence[Message],
+    *,
+    system: str | None = None,
+    model: str | None = None,
+    session: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    **sampling: Any,
+) -> Job:
+    """A job: a question, or a conversation whose last message is one.
+
+    system: instructions that go before it. model, session, timeout_s: see `Job`. sampling: fields of `Sampling`.
+    Raises InvalidRequest.
+    """
+    messages = (Message("user", _text("the prompt", prompt)),) if isinstance(prompt, str) else tuple(prompt)
+    if system is not None:
+        messages = (Message("system", _text("system", system)), *messages)
+    return Job(
+        request_id=secrets.token_hex(16),
+        messages=messages,
+        model=model,
+        params=Sampling.from_json(sampling),
+        session=session,
+        timeout_s=timeout_s,
+    )
+
+
+def fingerprint_in(status: Json) -> str:
+    """The fingerprint of the model that a worker's status tells; "" where it makes no sense."""
+    with contextlib.suppress(InvalidRequest, IndexError):
+        return _text("fingerprint", _object("model", _list("models", status.get("models"))[0]).get("fingerprint"))
+    return ""
+
+
+class TextPieces:
+    """The text of an answer as it comes; `answer` when it is whole. Leave it early with `aclose`, which cancels it."""
+
+    def __init__(self, events: AsyncGenerator[Progressed, None]) -> None:
+        self._events = events
+        self._answer: Answer | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the last piece has come. Raises WorkerLost before."""
+        if self._answer is None:
+            raise WorkerLost("the answer has not come to its end")
+        return self._answer
+
+    def __aiter__(self) -> TextPieces:
+        return self
+
+    async def __anext__(self) -> str:
+        async for event in self._events:
+            if isinstance(event, Answer):
+                self._answer = event
+            elif isinstance(event, Token) and event.text:
+                return event.text
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        await self._events.aclose()
+
+
+class Delivery:
+    """One job on its way to its answer, whatever becomes of the workers that write it.
+
+    When a worker dies, falls silent, drains or hands over, the next best one with the same model is sent the same
+    question with all tokens that were given, and goes on behind them; the draws of chance go on as well, since the
+    seed is ours. A worker whose connection broke is tried once more first: it has kept the request. A token out of
+    order, or a text that is not the sum of its pieces, makes a worker a lost one, too.
+    """
+
+    def __init__(self, client: Client, job: Job, hedge_s: float | None = None) -> None:
+        seed = client.rng.randrange(MAX_SEED + 1) if job.params.seed is None else job.params.seed
+        self._client = client
+        self._job = replace(job, params=replace(job.params, seed=seed))
+        self._hedge_s = hedge_s
+        self._loop = asyncio.get_running_loop()
+        self._started = self._discovered = self._answered_at = self._loop.time()
+        self._deadline = self._started + job.timeout_s
+        self._first_token_at: float | None = None
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._fingerprint = ""  # of the model that the tokens are of
+        self._blamed: tuple[Choice, bool] | None = None  # who spoke or failed last; and whether it had taken the job
+        self._gone: NodeId | None = None  # the last worker that was lost, until another has gone on
+        self._asked = False
+        self._failovers = 0
+        self._losses = 0  # in a row, without a token between
+        self._tokens_before = 0  # the last loss
+        self._reattach: Choice | None = None
+        self._looked_everywhere = False
+        self._lacking: set[NodeId] = set()  # those that turned out not to have the model, or not the room
+        self._refusing: set[NodeId] = set()  # and those that will not have it now
+        self._pause_s = RETRY_FIRST_S
+        self._failure: QMeshError | None = None
+
+    async def events(self) -> AsyncGenerator[Progressed, None]:
+        """What happens on the way; see `Client.run`."""
+        await self._client.discover(timeout_s=self._job.timeout_s)
+        self._discovered = self._answered_at = self._loop.time()
+        yield Discovered(len(self._client.records()))
         while True:
-            chosen, reason = await self._choose_before(deadline, job, lacking | refusing)
-            if chosen is None:
-                failure = reason or failure
-                if isinstance(failure, Refused):
-                    answered_at = self._loop.time()
-                late = self._loop.time() + pause_s >= deadline
-                self._check_hope(job, lacking, failure, out_of_time=late, answered_at=answered_at)
-                await self._pause(pause_s)
-                pause_s, refusing = min(2 * pause_s, RETRY_MAX_S), set()
-                continue
-            record, health = chosen
-            answered_at = self._loop.time()
-            yield Selected(str(record.worker_id), health)
+            choice = await self._reattached()
+            if choice is None:
+                choice = await self._next_worker()
+                yield Selected(str(choice.record.worker_id), choice.health)
             try:
-                left = replace(job, timeout_s=max(deadline - self._loop.time(), MIN_TIMEOUT_S))
-                async with contextlib.aclosing(self._follow(record, left, started, discovered)) as events:
-                    async for event in events:
+                async with contextlib.aclosing(self._follow(choice)) as said:
+                    async for event in said:
                         yield event
                 return
-            except ModelNotFound:
-                lacking.add(record.worker_id)
-            except (Refused, _NotStarted) as error:
-                log.info("worker %s: %s", record.worker_id.short, error)
-                failure = error
-                refusing.add(record.worker_id)
+            except QMeshError as error:
+                lost = self._without(error)
+            if lost is not None:
+                yield lost
 
-    async def _follow(
-        self, record: WorkerRecord, job: Job, started: float, discovered: float
-    ) -> AsyncGenerator[Progressed, None]:
-        """One worker's answer. Raises _NotStarted when the worker was lost before its first token."""
-        first_token: float | None = None
+    # --- One worker's part ---
+
+    async def _follow(self, choice: Choice) -> AsyncGenerator[Progressed, None]:
+        hedged = self._hedge_s is not None and not self._tokens
+        async with contextlib.aclosing(self._hedged(choice) if hedged else self._ask(choice)) as heard:
+            async for speaker, said in heard:
+                if speaker is not choice:
+                    choice = speaker
+                    yield Selected(str(choice.record.worker_id), choice.health)
+                self._blamed = choice, True
+                if isinstance(said, Token):
+                    self._take(said)
+                    yield said
+                elif isinstance(said, Queued):
+                    yield said
+                else:
+                    tail = self._rest_of(said)
+                    if tail:
+                        yield Token(len(self._tokens), (), tail)
+                    yield self._answer(said)
+
+    async def _ask(self, choice: Choice) -> AsyncGenerator[tuple[Choice, Queued | Token | Result], None]:
+        """What a worker says of the job. Sends it whatever was given so far, unless nobody was asked before."""
+        spoke = False
         try:
-            link = await self._link(record)
-            async with contextlib.aclosing(link.run(job)) as answer:
+            link = await self._client.link(choice.record)
+            resume = Resume(tuple(self._tokens), self._fingerprint) if self._asked else None
+            left_s = max(self._deadline - self._loop.time(), MIN_TIMEOUT_S)
+            self._asked = True
+            job = replace(self._job, resume=resume, timeout_s=left_s)
+            async with contextlib.aclosing(link.run(job, self._client.settings.stall_s)) as answer:
                 async for said in answer:
-                    now = self._loop.time()
-                    first_token = now if first_token is None and not isinstance(said, Queued) else first_token
-                    if isinstance(said, Result):
-                        since = (1000 * (at - started) for at in (discovered, first_token or now, now))
-                        yield Answer(said, 0, *since)
-                    else:
+                    spoke = True
+                    yield choice, said
+        except QMeshError:
+            self._blamed = choice, spoke
+            raise
+
+    async def _hedged(self, first: Choice) -> AsyncGenerator[tuple[Choice, Queued | Token | Result], None]:
+        async def second() -> AsyncGenerator[tuple[Choice, Queued | Token | Result], None]:
+            await asyncio.sleep(self._hedge_s or 0.0)
+            passed_over = self._lacking | self._refusing | {first.record.worker_id}
+            choice, _ = await self._client.choose(self._suits, passed_over)
+            if choice is not None:
+                async with contextlib.aclosing(self._ask(choice)) as answer:
+                    async for said in answer:
                         yield said
-        except WorkerLost as error:
-            self._known.failed(record, self._loop.time())
-            if first_token is None:
-                raise _NotStarted(str(error)) from None
-            raise WorkerLost(f"worker {record.worker_id.short} was lost in the middle of its answer: {error}") from None
 
-    async def _choose_before(
-        self, deadline: float, job: Job, passed_over: set[NodeId]
-    ) -> tuple[tuple[WorkerRecord, HealthReport] | None, QMeshError | None]:
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._choose(job, passed_over)
-        except TimeoutError:
-            return None, None
+        async with contextlib.aclosing(first_to_answer(self._ask(first), second())) as answer:
+            async for said in answer:
+                yield said
 
-    def _check_hope(
-        self, job: Job, lacking: set[NodeId], failure: QMeshError | None, *, out_of_time: bool, answered_at: float
-    ) -> None:
-        """Raise what waiting cannot mend: the model exists nowhere, nobody has answered for long, time is up."""
-        records = self.records()
-        named = [record for record in records if job.model is None or has_model(record, job.model)]
-        if records and all(record.worker_id in lacking for record in named):
-            names = ", ".join(sorted({printable(record.model) for record in records}))
-            raise ModelNotFound(f"no worker has the model {job.model}; the mesh has: {names}")
-        overloaded = any(record.state is HealthState.OVERLOADED for record in named)
+    def _take(self, token: Token) -> None:
+        """Keep what was given. Raises WireError when it is not what comes next."""
+        have = len(self._tokens)
+        if token.seq != have or not 0 < len(token.tokens) <= self._job.params.max_tokens - have:
+            raise WireError(f"the worker gave {plural(len(token.tokens), 'token')} from {token.seq} on, after {have}")
+        if not have:
+            assert self._blamed is not None
+            self._first_token_at, self._fingerprint = self._loop.time(), self._blamed[0].fingerprint
+        self._tokens.extend(token.tokens)
+        self._text.append(token.text)
+        self._note_progress()
+
+    def _rest_of(self, result: Result) -> str:
+        """What of the text no token has shown. Raises WireError when the text is not that of the tokens."""
+        shown = "".join(self._text)
+        if not result.text.startswith(shown) or result.usage.get("completion_tokens") != len(self._tokens):
+            raise WireError("the worker's answer is not the sum of its tokens")
+        return result.text[len(shown) :]
+
+    def _answer(self, result: Result) -> Answer:
+        assert self._blamed is not None
+        self._client.known.served(self._blamed[0].record)
+        self._note_progress()
+        now = self._loop.time()
+        since = (1000 * (at - self._started) for at in (self._discovered, self._first_token_at or now, now))
+        return Answer(result, self._failovers, *since)
+
+    def _note_progress(self) -> None:
+        """The request goes on with the worker that spoke last."""
+        if self._gone is not None and self._blamed is not None:
+            self._failovers += self._blamed[0].record.worker_id != self._gone
+            self._gone = None
+
+    # --- The next worker ---
+
+    def _without(self, error: QMeshError) -> Lost | None:
+        """What to do without a worker. Raises the error where no other can help, or no other should be tried."""
+        assert self._blamed is not None
+        (choice, spoke), now = self._blamed, self._loop.time()
+        worker_id = choice.record.worker_id
+        if len(self._tokens) > self._tokens_before:
+            self._losses, self._tokens_before, self._pause_s = 0, len(self._tokens), RETRY_FIRST_S
+        if isinstance(error, ModelNotFound) or (self._tokens and error_code(error) == "context_exceeded"):
+            self._lacking.add(worker_id)
+        elif isinstance(error, (Refused, WorkerLost, WireError)):
+            self._refusing.add(worker_id)
+        else:
+            raise error
+        if isinstance(error, (WorkerLost, WireError)) or error_code(error) == "draining":
+            self._client.known.failed(choice.record, now)
+        log.info("worker %s: %s", worker_id.short, error)
+        self._failure, self._answered_at = error, now
+        if not spoke:
+            return None
+        self._losses += not isinstance(error, Refused)
+        if self._losses >= MAX_LOSSES:
+            why = f"{MAX_LOSSES} workers were lost over this request one after another; it may be what they fail at"
+            raise type(error)(f"{why} ({error})")
+        if isinstance(error, WorkerLost) and self._losses == 1 and not self._client.links.reaches(worker_id):
+            self._reattach = choice
+        self._gone = worker_id
+        return Lost(str(worker_id), str(error), len(self._tokens))
+
+    async def _reattached(self) -> Choice | None:
+        """The worker whose connection broke, if it can be had again at once: it has kept the request."""
+        choice, self._reattach = self._reattach, None
+        if choice is not None:
+            with contextlib.suppress(QMeshError, TimeoutError):
+                async with asyncio.timeout(REATTACH_TRY_S):
+                    await self._client.link(choice.record)
+                    return choice
+        return None
+
+    async def _next_worker(self) -> Choice:
+        """The best worker that has the model and takes requests; waited for, while there is hope."""
+        while True:
+            choice = await self._choose()
+            if choice is not None:
+                self._answered_at = self._loop.time()
+                return choice
+            if not self._is_known_nowhere():
+                self._check_hope(late=self._loop.time() + self._pause_s >= self._deadline)
+                await asyncio.sleep(self._pause_s * self._client.rng.uniform(0.5, 1.5))
+                self._pause_s = min(2 * self._pause_s, RETRY_MAX_S)
+                self._client.search()
+            elif self._looked_everywhere:
+                names = ", ".join(sorted({printable(record.model) for record in self._client.records()}))
+                raise ModelNotFound(f"no worker has the model {self._job.model}; the mesh has: {names}")
+            else:  # of a large mesh the first records are but a part
+                self._looked_everywhere = True
+                await self._client.discover(everything=True, timeout_s=self._deadline - self._loop.time())
+            self._refusing.clear()
+
+    async def _choose(self) -> Choice | None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline):
+                choice, why_none = await self._client.choose(self._suits, self._lacking | self._refusing)
+                self._failure = why_none or self._failure
+                if isinstance(self._failure, Refused):
+                    self._answered_at = self._loop.time()
+                return choice
+        return None
+
+    def _suits(self, record: WorkerRecord) -> bool:
+        return offers(record, self._job.model, self._fingerprint)
+
+    def _is_known_nowhere(self) -> bool:
+        """Whether, of all workers that are known, none has the model. What was begun waits for one that has it."""
+        records = self._client.records()
+        named = filter(self._suits, records)
+        return bool(records) and not self._tokens and all(record.worker_id in self._lacking for record in named)
+
+    def _check_hope(self, *, late: bool) -> None:
+        """Raise what waiting cannot mend: nobody has answered for long, or time is up."""
+        failure, named = self._failure, list(filter(self._suits, self._client.records()))
         if isinstance(failure, MissingTls):
             raise failure
+        overloaded = any(record.state is HealthState.OVERLOADED for record in named)
         failed = failure is not None and not isinstance(failure, Refused)
-        unheard = not overloaded and (failed or not records)
-        if unheard and (out_of_time or self._loop.time() - answered_at >= DISCOVERY_TIMEOUT_S):
+        silence_s = self._loop.time() - self._answered_at
+        hopeless = late or silence_s >= (PATIENCE_S if self._tokens else DISCOVERY_TIMEOUT_S)
+        if hopeless and not overloaded and (failed or not named):
             why = f" ({failure})" if failure is not None else ""
-            raise NoWorkerFound(f"no worker is left that answers{why}; tried: {self._tried()}")
-        if out_of_time:
+            if isinstance(failure, WireError):
+                raise failure
+            if self._tokens:
+                given = plural(len(self._tokens), "token")
+                raise WorkerLost(f"the worker was lost after {given}, and none is left that could go on{why}")
+            raise NoWorkerFound(f"no worker is left that answers{why}; tried: {self._client.tried()}")
+        if late:
             raise failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
 
-    async def _pause(self, pause_s: float) -> None:
-        await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
-        self._search()
+
+Heard = AsyncGenerator[tuple[Choice, Queued | Token | Result], None]
 
 
-class _NotStarted(WorkerLost):
-    """A worker was lost before it said anything: another can be asked without the reader noticing."""
+async def first_to_answer(first: Heard, second: Heard) -> Heard:
+    """What two workers say, until one of them begins to answer; then what that one says, and the other is left.
+
+    Raises what `first` raises while `second` has said nothing; else a failure of one leaves the race to the other.
+    """
+    steps: dict[asyncio.Future[Any], Heard] = {asyncio.ensure_future(anext(each)): each for each in (first, second)}
+    spoken: set[Heard] = {first}
+    winner: Heard | None = None
+    try:
+        while winner is None:
+            done, _ = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+            step = done.pop()  # others that are done are found so again
+            answer = steps.pop(step)
+            try:
+                choice, said = step.result()
+            except StopAsyncIteration:  # there is no second one
+                continue
+            except QMeshError:
+                if spoken.isdisjoint(steps.values()):
+                    raise
+                continue
+            spoken.add(answer)
+            if isinstance(said, Queued):
+                steps[asyncio.ensure_future(anext(answer))] = answer
+            else:
+                winner = answer
+                await _leave(steps)
+            yield choice, said
+        async for heard in winner:
+            yield heard
+    finally:
+        await _leave(steps)
+        await asyncio.gather(first.aclose(), second.aclose())
+
+
+async def _leave(steps: dict[asyncio.Future[Any], Heard]) -> None:
+    """Stop waiting for what is said, and stop those who would say it."""
+    for step in steps:
+        step.cancel()
+    await asyncio.gather(*steps, return_exceptions=True)
+    steps.clear()
+
+
+class BlockingClient:
+    """`Client` for programs without asyncio; its network lives in a thread of its own:
+
+        with qmesh.BlockingClient() as mesh:
+            for text in mesh.stream("Why is the sky blue?"):
+                print(text, end="")
+
+    settings: as for `Client`. Safe for several threads. What it raises is what `Client` raises.
+    """
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._client = Client(settings)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="qmesh", daemon=True)
+
+    def __enter__(self) -> BlockingClient:
+        self._thread.start()
+        try:
+            self._run(self._client.__aenter__())
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        try:
+            self._run(self._client.__aexit__(*exc_info))
+        finally:
+            self._stop()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # as Ctrl-C
+            future.cancel()
+            raise
+
+    def _stop(self) -> None:
+        self._run(self._loop.shutdown_asyncgens())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def stream(self, prompt: str | Sequence[Message], **options: Any) -> BlockingTextPieces:
+        """As `Client.stream`: `for text in mesh.stream("...")`."""
+
+        async def begin() -> TextPieces:
+            return self._client.stream(prompt, **options)
+
+        return BlockingTextPieces(self._run(begin()), self._run)
+
+    def ask(self, prompt: str | Sequence[Message] | Job, **options: Any) -> Answer:
+        """As `Client.ask`."""
+        return self._run(self._client.ask(prompt, **options))
+
+    def statuses(self) -> list[Json]:
+        """The status of every worker that answers, as `status --json` shows them."""
+
+        async def look() -> list[Json]:
+            await self._client.discover(everything=True)
+            return (await self._client.statuses())[0]
+
+        return self._run(look())
+
+
+class BlockingTextPieces:
+    """The text of an answer as it comes; `answer` when it is whole. Leave it early with `close`, which cancels it."""
+
+    def __init__(self, pieces: TextPieces, run: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._pieces = pieces
+        self._run_there = run
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer, once the last piece has come. Raises WorkerLost before."""
+        return self._pieces.answer
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        text: str | None = self._run_there(self._next())
+        if text is None:
+            raise StopIteration
+        return text
+
+    async def _next(self) -> str | None:
+        return await anext(self._pieces, None)
+
+    def close(self) -> None:
+        self._run_there(self._pieces.aclose())
 
 
 # ======================================================================================================
@@ -8665,7 +9391,15 @@ def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
 
 async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int:
     terminal = Terminal(shown=not arguments.json)
-    options = WorkerOptions(arguments.slots, arguments.ctx, arguments.queue, arguments.threads, arguments.nice)
+    options = WorkerOptions(
+        slots=arguments.slots,
+        context=arguments.ctx,
+        queue=arguments.queue,
+        threads=arguments.threads,
+        nice=arguments.nice,
+        grace_s=arguments.grace,
+        yields=arguments.yields,
+    )
     worker = Worker(settings, options, os.environ)
     stop = asyncio.Event()
     with interrupts(stop):
@@ -8744,21 +9478,13 @@ def interrupts(stop: asyncio.Event) -> Iterator[None]:
 def make_job(arguments: argparse.Namespace, settings: Settings) -> Job:
     """The job that the arguments describe. Raises UsageError."""
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
-    messages = [Message("system", arguments.system)] if arguments.system else []
     names = [f.name for f in fields(Sampling)]
     chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    chosen["stop"] = tuple(chosen.get("stop", ()))
     if arguments.json_schema is not None:
         chosen["json_schema"] = read_schema(Path(arguments.json_schema))
     try:
-        _text("the prompt", text)
-        return Job(
-            request_id=secrets.token_hex(16),
-            messages=(*messages, Message("user", text)),
-            model=settings.model,
-            params=Sampling(**chosen),
-            stream=not arguments.no_stream,
-            timeout_s=settings.timeout_s,
+        return new_job(
+            text, system=arguments.system or None, model=settings.model, timeout_s=settings.timeout_s, **chosen
         )
     except InvalidRequest as error:
         raise UsageError(str(error)) from None
@@ -8776,19 +9502,21 @@ def read_schema(path: Path) -> Json:
 def run_prompt(arguments: argparse.Namespace, settings: Settings) -> int:
     job = make_job(arguments, settings)
     terminal = Terminal(shown=sys.stderr.isatty() and not arguments.json)
-    answer = asyncio.run(ask(job, settings, terminal, show=not arguments.json))
+    printer = AnswerPrinter(terminal, stream=not arguments.no_stream, show=not arguments.json)
+    answer = asyncio.run(ask(job, settings, printer, hedge_s=arguments.hedge))
     if arguments.json:
         print_json(answer.to_json())
     return 0
 
 
-async def ask(job: Job, settings: Settings, terminal: Terminal, *, show: bool, everything: bool = False) -> Answer:
-    """Run a job on the mesh, with the familiar lines on stderr and, when `show`, the answer on stdout.
+async def ask(
+    job: Job, settings: Settings, printer: AnswerPrinter, *, hedge_s: float | None = None, everything: bool = False
+) -> Answer:
+    """Run a job on the mesh, and have what happens printed.
 
     everything: choose among all workers there are, rather than the first that are found.
     """
-    printer = AnswerPrinter(terminal, stream=job.stream, show=show)
-    async with Client(settings) as mesh, contextlib.aclosing(mesh.run(job)) as progress:
+    async with Client(settings) as mesh, contextlib.aclosing(mesh.run(job, hedge_s=hedge_s)) as progress:
         if everything:
             await mesh.discover(everything=True)
         try:
@@ -8822,22 +9550,35 @@ class AnswerPrinter:
         self._show = show
         self._begun = False
         self._line_open = False
+        self._lost: list[Lost] = []
 
     def on_event(self, event: Progressed) -> None:
         say = self._terminal.say
         if isinstance(event, Discovered):
             say(f"🌐 Discovered {plural(event.workers, 'worker')}")
         elif isinstance(event, Selected):
-            say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
-            say("📤 Sending prompt...")
+            if not self._begun:  # in the middle of a text nothing else is said
+                say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
+                say("📤 Sending prompt...")
         elif isinstance(event, Queued):
-            say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
+            if not self._begun:
+                say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
+        elif isinstance(event, Lost):
+            self._lost.append(event)
         elif isinstance(event, Token):
             self._print(event.text if self._stream else "")
         else:
             self._print("" if self._stream else event.result.text)
             self.end()
+            self._tell_of_lost(event)
             say(f"⏱️  Total time: {event.total_ms / 1000:.1f}s")
+
+    def _tell_of_lost(self, answer: Answer) -> None:
+        """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
+        if answer.failovers and self._show:
+            lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
+            line = f"🔁 Went on at worker {answer.result.worker_id[:6]}; lost: {lost} ({self._lost[-1].reason})"
+            print(line, file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
         if not self._begun:
@@ -8963,18 +9704,19 @@ def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
     with tempfile.TemporaryDirectory(prefix="qmesh-demo-") as state:
         settings = replace(settings, host=LOOPBACK, topic=f"demo-{secrets.token_hex(8)}", state_dir=state, model=None)
         job = make_job(arguments, settings)
-        asyncio.run(demonstrate(job, settings, model, terminal))
+        asyncio.run(demonstrate(job, settings, model, terminal, no_stream=arguments.no_stream))
     return 0
 
 
-async def demonstrate(job: Job, settings: Settings, model: ModelFile, terminal: Terminal) -> None:
+async def demonstrate(job: Job, settings: Settings, model: ModelFile, terminal: Terminal, *, no_stream: bool) -> None:
     terminal.say(f"🚀 Starting {DEMO_WORKERS} workers with {model.name} on this machine...")
     async with contextlib.AsyncExitStack() as running:
         children = [await running.enter_async_context(demo_worker(settings, model)) for _ in range(DEMO_WORKERS)]
         for child in children:
             ready = await demo_worker_ready(child)
             terminal.say(f"   worker {ready['worker_id'][:6]} is ready ({plural(ready['slots'], 'slot')})")
-        await ask(job, settings, terminal, show=True, everything=True)
+        printer = AnswerPrinter(terminal, stream=not no_stream, show=True)
+        await ask(job, settings, printer, everything=True)
         terminal.say("👋 Stopping the workers...")
 
 
@@ -9219,6 +9961,18 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def seconds(low: float, high: float) -> Callable[[str], float]:
+    """A parser of seconds in a range, with a message that names it."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"a number of seconds from {low:g} to {high:g} is needed, not {text!r}")
+
+    return parse
+
+
 def worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH|NAME", help="which model, where models/ holds several")
     parser.add_argument("--slots", type=whole(1, MAX_SLOTS), help=f"requests that run at once ({DEFAULT_SLOTS})")
@@ -9232,6 +9986,16 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu-layers", metavar="N", help="layers on the GPU: -1 all, 0 none (as detected)")
     parser.add_argument(
         "--nice", type=whole(-20, 19), default=DEFAULT_NICE, help=f"priority, 19 lowest ({DEFAULT_NICE})"
+    )
+    parser.add_argument(
+        "--grace",
+        type=seconds(0, MAX_GRACE_S),
+        default=DEFAULT_GRACE_S,
+        metavar="S",
+        help=f"seconds to finish in when told to stop; the rest is handed over ({DEFAULT_GRACE_S:g})",
+    )
+    parser.add_argument(
+        "--yield", dest="yields", action="store_true", help="hand over all work while others use the processor"
     )
     parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
     add_json(parser)
@@ -9257,8 +10021,22 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
+    parser.add_argument(
+        "--hedge",
+        type=seconds(0, MAX_TIMEOUT_S),
+        nargs="?",
+        const=HEDGE_AFTER_S,
+        metavar="S",
+        help=f"ask a second worker where the first token takes longer ({HEDGE_AFTER_S:g} s, if no S is given)",
+    )
     add_json(parser)
     add_timeout(parser)
+    parser.add_argument(
+        "--stall-timeout",
+        dest="stall_s",
+        metavar="S",
+        help=f"give up a worker that is silent for so many seconds ({DEFAULT_STALL_S:g})",
+    )
     add_network(parser)
 
 
@@ -9348,10 +10126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     as_json = getattr(arguments, "json", False)
     try:
-        try:
-            settings = Settings.resolve(vars(arguments), os.environ)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        settings = resolve_settings(vars(arguments), os.environ)
         level = settings.log_level.upper()
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         return _COMMANDS[arguments.command][3](arguments, settings)

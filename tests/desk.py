@@ -155,17 +155,21 @@ def plan_for(path: Path, *, slots: int = SLOTS, context: int = CONTEXT, threads:
     return qmesh.EnginePlan(qmesh.read_model(path), slots, context, threads, qmesh.GpuChoice(0, None, "for a test"))
 
 
-def chat(*turns: str, resume: Sequence[int] = (), **params: Any) -> Job:
+def resumed(tokens: Sequence[int] | None) -> qmesh.Resume | None:
+    return None if tokens is None else qmesh.Resume(tuple(tokens))
+
+
+def chat(*turns: str, resume: Sequence[int] | None = None, **params: Any) -> Job:
     """A conversation, greedy unless said otherwise; the user has the first turn."""
     roles = itertools.cycle(("user", "assistant"))
     messages = tuple(Message(role, turn) for role, turn in zip(roles, turns, strict=False))
-    return Job("r", messages=messages, params=Sampling(**{"temperature": 0, **params}), resume=tuple(resume))
+    return Job("r", messages=messages, params=Sampling(**{"temperature": 0, **params}), resume=resumed(resume))
 
 
-def raw(prompt: str, *, resume: Sequence[int] = (), timeout_s: float = 1e4, **params: Any) -> Job:
+def raw(prompt: str, *, resume: Sequence[int] | None = None, timeout_s: float = 1e4, **params: Any) -> Job:
     """A text that goes on, greedy unless said otherwise; few tokens, and so cheap."""
     sampling = Sampling(**{"temperature": 0, **params})
-    return Job("r", prompt=prompt, params=sampling, resume=tuple(resume), timeout_s=timeout_s)
+    return Job("r", prompt=prompt, params=sampling, resume=resumed(resume), timeout_s=timeout_s)
 
 
 @dataclass(frozen=True)

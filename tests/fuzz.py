@@ -449,7 +449,7 @@ def _fewer(body: Any) -> Any:
 JOBS = [
     each.to_json()
     for each in (
-        qmesh.Job("r", prompt="hello", model="tiny", session="s", resume=(1, 2), timeout_s=1.5, stream=False),
+        qmesh.Job("r", prompt="hello", model="tiny", session="s", resume=qmesh.Resume((1, 2), "ab"), timeout_s=1.5),
         qmesh.Job("r", (qmesh.Message("system", "be brief"), qmesh.Message("user", "é"))),
         qmesh.Job("r", prompt="x", params=qmesh.Sampling(seed=1, stop=("a", "b"), json_schema={"type": "object"})),
         qmesh.Job(

@@ -24,13 +24,17 @@ def frame(payload: bytes) -> bytes:
 
 
 class RawClient:
-    """One connection. Nothing is sent but what is asked for; nothing that comes is dropped."""
+    """One connection. Nothing is sent but what is asked for; nothing that comes is dropped but signs of life.
+
+    alive: how many of those came.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, identity: qmesh.Identity) -> None:
         self.identity = identity
         self._reader = reader
         self._writer = writer
         self._frames = qmesh.FrameReader(limit=qmesh.MAX_FRAME_BYTES)
+        self.alive = 0
 
     async def send(self, body: qmesh.Json) -> None:
         await self.send_bytes(qmesh.encode_frame(body))
@@ -69,6 +73,11 @@ class RawClient:
         self._writer.transport.abort()
 
     async def _next(self) -> qmesh.Json | None:
+        while (body := await self._any()) is not None and body["type"] == "inference_alive":
+            self.alive += 1
+        return body
+
+    async def _any(self) -> qmesh.Json | None:
         async with asyncio.timeout(PATIENCE_S):
             while (body := self._frames.read()) is None:
                 with contextlib.suppress(ConnectionResetError):  # an end is an end

@@ -133,8 +133,8 @@ def token_frame(request_id: str, seq: int, text: str) -> Json:
     return qmesh.Token(seq, (seq,), text).to_json(request_id)
 
 
-def result_frame(request_id: str, text: str) -> Json:
-    usage = {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0}
+def result_frame(request_id: str, text: str, tokens: int = 1) -> Json:
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "cached_tokens": 0}
     return qmesh.Result(text, "stop", usage, {"queue_ms": 0.0}, "tiny", "0" * 64).to_json(request_id)
 
 
@@ -144,7 +144,7 @@ def says(*pieces: str) -> Script:
     async def script(connection: Connection, request_id: str) -> bool:
         for seq, piece in enumerate(pieces):
             await connection.send(token_frame(request_id, seq, piece))
-        await connection.send(result_frame(request_id, "".join(pieces)))
+        await connection.send(result_frame(request_id, "".join(pieces), len(pieces)))
         return True
 
     return script

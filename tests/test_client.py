@@ -53,7 +53,6 @@ from qmesh import (
     Settings,
     Token,
     WireError,
-    WorkerLost,
 )
 
 
@@ -129,7 +128,7 @@ async def test_what_happens_on_the_way_to_an_answer_is_told_in_order(two_workers
 @in_a_loop
 async def test_complete_returns_the_answer_whole(two_workers: harness.Mesh) -> None:
     async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
-        body = (await mesh.complete(job(stream=False))).to_json()
+        body = (await mesh.ask(job())).to_json()
         assert body["text"] != ""
         assert body["finish_reason"] == "length"
         assert body["failovers"] == 0
@@ -139,7 +138,7 @@ async def test_complete_returns_the_answer_whole(two_workers: harness.Mesh) -> N
 @in_a_loop
 async def test_many_requests_at_once_are_all_answered(two_workers: harness.Mesh) -> None:
     async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
-        answers = await asyncio.gather(*(mesh.complete(job()) for _ in range(6)))
+        answers = await asyncio.gather(*(mesh.ask(job()) for _ in range(6)))
         assert [answer.result.usage["completion_tokens"] for answer in answers] == [8] * 6
 
 
@@ -161,14 +160,14 @@ async def test_a_model_that_no_worker_has_is_not_found_and_those_that_exist_are_
     async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
         model = two_workers.processes[0].ready["model"]
         with pytest.raises(ModelNotFound, match=f"no worker has the model gpt-17; the mesh has: {model}$"):
-            await mesh.complete(job(model="gpt-17"))
+            await mesh.ask(job(model="gpt-17"))
 
 
 @in_a_loop
 async def test_what_a_worker_finds_wrong_with_a_request_is_raised(two_workers: harness.Mesh) -> None:
     async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
         with pytest.raises(InvalidRequest, match=r"the prompt has .* tokens and this worker's context holds"):
-            await mesh.complete(job(prompt="one two " * 1024))
+            await mesh.ask(job(prompt="one two " * 1024))
 
 
 # --- Nobody there ---
@@ -181,7 +180,7 @@ async def test_when_nobody_is_found_it_is_said_what_was_tried(topic: str, tmp_pa
         peer = f"{LOOPBACK}:{deaf.getsockname()[1]}"
         async with client_of(topic, tmp_path, peers=(peer,)) as mesh:
             with pytest.raises(NoWorkerFound) as caught:
-                await mesh.complete(job(timeout_s=0.3))
+                await mesh.ask(job(timeout_s=0.3))
     for tried in ("beacons on 127.0.0.1", str(qmesh.BEACON_PORT), topic, f"--peer {peer}"):
         assert tried in str(caught.value)
 
@@ -193,13 +192,13 @@ async def test_a_patient_request_is_not_a_reason_to_search_for_ever(
     monkeypatch.setattr(qmesh, "DISCOVERY_TIMEOUT_S", 0.3)
     async with client_of(topic, tmp_path) as mesh, asyncio.timeout(20):
         with pytest.raises(NoWorkerFound):
-            await mesh.complete(job(timeout_s=300))
+            await mesh.ask(job(timeout_s=300))
 
 
 @in_a_loop
 async def test_a_worker_that_joins_while_the_client_searches_is_found(topic: str, tmp_path: Path) -> None:
     async with client_of(topic, tmp_path) as mesh:
-        asking = asyncio.create_task(mesh.complete(job()))
+        asking = asyncio.create_task(mesh.ask(job()))
         await asyncio.sleep(0)  # the search begins
         async with ScriptedWorker(says("late")).on(topic):
             assert (await asking).result.text == "late"
@@ -210,9 +209,9 @@ async def test_peers_that_were_met_are_remembered_for_the_next_time(topic: str, 
     async with ScriptedWorker(says("hello")).on(topic, beacons=False) as worker:
         host, port = worker.udp_address
         async with client_of(topic, tmp_path, peers=(f"{host}:{port}",)) as told:
-            await told.complete(job())
+            await told.ask(job())
         async with client_of(topic, tmp_path) as remembering:
-            assert (await remembering.complete(job())).result.text == "hello"
+            assert (await remembering.ask(job())).result.text == "hello"
 
 
 # --- Whom it chooses ---
@@ -235,7 +234,7 @@ async def test_equals_share_the_work(topic: str, tmp_path: Path) -> None:
     one, other = ScriptedWorker(says("1"), score=80), ScriptedWorker(says("2"), score=81)
     async with mesh_of(topic, tmp_path, one, other) as mesh:
         for _ in range(16):
-            await mesh.complete(job())
+            await mesh.ask(job())
         assert len(one.prompts) + len(other.prompts) == 16
         assert min(len(one.prompts), len(other.prompts)) >= 3
 
@@ -244,7 +243,7 @@ async def test_equals_share_the_work(topic: str, tmp_path: Path) -> None:
 async def test_only_the_three_most_promising_are_asked_for_their_status(topic: str, tmp_path: Path) -> None:
     workers = [ScriptedWorker(says("hello"), score=score) for score in (90, 80, 70, 60, 50)]
     async with mesh_of(topic, tmp_path, *workers) as mesh:
-        await mesh.complete(job())
+        await mesh.ask(job())
         assert [worker.statuses for worker in workers] == [1, 1, 1, 0, 0]
 
 
@@ -253,7 +252,7 @@ async def test_when_the_most_promising_are_overloaded_by_now_the_next_are_asked(
     overloaded = [ScriptedWorker(says("no"), score=10, told_score=score) for score in (95, 90, 85)]
     free = ScriptedWorker(says("yes"), score=30)
     async with mesh_of(topic, tmp_path, *overloaded, free) as mesh:
-        assert (await mesh.complete(job())).result.text == "yes"
+        assert (await mesh.ask(job())).result.text == "yes"
         assert [worker.prompts for worker in overloaded] == [[], [], []]
 
 
@@ -261,7 +260,7 @@ async def test_when_the_most_promising_are_overloaded_by_now_the_next_are_asked(
 async def test_only_workers_with_the_model_are_asked(topic: str, tmp_path: Path) -> None:
     other, right = ScriptedWorker(says("no"), score=99, model="big"), ScriptedWorker(says("yes"), model="tiny")
     async with mesh_of(topic, tmp_path, other, right) as mesh:
-        assert (await mesh.complete(job(model="Tiny.gguf"))).result.text == "yes"
+        assert (await mesh.ask(job(model="Tiny.gguf"))).result.text == "yes"
         assert other.statuses == 0
 
 
@@ -271,7 +270,7 @@ async def test_a_worker_whose_model_only_begins_like_the_one_wanted_is_passed_ov
     other = ScriptedWorker(refuses(ModelNotFound("this worker has another")), score=99, model=f"{name}Q8")
     right = ScriptedWorker(says("yes"), score=50, model=f"{name}Q4")
     async with mesh_of(topic, tmp_path, other, right) as mesh:
-        assert (await mesh.complete(job(model=f"{name}Q4"))).result.text == "yes"
+        assert (await mesh.ask(job(model=f"{name}Q4"))).result.text == "yes"
 
 
 @in_a_loop
@@ -279,7 +278,7 @@ async def test_a_worker_that_answers_under_another_id_is_not_used(topic: str, tm
     impostor = ScriptedWorker(says("no"), score=99, tcp_key=node_key(666))
     honest = ScriptedWorker(says("yes"), score=50)
     async with mesh_of(topic, tmp_path, impostor, honest) as mesh:
-        assert (await mesh.complete(job())).result.text == "yes"
+        assert (await mesh.ask(job())).result.text == "yes"
         assert (impostor.statuses, impostor.prompts) == (0, [])
 
 
@@ -299,7 +298,7 @@ async def test_who_announces_anothers_id_keeps_nobody_from_that_worker(topic: st
             while [record.address for record in mesh.records()] != [("127.0.0.2", port)]:
                 await mesh.discover()
                 await asyncio.sleep(0.01)
-        assert (await mesh.complete(job())).result.text == "yes"
+        assert (await mesh.ask(job())).result.text == "yes"
     await liar.stop()
     assert met.qsize() == 1  # it was seen through once, and not believed again
 
@@ -323,7 +322,7 @@ async def test_any_number_of_invented_workers_keeps_nobody_from_the_one_that_bea
         mesh = await stack.enter_async_context(client_of(topic, tmp_path, peers=tuple(peers)))
         await until_known(mesh, 10)
         watch = Stopwatch()
-        assert (await mesh.complete(job())).result.text == "yes"
+        assert (await mesh.ask(job())).result.text == "yes"
         assert watch.seconds < 3 * qmesh.STATUS_TIMEOUT_S  # it is among the first who are asked
 
 
@@ -368,7 +367,23 @@ def test_who_failed_lately_is_asked_last_and_one_that_spoke_for_itself_among_the
     known.heard_of(records[5:6], 0.0, own_word=True)
     known.failed(records[0], 0.5)
     known.heard_of(records, 1.0, own_word=False)
-    assert [int(record.worker_id) for record in known.in_order(records, 1.0)] == [2, 3, 6, 4, 5, 7, 1]
+    sound, failed = known.in_order(records, 1.0)
+    assert [int(record.worker_id) for record in sound] == [2, 3, 6, 4, 5, 7]
+    assert failed == records[:1]
+
+
+def test_a_worker_that_fails_is_avoided_for_longer_each_time_until_it_serves_again() -> None:
+    known, one = qmesh.KnownWorkers(), hint(1, "10.0.0.1")
+    now = 0.0
+    for avoided_s in (5.0, 10.0, 20.0, 40.0, 80.0, 80.0):
+        known.heard_of([one], now, own_word=True)
+        known.failed(one, now)
+        assert known.in_order([one], now + avoided_s - 0.1) == ([], [one])
+        now += avoided_s
+        assert known.in_order([one], now) == ([one], [])
+    known.served(one)
+    known.failed(one, now)
+    assert known.in_order([one], now + 5.0) == ([one], [])
 
 
 @in_a_loop
@@ -376,7 +391,7 @@ async def test_the_name_of_a_model_that_a_peer_made_up_cannot_steer_a_terminal(t
     evil = ScriptedWorker(says("no"), model="a\x1b]0;b\x07")
     async with mesh_of(topic, tmp_path, evil) as mesh:
         with pytest.raises(ModelNotFound) as caught:
-            await mesh.complete(job(model="good"))
+            await mesh.ask(job(model="good"))
     assert "the mesh has: a?]0;b?" in str(caught.value)
 
 
@@ -401,7 +416,7 @@ async def test_when_one_worker_refuses_the_next_is_taken(topic: str, tmp_path: P
 async def test_when_all_refuse_they_are_tried_again_until_one_takes_it(topic: str, tmp_path: Path) -> None:
     worker = ScriptedWorker(in_turn(refuses(), refuses(), says("at last")))
     async with mesh_of(topic, tmp_path, worker) as mesh:
-        assert (await mesh.complete(job())).result.text == "at last"
+        assert (await mesh.ask(job())).result.text == "at last"
         assert len(worker.prompts) == 3
 
 
@@ -411,7 +426,7 @@ async def test_when_all_refuse_to_the_end_their_refusal_is_raised_in_time(topic:
     async with mesh_of(topic, tmp_path, *workers) as mesh:
         watch = Stopwatch()
         with pytest.raises(Refused, match="the queue is full"):
-            await mesh.complete(job(timeout_s=1.5))
+            await mesh.ask(job(timeout_s=1.5))
         assert watch.seconds < 10
         assert all(len(worker.prompts) > 1 for worker in workers)
 
@@ -421,7 +436,7 @@ async def test_a_worker_that_died_does_not_hide_that_the_other_is_overloaded(top
     dying, busy = ScriptedWorker(HANGS_UP), ScriptedWorker(says("no"), score=10)
     async with mesh_of(topic, tmp_path, dying, busy) as mesh:
         with pytest.raises(Refused):
-            await mesh.complete(job(timeout_s=1))
+            await mesh.ask(job(timeout_s=1))
 
 
 class Unhurried(random.Random):
@@ -438,7 +453,7 @@ async def test_a_pause_that_outlasts_the_deadline_does_not_hide_the_refusal(topi
         async with Client(settings, environ={}, rng=Unhurried()) as mesh:
             await until_known(mesh, 1)
             with pytest.raises(Refused, match="the queue is full"):
-                await mesh.complete(job(timeout_s=4 * qmesh.RETRY_FIRST_S))  # the second pause ends behind it
+                await mesh.ask(job(timeout_s=4 * qmesh.RETRY_FIRST_S))  # the second pause ends behind it
 
 
 @in_a_loop
@@ -450,7 +465,7 @@ async def test_when_the_one_with_the_model_is_overloaded_another_without_it_does
     right = ScriptedWorker(says("no"), score=10, model=f"{name}Q4")
     async with mesh_of(topic, tmp_path, other, right) as mesh:
         with pytest.raises(Refused):
-            await mesh.complete(job(model=f"{name}Q4", timeout_s=0.5))
+            await mesh.ask(job(model=f"{name}Q4", timeout_s=0.5))
 
 
 @in_a_loop
@@ -458,7 +473,7 @@ async def test_workers_that_are_overloaded_by_their_own_word_are_not_bothered(to
     worker = ScriptedWorker(says("no"), score=10)
     async with mesh_of(topic, tmp_path, worker) as mesh:
         with pytest.raises(Refused, match="every worker is overloaded"):
-            await mesh.complete(job(timeout_s=0.5))
+            await mesh.ask(job(timeout_s=0.5))
         assert worker.prompts == []
 
 
@@ -466,7 +481,7 @@ async def test_workers_that_are_overloaded_by_their_own_word_are_not_bothered(to
 async def test_each_try_is_given_only_the_time_that_is_left(topic: str, tmp_path: Path) -> None:
     worker = ScriptedWorker(in_turn(refuses(), says("hello")))
     async with mesh_of(topic, tmp_path, worker) as mesh:
-        await mesh.complete(job(timeout_s=50))
+        await mesh.ask(job(timeout_s=50))
         first, second = (prompt["timeout_s"] for prompt in worker.prompts)
         assert 50 >= first > second > 0
 
@@ -486,29 +501,16 @@ async def test_a_worker_that_dies_before_its_first_token_costs_only_a_moment(
     dying = ScriptedWorker(script, score=90)
     living = ScriptedWorker(says("hello"), score=70)
     async with mesh_of(topic, tmp_path, dying, living) as mesh:
-        assert (await mesh.complete(job())).result.text == "hello"
-        assert (len(dying.prompts), len(living.prompts)) == (1, 1)
-
-
-@in_a_loop
-async def test_a_worker_that_dies_in_the_middle_of_its_answer_is_named(topic: str, tmp_path: Path) -> None:
-    dying = ScriptedWorker(sends(token_frame("", 0, "Once"), hangs_up=True), score=90)
-    living = ScriptedWorker(says("hello"), score=70)
-    async with mesh_of(topic, tmp_path, dying, living) as mesh:
-        progress = mesh.run(job())
-        while not isinstance(event := await anext(progress), Token):
-            pass
-        assert event == Token(0, (0,), "Once")
-        with pytest.raises(WorkerLost, match=f"worker {dying.worker_id.short} was lost in the middle of its answer"):
-            await anext(progress)
-        assert (await mesh.complete(job())).result.text == "hello"
+        assert (await mesh.ask(job())).result.text == "hello"
+        assert len(dying.prompts) <= 2  # a request that it had taken is tried there once more
+        assert len(living.prompts) == 1
 
 
 @in_a_loop
 async def test_when_the_only_worker_dies_nobody_is_left(topic: str, tmp_path: Path) -> None:
     async with mesh_of(topic, tmp_path, ScriptedWorker(HANGS_UP)) as mesh:
         with pytest.raises(NoWorkerFound, match="no worker is left that answers"):
-            await mesh.complete(job(timeout_s=1))
+            await mesh.ask(job(timeout_s=1))
 
 
 @pytest.mark.parametrize("script", [IS_SILENT, sends(token_frame("", 0, "Once"))], ids=["at once", "in the middle"])
@@ -520,7 +522,7 @@ async def test_a_worker_that_falls_silent_is_given_up_at_the_deadline(
     async with mesh_of(topic, tmp_path, ScriptedWorker(script)) as mesh:
         watch = Stopwatch()
         with pytest.raises(DeadlineExceeded):
-            await mesh.complete(job(timeout_s=0.5))
+            await mesh.ask(job(timeout_s=0.5))
         assert 0.5 <= watch.seconds < 10
 
 
@@ -531,7 +533,7 @@ async def test_a_worker_that_never_greets_holds_nobody_beyond_the_deadline(topic
         async with announced(topic, record), client_of(topic, tmp_path) as mesh:
             watch = Stopwatch()
             with pytest.raises(QMeshError):
-                await mesh.complete(job(timeout_s=0.5))
+                await mesh.ask(job(timeout_s=0.5))
             assert watch.seconds < qmesh.HANDSHAKE_TIMEOUT_S
 
 
@@ -545,7 +547,7 @@ async def test_a_worker_that_never_greets_does_not_keep_a_request_from_another(
         living = ScriptedWorker(says("hello"), score=50)
         async with announced(topic, record), living.on(topic), client_of(topic, tmp_path) as mesh:
             await until_known(mesh, 2)
-            assert (await mesh.complete(job(timeout_s=4))).result.text == "hello"
+            assert (await mesh.ask(job(timeout_s=4))).result.text == "hello"
 
 
 @in_a_loop
@@ -555,7 +557,7 @@ async def test_a_worker_that_gives_no_status_is_passed_over(
     monkeypatch.setattr(qmesh, "STATUS_TIMEOUT_S", 0.3)
     mute = ScriptedWorker(says("no"), told_score=99, status=NO_STATUS)
     async with mesh_of(topic, tmp_path, mute, ScriptedWorker(says("hello"), score=50)) as mesh:
-        assert (await mesh.complete(job(timeout_s=4))).result.text == "hello"
+        assert (await mesh.ask(job(timeout_s=4))).result.text == "hello"
         assert (mute.statuses, mute.prompts) == (1, [])
 
 
@@ -580,7 +582,7 @@ async def test_an_answer_that_makes_no_sense_is_an_error_and_no_hang(topic: str,
     async with mesh_of(topic, tmp_path, ScriptedWorker(sends(frame))) as mesh:
         watch = Stopwatch()
         with pytest.raises(WireError):
-            await mesh.complete(job())
+            await mesh.ask(job(timeout_s=1))
         assert watch.seconds < PATIENCE_S / 2
 
 
@@ -592,7 +594,7 @@ async def test_an_error_of_an_unknown_kind_is_raised_with_what_the_worker_said(
     frame = {"type": "inference_error", "code": code, "message": "the engine failed"}
     async with mesh_of(topic, tmp_path, ScriptedWorker(sends(frame))) as mesh:
         with pytest.raises(QMeshError, match="the engine failed"):
-            await mesh.complete(job())
+            await mesh.ask(job())
 
 
 MAD_STATUSES: dict[str, Json] = {
@@ -610,7 +612,7 @@ MAD_STATUSES: dict[str, Json] = {
 async def test_a_worker_whose_status_makes_no_sense_is_passed_over(topic: str, tmp_path: Path, name: str) -> None:
     mad = ScriptedWorker(says("no"), told_score=99, status=MAD_STATUSES[name])
     async with mesh_of(topic, tmp_path, mad, ScriptedWorker(says("hello"), score=50)) as mesh:
-        assert (await mesh.complete(job())).result.text == "hello"
+        assert (await mesh.ask(job())).result.text == "hello"
         assert mad.prompts == []
 
 
@@ -618,7 +620,7 @@ async def test_a_worker_whose_status_makes_no_sense_is_passed_over(topic: str, t
 async def test_when_the_only_status_makes_no_sense_that_is_an_error(topic: str, tmp_path: Path) -> None:
     async with mesh_of(topic, tmp_path, ScriptedWorker(says("no"), status={})) as mesh:
         with pytest.raises((WireError, NoWorkerFound)):
-            await mesh.complete(job(timeout_s=1))
+            await mesh.ask(job(timeout_s=1))
 
 
 @in_a_loop
@@ -652,7 +654,7 @@ async def test_requests_one_after_another_share_a_connection(topic: str, tmp_pat
     worker = ScriptedWorker(says("hello"))
     async with mesh_of(topic, tmp_path, worker) as mesh:
         for _ in range(3):
-            await mesh.complete(job())
+            await mesh.ask(job())
         assert (worker.connections, len(worker.prompts)) == (1, 3)
 
 
@@ -661,7 +663,7 @@ async def test_a_client_that_leaves_closes_all_its_connections(topic: str, tmp_p
     worker = ScriptedWorker(says("hello"))
     async with worker.on(topic):
         async with client_of(topic, tmp_path) as mesh:
-            await asyncio.gather(*(mesh.complete(job()) for _ in range(5)))
+            await asyncio.gather(*(mesh.ask(job()) for _ in range(5)))
         async with asyncio.timeout(10):
             for _ in range(worker.connections):
                 await worker.closed.get()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -78,16 +79,45 @@ def test_an_answer_goes_to_stdout_and_nothing_else_does(two_workers: harness.Mes
     assert two_workers.run("prompt", "-", *GREEDY, "--no-stream", stdin=PROMPT).stdout == whole + "\n"
 
 
-def test_a_worker_that_dies_in_the_middle_gives_a_clear_error(mesh: harness.Mesh) -> None:
+STORY = ("Write a long story about a fox.", "--temperature", "0", "--max-tokens", "200")
+
+
+def kill_whoever_is_at_work(mesh: harness.Mesh) -> harness.Process:
+    """Kill the worker that has a request, as a cut cord would."""
+    deadline = time.monotonic() + harness.COMMAND_TIMEOUT_S
+    while time.monotonic() < deadline:
+        for status in mesh.json("status")["workers"]:
+            if status["queue"]["active"]:
+                (worker,) = [each for each in mesh.processes if each.worker_id == status["worker_id"]]
+                worker.popen.kill()
+                return worker
+    raise AssertionError("no worker was ever at work")
+
+
+def test_an_answer_whose_worker_is_killed_goes_on_at_another_without_a_gap_in_the_text(mesh: harness.Mesh) -> None:
+    mesh.start_workers(2)
+    whole = mesh.json("prompt", *STORY)
+    asking = mesh.popen("prompt", *STORY)
+    assert asking.stdout is not None
+    assert asking.stderr is not None
+    begun = asking.stdout.read(10)
+    killed = kill_whoever_is_at_work(mesh)
+    rest, stderr = asking.stdout.read(), asking.stderr.read()
+    assert asking.wait(harness.COMMAND_TIMEOUT_S) == 0, stderr
+    assert begun + rest == whole["text"] + "\n"
+    assert re.fullmatch(rf"🔁 Went on at worker \w{{6}}; lost: {killed.worker_id[:6]} after \d+ tokens? \(.*\)\n", stderr)
+
+
+def test_when_the_only_worker_is_killed_the_error_says_how_far_the_answer_came(mesh: harness.Mesh) -> None:
     worker = mesh.start_worker()
-    asking = mesh.popen("prompt", "Write a long story about a fox.", "--max-tokens", "900")
+    asking = mesh.popen("prompt", *STORY, "--timeout", "8")
     assert asking.stdout is not None
     begun = asking.stdout.read(10)
     worker.popen.kill()
-    rest, stderr = asking.communicate(timeout=30)
+    rest, stderr = asking.communicate(timeout=harness.COMMAND_TIMEOUT_S)
     assert asking.returncode == 1
     assert len(begun + rest) > 10
-    assert f"worker {worker.worker_id[:6]} was lost in the middle of its answer" in " ".join(stderr.split())
+    assert re.search(r"the worker was lost after \d+ tokens, and none is left that could go on", stderr)
     assert "Traceback" not in stderr
 
 

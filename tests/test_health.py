@@ -155,27 +155,35 @@ def test_whatever_the_samples_a_report_can_be_made(
 
 
 def test_workers_are_ranked_by_score() -> None:
-    ranked = qmesh.rank_workers([worker(30), worker(90), worker(60)], None, random.Random(0))
+    ranked = qmesh.rank_workers([worker(30), worker(90), worker(60)], random.Random(0))
     assert [record.score for record in ranked] == [90, 60, 30]
 
 
 @pytest.mark.parametrize("score", [19, 90])
 def test_an_overloaded_worker_is_not_ranked_whatever_its_score(score: int) -> None:
-    assert qmesh.rank_workers([worker(score, state=OVERLOADED)], None, random.Random(0)) == []
+    assert qmesh.rank_workers([worker(score, state=OVERLOADED)], random.Random(0)) == []
 
 
-def test_only_workers_with_the_model_are_ranked_and_any_when_none_is_named() -> None:
-    workers = [worker(50, "tiny"), worker(90, "huge")]
-    assert qmesh.rank_workers(workers, "tiny", random.Random(0)) == workers[:1]
-    assert qmesh.rank_workers(workers, "other", random.Random(0)) == []
-    assert len(qmesh.rank_workers(workers, None, random.Random(0))) == 2
+def test_a_record_offers_its_model_and_any_when_none_is_named() -> None:
+    tiny = worker(50, "tiny")
+    assert qmesh.offers(tiny, "tiny")
+    assert not qmesh.offers(tiny, "other")
+    assert qmesh.offers(tiny, None)
+
+
+def test_models_of_one_name_are_told_apart_by_their_fingerprints() -> None:
+    tiny = worker(50, "tiny")
+    assert qmesh.offers(tiny, None, tiny.fingerprint.hex())
+    assert qmesh.offers(tiny, "tiny", tiny.fingerprint.hex())
+    assert not qmesh.offers(tiny, "tiny", "ff" * qmesh.FINGERPRINT_BYTES)
+    assert not qmesh.offers(tiny, "other", tiny.fingerprint.hex())
 
 
 @repeatable
 @given(st.lists(st.integers(0, 100)), st.integers())
 def test_a_ranking_holds_everyone_once_and_swaps_only_ties(scores: list[int], seed: int) -> None:
     workers = [worker(score, number=number) for number, score in enumerate(scores)]
-    ranked = qmesh.rank_workers(workers, None, random.Random(seed))
+    ranked = qmesh.rank_workers(workers, random.Random(seed))
     assert sorted(record.worker_id for record in ranked) == [record.worker_id for record in workers]
     for at, record in enumerate(ranked):
         assert all(later.score <= record.score + qmesh.SCORE_TIE for later in ranked[at:])
@@ -187,7 +195,7 @@ def choice(candidates: dict[str, HealthReport]) -> Callable[[random.Random], str
 
 def ranked_first(scores: dict[str, int]) -> Callable[[random.Random], str | None]:
     records = [worker(score, model) for model, score in scores.items()]
-    return lambda rng: qmesh.rank_workers(records, None, rng)[0].model
+    return lambda rng: qmesh.rank_workers(records, rng)[0].model
 
 
 @pytest.mark.parametrize(
@@ -214,7 +222,7 @@ def test_a_busy_worker_is_chosen_where_the_others_refuse() -> None:
 
 def test_the_same_randomness_makes_the_same_choice() -> None:
     records = [worker(80, number=number) for number in range(10)]
-    orders = [qmesh.rank_workers(records, None, random.Random(seed)) for seed in (1, 1, 2)]
+    orders = [qmesh.rank_workers(records, random.Random(seed)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -238,18 +246,18 @@ def test_the_same_randomness_makes_the_same_choice() -> None:
 def test_a_model_is_known_by_its_name_without_case_and_ending_however_it_was_cut(name: str, wanted: str) -> None:
     assert qmesh.model_key(name) == qmesh.model_key(wanted)
     in_record = qmesh.short_model_name(qmesh.bare_model_name(name))
-    assert qmesh.can_serve(worker(80, in_record), wanted)
+    assert qmesh.offers(worker(80, in_record), wanted)
 
 
 @pytest.mark.parametrize("wanted", ["tin", "tiny-2", "tiny.bin", ""])
 def test_another_name_is_another_model(wanted: str) -> None:
-    assert not qmesh.can_serve(worker(80, "tiny"), wanted)
+    assert not qmesh.offers(worker(80, "tiny"), wanted)
     assert qmesh.model_key(wanted) != qmesh.model_key("tiny")
 
 
 def test_names_that_differ_only_beyond_the_cut_are_told_apart_by_the_worker_not_the_record() -> None:
     long, longer = "m" * qmesh.MODEL_NAME_BYTES, "m" * (qmesh.MODEL_NAME_BYTES + 1)
-    assert qmesh.can_serve(worker(80, long), longer)
+    assert qmesh.offers(worker(80, long), longer)
     assert qmesh.model_key(long) != qmesh.model_key(longer)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import pytest
 import tiny_models
-from desk import SLOTS, THREADS, Desk, WatchedModel, plan_for, raw
+from desk import SLOTS, THREADS, Desk, WatchedModel, plan_for, raw, resumed
 
 import qmesh
 
@@ -70,7 +70,7 @@ def test_an_answer_goes_on_behind_any_of_its_tokens(subject: Subject) -> None:
     whole = subject.alone[text]
     for cut in range(1, len(whole), 5):
         desk = Desk(subject.model)
-        desk.ask(replace(raw(text, max_tokens=TOKENS), resume=tuple(whole[:cut])))
+        desk.ask(replace(raw(text, max_tokens=TOKENS), resume=resumed(whole[:cut])))
         assert desk.ids(0) == whole[cut:]
 
 

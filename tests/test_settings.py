@@ -19,6 +19,7 @@ SOURCES: dict[str, tuple[Any, Any, str, str, Any, Any]] = {
     "key": ("lab.key", "lab.key", "QMESH_KEY", "qmesh1-x", "qmesh1-x", None),
     "state_dir": ("/a", "/a", "QMESH_STATE_DIR", "/b", "/b", None),
     "timeout_s": (1.5, 1.5, "QMESH_TIMEOUT", "20", 20.0, 300.0),
+    "stall_s": (4, 4.0, "QMESH_STALL_TIMEOUT", "20", 20.0, 10.0),
     "log_level": ("debug", "debug", "QMESH_LOG", "ERROR", "error", "warning"),
     "model": ("a.gguf", "a.gguf", "QMESH_MODEL", "b", "b", None),
     "gpu_layers": (0, 0, "GPU_LAYERS", "-1", -1, None),
@@ -31,6 +32,7 @@ REFUSED: list[tuple[str, str, str, list[str]]] = [
     ("--peer", "peers", "QMESH_PEERS", ["a:b", "a:", ":80", "a:65536", "[a]:1", "b,:1"]),
     ("--topic", "topic", "QMESH_TOPIC", ["x" * 256, "é" * 128, "\udcff"]),
     ("--timeout", "timeout_s", "QMESH_TIMEOUT", ["0", "-1", "nan", "inf", "x", "86401"]),
+    ("--stall-timeout", "stall_s", "QMESH_STALL_TIMEOUT", ["0", "2.9", "nan", "inf", "x", "86401"]),
     ("--log-level", "log_level", "QMESH_LOG", ["loud", "10", "warn"]),
     ("--gpu-layers", "gpu_layers", "GPU_LAYERS", ["-2", "all", "1.5"]),
 ]

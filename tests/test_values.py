@@ -26,6 +26,7 @@ from qmesh import (
     QMeshError,
     Refused,
     Result,
+    Resume,
     Sampling,
     Token,
     WireError,
@@ -271,7 +272,8 @@ SAMPLING = Sampling(
     stop=("a", "b"),
     json_schema={},
 )
-JOB = Job("r1", prompt="Hello", model="m", params=SAMPLING, stream=False, session="s", resume=(1, 2), timeout_s=9.5)
+RESUME = Resume((1, 2), "ab" * qmesh.FINGERPRINT_BYTES)
+JOB = Job("r1", prompt="Hello", model="m", params=SAMPLING, session="s", resume=RESUME, timeout_s=9.5)
 CHAT = Job("r2", messages=(Message("system", ""), Message("assistant", "Hello"), Message("user", "Hi 👋")))
 TOKEN = Token(seq=3, tokens=(11, 12), text="é")
 RESULT = Result("text", "stop", {"prompt_tokens": 5, "completion_tokens": 2}, {"queue_ms": 0.5}, "m", "ab" * 32)
@@ -386,9 +388,9 @@ BAD_JOB: dict[str, list[Any]] = {
     "prompt": [*BAD_TEXTS, "", " \n"],
     "model": BAD_TEXTS,
     "session": [*BAD_TEXTS, "", "x" * 65],
-    "stream": [None, 0, 1, "true", []],
     "params": [None, 1, "x", [], True],
     "resume": [None, 1, "x", [], True],
+    "resume.fingerprint": [None, 1, [], {}],
     "resume.tokens": [None, 1, "x", {}, [None], ["1"], [1.0], [True], [[1]], [-1]],
     "timeout_s": [None, *BAD_NUMBERS, 0, -1, 86401],
     "messages": [None, 1, "x", {}, True],

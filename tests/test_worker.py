@@ -145,14 +145,6 @@ async def test_a_result_says_what_it_took_and_who_made_it(worker: harness.Proces
 
 
 @in_a_loop
-async def test_who_wants_no_stream_gets_only_the_result(worker: harness.Process) -> None:
-    async with asking(worker) as client:
-        await client.ask("r", params=SHORT, stream=False)
-        result = await client.receive()
-        assert (result["type"], result["usage"]["completion_tokens"]) == ("inference_result", 4)
-
-
-@in_a_loop
 async def test_a_conversation_is_answered_too(worker: harness.Process) -> None:
     async with asking(worker) as client:
         messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
@@ -317,12 +309,11 @@ async def test_a_member_that_fills_the_queue_makes_room_for_others_with_what_it_
         await other.receive_kind("inference_result", "mine")
 
 
-@pytest.mark.parametrize("stream", [True, False])
 @in_a_loop
-async def test_who_waits_is_told_its_place(worker: harness.Process, stream: bool) -> None:
+async def test_who_waits_is_told_its_place(worker: harness.Process) -> None:
     async with asking(worker) as client:
         for request_id in "abc":
-            await client.ask(request_id, params=LONG, stream=stream)
+            await client.ask(request_id, params=LONG)
         queued = await client.receive_kind("inference_queued")
         assert (queued["request_id"], queued["position"]) == ("c", 0)
         assert queued["wait_s"] >= 0
@@ -347,7 +338,6 @@ INVALID: dict[str, dict[str, Any]] = {
     "json_schema": {"params": {"json_schema": "object"}},
     "unknown parameter: colour": {"params": {"colour": "red"}},
     "params must be an object": {"params": [1]},
-    "stream": {"stream": "yes"},
     "timeout_s": {"timeout_s": 0},
     "model": {"model": 7},
     "prompt is empty": {"prompt": "  "},
@@ -570,9 +560,8 @@ async def until_draining(client: RawClient) -> None:
 
 
 @in_a_loop
-async def test_a_worker_told_to_stop_refuses_finishes_and_ends_well(mesh: harness.Mesh, tmp_path: Path) -> None:
-    mesh.program = changed_program(tmp_path, f"qmesh.SHUTDOWN_GRACE_S = {PATIENCE_S}")
-    worker = mesh.start_worker()
+async def test_a_worker_told_to_stop_refuses_finishes_and_ends_well(mesh: harness.Mesh) -> None:
+    worker = mesh.start_worker("--grace", str(PATIENCE_S))
     async with reaching(worker) as running, reaching(worker) as late:
         await running.ask("r", params={**SHORT, "max_tokens": 60})
         await running.receive_kind("inference_token")
@@ -596,8 +585,8 @@ qmesh.UdpNode.close = slowly
 
 @in_a_loop
 async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.Mesh, tmp_path: Path) -> None:
-    mesh.program = changed_program(tmp_path, "qmesh.SHUTDOWN_GRACE_S = 0.3", LEAVE_SLOWLY)
-    worker = mesh.start_worker()
+    mesh.program = changed_program(tmp_path, LEAVE_SLOWLY)
+    worker = mesh.start_worker("--grace", "0.3")
     async with reaching(worker) as running:
         await running.ask("r", params=LONG)
         await running.receive_kind("inference_token")
@@ -607,6 +596,137 @@ async def test_a_worker_told_to_stop_cuts_off_what_takes_too_long(mesh: harness.
         await running.closed()  # nothing more is said of it, however long the worker takes to leave
     assert await exit_code(worker) == 0
     assert json.loads(worker.stdout.readline())["event"] == "stopped"
+
+
+@in_a_loop
+async def test_a_worker_told_to_stop_twice_stops_at_once(mesh: harness.Mesh) -> None:
+    worker = mesh.start_worker("--grace", str(PATIENCE_S))
+    async with reaching(worker) as running, reaching(worker) as late:
+        await running.ask("r", params=LONG)
+        await running.receive_kind("inference_token")
+        worker.popen.send_signal(signal.SIGINT)
+        await until_draining(late)
+        worker.popen.send_signal(signal.SIGINT)
+        assert await exit_code(worker) == qmesh.EXIT_INTERRUPTED
+
+
+# --- Coming back ---
+
+
+async def undisturbed(worker: harness.Process, params: dict[str, Any]) -> tuple[list[int], Json]:
+    """The ids of an answer that nothing happened to, and its end."""
+    async with asking(worker) as client:
+        await client.ask("undisturbed", params=params)
+        pieces, result = await answer(client, "undisturbed")
+    return [token for piece in pieces for token in piece["tokens"]], result
+
+
+def ids_of(pieces: list[Json]) -> list[int]:
+    return [token for piece in pieces for token in piece["tokens"]]
+
+
+@in_a_loop
+async def test_who_comes_back_hears_the_rest_and_nothing_is_computed_twice(worker: harness.Process) -> None:
+    params = {**SHORT, "max_tokens": 40}
+    ids, whole = await undisturbed(worker, params)
+    async with asking(worker) as client:
+        await client.ask("back", params=params)
+        first = await client.receive_kind("inference_token")
+        client.abort()
+    heard = first["tokens"]
+    async with reaching(worker) as again:
+        await again.ask("back", params=params, resume={"tokens": heard})
+        pieces, result = await answer(again, "back")
+    assert pieces[0]["seq"] == len(heard)
+    assert heard + ids_of(pieces) == ids
+    assert result["text"] == whole["text"]
+    assert result["usage"]["completion_tokens"] == 40
+    assert result["usage"]["cached_tokens"] == result["usage"]["prompt_tokens"] - (not heard)
+
+
+@in_a_loop
+async def test_who_comes_back_to_an_answer_that_was_finished_meanwhile_is_told_it(worker: harness.Process) -> None:
+    ids, whole = await undisturbed(worker, SHORT)
+    async with asking(worker) as client, reaching(worker) as watching:
+        await client.ask("done", params=SHORT)
+        await answer(client, "done")  # it was said; who knows whether it was heard
+        client.abort()
+        speed = (await watching.status())["speed"]
+        await watching.ask("done", params=SHORT, resume={"tokens": ids[:1]})
+        pieces, result = await answer(watching, "done")
+        assert (ids_of(pieces), result["text"]) == (ids[1:], whole["text"])
+        assert (await watching.status())["speed"] == speed  # the engine had nothing to do
+
+
+@in_a_loop
+async def test_an_answer_goes_over_to_the_connection_on_which_it_is_asked_for_again(worker: harness.Process) -> None:
+    async with asking(worker) as half_open, reaching(worker) as again:
+        await half_open.ask("moved", params=LONG)
+        first = await half_open.receive_kind("inference_token")
+        await again.ask("moved", params=LONG, resume={"tokens": first["tokens"]})
+        piece = await again.receive_kind("inference_token", "moved")
+        assert piece["seq"] == len(first["tokens"])
+        assert (await again.status())["queue"]["active"] == 1
+        await again.send({"type": "cancel", "request_id": "moved"})
+        await until_queue(again, active=0)
+
+
+@in_a_loop
+async def test_another_request_of_the_same_name_is_not_taken_for_one_that_goes_on(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        await client.ask("same", params=SHORT)
+        _, first = await answer(client, "same")
+        await client.ask("same", params=SHORT, prompt="a b c d e f g", resume={"tokens": []})
+        _, second = await answer(client, "same")
+        assert second["text"] != first["text"]
+
+
+@in_a_loop
+async def test_an_answer_of_another_model_is_not_gone_on_with(worker: harness.Process) -> None:
+    async with asking(worker) as client:
+        resume = {"tokens": [1, 2], "fingerprint": "00" * qmesh.FINGERPRINT_BYTES}
+        error = await error_of(client, "r", params=SHORT, resume=resume)
+        assert error["code"] == "model_not_found"
+
+
+@in_a_loop
+async def test_of_a_request_that_is_under_way_signs_of_life_are_given(worker: harness.Process) -> None:
+    async with asking(worker) as busy, reaching(worker) as waiting:
+        for request_id in ("a", "b"):
+            await busy.ask(request_id, params=LONG)
+        await waiting.ask("c", params=SHORT)
+        await waiting.receive_kind("inference_result", "c")
+        assert waiting.alive > 0
+
+
+# --- Making way ---
+
+OTHERS = """
+levels = iter([0.0] * 3 + [90.0] * 8 + [0.0] * 10_000)
+qmesh.SystemMonitor.sample = lambda monitor: (next(levels), 10.0)
+qmesh.SAMPLE_PERIOD_S = 0.2
+"""
+
+
+@in_a_loop
+async def test_with_yield_a_worker_hands_over_while_others_use_the_machine_and_comes_back(
+    mesh: harness.Mesh, tmp_path: Path
+) -> None:
+    mesh.program = changed_program(tmp_path, OTHERS)
+    worker = mesh.start_worker("--yield")
+    async with reaching(worker) as running, reaching(worker) as late:
+        await running.ask("r", params=LONG)
+        error = await running.receive_kind("inference_error", "r")
+        assert (error["code"], error["retryable"]) == ("overloaded", True)
+        assert "owner needs it" in error["message"]
+        assert error["health"]["state"] == "overloaded"
+        refused = await error_of(late, "s", params=SHORT)
+        assert "owner needs it" in refused["message"]
+        async with asyncio.timeout(PATIENCE_S):
+            while (await late.status())["health"]["state"] == "overloaded":
+                pass
+        await late.ask("t", params=SHORT)
+        await late.receive_kind("inference_result", "t")
 
 
 # --- Quotas ---

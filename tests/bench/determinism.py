@@ -81,7 +81,7 @@ def resumed(model: WatchedModel, asked: Sequence[qmesh.Job], whole: Sequence[Seq
     for job, ids in zip(asked, whole, strict=True):
         cut = rng.randrange(1, max(len(ids), 2))
         desk = empty_desk(model)
-        desk.ask(replace(job, resume=tuple(ids[:cut])))
+        desk.ask(replace(job, resume=qmesh.Resume(tuple(ids[:cut]))))
         answers.append([*ids[:cut], *desk.ids(0)])
     return answers
 
