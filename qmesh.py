@@ -26,7 +26,7 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     15  UDP shell              moves datagrams and arms one timer
     16  TCP shell              moves frames inside TLS, with deadlines and limits
     17  Worker                 serves a model to the mesh
-    18  Client                 finds workers, chooses one, follows its answer
+    18  Client                 finds workers, chooses one, sees its answer through
     19  Doctor                 what keeps machines apart, and what to do about it
     20  Command line           arguments in, text and exit codes out
 
@@ -37,6 +37,7 @@ The journey of one request:
            -> fresh status from the best three at once (16) -> highest score
            -> `prompt` on that connection, inside TLS (4, 5, 16, 18) -> worker admits or refuses (17)
            -> queue (11) -> slot (14) -> tokens stream back -> `inference_result`
+           -> worker lost? the next best one, with the tokens that were given (18)
 """
 
 from __future__ import annotations
@@ -9306,7 +9307,7 @@ examples:
   qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
 
 Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
-QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
+QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
 
 exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import pytest
 
 import qmesh
 
@@ -84,26 +87,28 @@ STORY = ("Write a long story about a fox.", "--temperature", "0", "--max-tokens"
 
 def kill_whoever_is_at_work(mesh: harness.Mesh) -> harness.Process:
     """Kill the worker that has a request, as a cut cord would."""
+    settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=mesh.topic, state_dir=str(mesh.state_dir))
     deadline = time.monotonic() + harness.COMMAND_TIMEOUT_S
-    while time.monotonic() < deadline:
-        for status in mesh.json("status")["workers"]:
-            if status["queue"]["active"]:
-                (worker,) = [each for each in mesh.processes if each.worker_id == status["worker_id"]]
-                worker.popen.kill()
-                return worker
+    with qmesh.BlockingClient(settings) as watching:
+        while time.monotonic() < deadline:
+            for status in watching.statuses():
+                if status["queue"]["active"]:
+                    (worker,) = [each for each in mesh.processes if each.worker_id == status["worker_id"]]
+                    worker.popen.kill()
+                    return worker
     raise AssertionError("no worker was ever at work")
 
 
 def test_an_answer_whose_worker_is_killed_goes_on_at_another_without_a_gap_in_the_text(mesh: harness.Mesh) -> None:
     mesh.start_workers(2)
     whole = mesh.json("prompt", *STORY)
-    asking = mesh.popen("prompt", *STORY)
-    assert asking.stdout is not None
-    assert asking.stderr is not None
-    begun = asking.stdout.read(10)
-    killed = kill_whoever_is_at_work(mesh)
-    rest, stderr = asking.stdout.read(), asking.stderr.read()
-    assert asking.wait(harness.COMMAND_TIMEOUT_S) == 0, stderr
+    with mesh.popen("prompt", *STORY) as asking:
+        assert asking.stdout is not None
+        assert asking.stderr is not None
+        begun = asking.stdout.read(10)
+        killed = kill_whoever_is_at_work(mesh)
+        rest, stderr = asking.stdout.read(), asking.stderr.read()
+    assert asking.returncode == 0, stderr
     assert begun + rest == whole["text"] + "\n"
     assert re.fullmatch(rf"🔁 Went on at worker \w{{6}}; lost: {killed.worker_id[:6]} after \d+ tokens? \(.*\)\n", stderr)
 
@@ -119,6 +124,24 @@ def test_when_the_only_worker_is_killed_the_error_says_how_far_the_answer_came(m
     assert len(begun + rest) > 10
     assert re.search(r"the worker was lost after \d+ tokens, and none is left that could go on", stderr)
     assert "Traceback" not in stderr
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (harness.ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["asyncio", "blocking"])
+def test_the_readmes_programs_print_an_answer(two_workers: harness.Mesh, example: str) -> None:
+    env = two_workers.env | {"PYTHONPATH": str(harness.ROOT)}
+    finished = subprocess.run(
+        [sys.executable, "-c", example],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=harness.COMMAND_TIMEOUT_S,
+        check=False,
+    )
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert len(finished.stdout.split()) > 5
 
 
 def test_a_worker_keeps_its_id_over_a_restart_and_a_second_one_has_its_own(mesh: harness.Mesh) -> None:
