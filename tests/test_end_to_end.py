@@ -110,7 +110,8 @@ def test_an_answer_whose_worker_is_killed_goes_on_at_another_without_a_gap_in_th
         rest, stderr = asking.stdout.read(), asking.stderr.read()
     assert asking.returncode == 0, stderr
     assert begun + rest == whole["text"] + "\n"
-    assert re.fullmatch(rf"🔁 Went on at worker \w{{6}}; lost: {killed.worker_id[:6]} after \d+ tokens? \(.*\)\n", stderr)
+    told = rf"🔁 Went on at worker \w{{6}}; lost: {killed.worker_id[:6]} after \d+ tokens? \(.*\)\n"
+    assert re.fullmatch(told, stderr)
 
 
 def test_when_the_only_worker_is_killed_the_error_says_how_far_the_answer_came(mesh: harness.Mesh) -> None:

@@ -151,6 +151,25 @@ def test_whatever_the_samples_a_report_can_be_made(
     assert made.state is qmesh.state_of(made.score)
 
 
+def test_a_worker_that_yields_is_overloaded_while_others_use_much_of_the_processor() -> None:
+    window = HealthWindow(size=1, yields=True)
+    states = []
+    for cpu in (10, 50, 51, 30, 26, 25, 50, 90):
+        window.add(cpu, 10)
+        report = window.report(0, 16)
+        assert report.score == pytest.approx(qmesh.health_score(cpu, 10, 100))
+        assert (report.state is OVERLOADED) == window.yielding
+        states.append(window.yielding)
+    assert states == [False, False, True, True, True, False, False, True]
+
+
+def test_a_worker_that_does_not_yield_goes_by_its_score_alone() -> None:
+    window = HealthWindow(size=1)
+    window.add(100, 10)
+    assert window.report(0, 16).state is HealthState.BUSY
+    assert not window.yielding
+
+
 # --- Which worker ---
 
 

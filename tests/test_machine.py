@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -735,6 +736,18 @@ def test_one_damaged_file_does_not_cost_the_others(claim: Callable[[], StateDire
 def test_samples_are_percentages() -> None:
     monitor = SystemMonitor()
     assert all(0 <= figure <= 100 for _ in range(3) for figure in monitor.sample())
+
+
+def test_what_this_process_uses_itself_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, now = iter([0.0, 1.5, 1.5]), iter([100.0, 101.0, 102.0])  # it works for a second and a half, and then rests
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(qmesh.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 80.0)
+    monkeypatch.setattr(
+        psutil.Process, "cpu_times", lambda process: types.SimpleNamespace(user=next(times), system=0.0)
+    )
+    monitor = SystemMonitor()
+    assert [monitor.sample()[0] for _ in range(2)] == [5.0, 80.0]
 
 
 def test_memory_is_in_use_and_free() -> None:

@@ -8,7 +8,9 @@ import json
 import re
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import members
@@ -682,6 +684,53 @@ async def test_who_leaves_an_answer_early_cancels_it() -> None:
             assert await anext(answer) == Token(0, (0,), "a")
         assert await cancelled == {"type": "cancel", "request_id": "r"}
         assert link.alive
+
+
+@in_a_loop
+async def test_a_worker_that_is_silent_is_given_up_and_all_that_is_asked_of_it() -> None:
+    async def script(connection: Connection) -> None:
+        await prompts(connection, 2)
+        await connection.send(token("r", 0, "a"))
+
+    async with serving(scripted(script)) as (_, address), linked(address) as link:
+        patient = asyncio.create_task(text_of(link, job("patient")))
+        answer = link.run(job("r"), stall_s=0.2)
+        assert await anext(answer) == Token(0, (0,), "a")
+        with pytest.raises(WorkerLost, match=r"was silent for 0\.2 s"):
+            await anext(answer)
+        with pytest.raises(WorkerLost):
+            await patient
+        assert not link.alive
+
+
+@in_a_loop
+async def test_signs_of_life_are_waited_for_and_never_too_many() -> None:
+    async def script(connection: Connection) -> None:
+        await prompts(connection, 1)
+        for _ in range(2 * qmesh.MAX_OTHER_FRAMES):
+            await connection.send({"type": "inference_alive", "request_id": "r"})
+        await connection.send(result("r", "whole"))
+
+    async with serving(scripted(script)) as (_, address), linked(address) as link:
+        assert await text_of(link, replace(job("r"), params=qmesh.Sampling(max_tokens=1))) == "|whole"
+
+
+@in_a_loop
+async def test_a_client_that_slept_blames_nobody_for_it() -> None:
+    asleep = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await prompts(connection, 1)
+        await asleep.wait()
+        await connection.send(result("r", "whole"))
+
+    async with serving(scripted(script)) as (_, address), linked(address) as link:
+        asking = asyncio.create_task(anext(link.run(job("r"), stall_s=1.0)))
+        await asyncio.sleep(0.1)  # it waits
+        time.sleep(1.5)  # noqa: ASYNC251  the whole process is stopped, as by SIGSTOP or a closed lid
+        asleep.set()
+        said = await asking
+        assert isinstance(said, Result)
 
 
 @pytest.mark.parametrize("end", [result("r"), qmesh.error_frame("r", InvalidRequest("no"))])
