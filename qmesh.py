@@ -8335,14 +8335,16 @@ class Delivery:
         hedged = self._hedge_s is not None and not self._tokens
         async with contextlib.aclosing(self._hedged(choice) if hedged else self._ask(choice)) as heard:
             async for speaker, said in heard:
+                if isinstance(said, Queued):
+                    if speaker is choice:
+                        yield said
+                    continue
                 if speaker is not choice:
                     choice = speaker
                     yield Selected(str(choice.record.worker_id), choice.health)
                 self._blamed = choice, True
                 if isinstance(said, Token):
                     self._take(said)
-                    yield said
-                elif isinstance(said, Queued):
                     yield said
                 else:
                     tail = self._rest_of(said)

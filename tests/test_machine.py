@@ -741,7 +741,7 @@ def test_samples_are_percentages() -> None:
 def test_what_this_process_uses_itself_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     times, now = iter([0.0, 1.5, 1.5]), iter([100.0, 101.0, 102.0])  # it works for a second and a half, and then rests
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(qmesh.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr("qmesh.time.monotonic", lambda: next(now))
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 80.0)
     monkeypatch.setattr(
         psutil.Process, "cpu_times", lambda process: types.SimpleNamespace(user=next(times), system=0.0)
