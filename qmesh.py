@@ -9580,7 +9580,7 @@ class AnswerPrinter:
         """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
         if answer.failovers and self._show:
             lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
-            line = f"🔁 Went on at worker {answer.result.worker_id[:6]}; lost: {lost} ({self._lost[-1].reason})"
+            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {answer.result.worker_id[:6]} went on"
             print(line, file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:

@@ -110,7 +110,7 @@ def test_an_answer_whose_worker_is_killed_goes_on_at_another_without_a_gap_in_th
         rest, stderr = asking.stdout.read(), asking.stderr.read()
     assert asking.returncode == 0, stderr
     assert begun + rest == whole["text"] + "\n"
-    told = rf"🔁 Went on at worker \w{{6}}; lost: {killed.worker_id[:6]} after \d+ tokens? \(.*\)\n"
+    told = rf"🔁 Lost worker {killed.worker_id[:6]} after \d+ tokens? \(.*\); \w{{6}} went on\n"
     assert re.fullmatch(told, stderr)
 
 
