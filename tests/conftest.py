@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,18 @@ def model_path() -> Path:
             [sys.executable, harness.ROOT / "qmesh.py", "pull", "--to", path.parent], check=True, timeout=600
         )
     return path
+
+
+@pytest.fixture
+def topic() -> str:
+    """A mesh of this test's own."""
+    return f"test-{secrets.token_hex(8)}"
+
+
+@pytest.fixture
+def parting_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted workers end one after another, and each would wait for those before it to say goodbye."""
+    monkeypatch.setattr(qmesh, "GOODBYE_TIMEOUT_S", 0.01)
 
 
 @pytest.fixture

@@ -8,6 +8,10 @@ import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loop import PATIENCE_S
 
 import qmesh
 from qmesh import Connection, Json, NodeId
@@ -124,6 +128,32 @@ async def announced(
         yield node.address
     finally:
         await node.close()
+
+
+# --- Clients ---
+
+
+def client_of(topic: str, state_dir: Path, **more: Any) -> qmesh.Client:
+    settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=topic, state_dir=str(state_dir), **more)
+    return qmesh.Client(settings, environ={}, rng=random.Random(1))
+
+
+@contextlib.asynccontextmanager
+async def mesh_of(topic: str, state_dir: Path, *workers: ScriptedWorker, **more: Any) -> AsyncIterator[qmesh.Client]:
+    """A client that has heard of all these workers."""
+    async with contextlib.AsyncExitStack() as stack:
+        for worker in workers:
+            await stack.enter_async_context(worker.on(topic))
+        client = await stack.enter_async_context(client_of(topic, state_dir, **more))
+        await until_known(client, len(workers))
+        yield client
+
+
+async def until_known(client: qmesh.Client, count: int) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while len(client.records()) < count:
+            await client.discover()
+            await asyncio.sleep(0.01)  # a discovery that has found somebody returns at once
 
 
 # --- Scripts ---

@@ -7,7 +7,6 @@ import contextlib
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,17 @@ from scripted_worker import (
     NO_STATUS,
     ScriptedWorker,
     announced,
+    client_of,
     health_of,
     in_turn,
+    mesh_of,
     record_of,
     refuses,
     result_frame,
     says,
     sends,
     token_frame,
+    until_known,
 )
 
 import qmesh
@@ -55,44 +57,12 @@ from qmesh import (
     WireError,
 )
 
-
-@pytest.fixture(autouse=True)
-def parting_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripted workers end one after another, and each would wait for those before it to say goodbye."""
-    monkeypatch.setattr(qmesh, "GOODBYE_TIMEOUT_S", 0.01)
-
-
-@pytest.fixture
-def topic() -> str:
-    return f"test-{secrets.token_hex(8)}"
-
-
-def client_of(topic: str, state_dir: Path, **more: Any) -> Client:
-    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(state_dir), **more)
-    return Client(settings, environ={}, rng=random.Random(1))
+pytestmark = pytest.mark.usefixtures("parting_without_waiting")
 
 
 def job(*, timeout_s: float = PATIENCE_S, prompt: str = "1 2 3 4 5 6", **more: Any) -> Job:
     params = Sampling(max_tokens=8, temperature=0)
     return Job(secrets.token_hex(8), prompt=prompt, params=params, timeout_s=timeout_s, **more)
-
-
-@contextlib.asynccontextmanager
-async def mesh_of(topic: str, state_dir: Path, *workers: ScriptedWorker, **more: Any) -> AsyncIterator[Client]:
-    """A client that has heard of all these workers."""
-    async with contextlib.AsyncExitStack() as stack:
-        for worker in workers:
-            await stack.enter_async_context(worker.on(topic))
-        client = await stack.enter_async_context(client_of(topic, state_dir, **more))
-        await until_known(client, len(workers))
-        yield client
-
-
-async def until_known(client: Client, count: int) -> None:
-    async with asyncio.timeout(PATIENCE_S):
-        while len(client.records()) < count:
-            await client.discover()
-            await asyncio.sleep(0.01)  # a discovery that has found somebody returns at once
 
 
 class Stopwatch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from scripted_worker import (
     Script,
     ScriptedWorker,
     health_of,
+    mesh_of,
     refuses,
     result_frame,
     sends,
@@ -53,16 +54,7 @@ STORY = ("Once ", "upon ", "a ", "time ", "there ", "was ", "a ", "fox.")
 WHOLE = "".join(STORY)
 STALL_S = 0.4
 
-
-@pytest.fixture(autouse=True)
-def parting_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripted workers end one after another, and each would wait for those before it to say goodbye."""
-    monkeypatch.setattr(qmesh, "GOODBYE_TIMEOUT_S", 0.01)
-
-
-@pytest.fixture
-def topic() -> str:
-    return f"test-{secrets.token_hex(8)}"
+pytestmark = pytest.mark.usefixtures("parting_without_waiting")
 
 
 @dataclass(eq=False)
@@ -131,21 +123,6 @@ class Reader:
 def a_job(*, timeout_s: float = PATIENCE_S, **more: Any) -> Job:
     params = Sampling(max_tokens=100, temperature=0)
     return Job(secrets.token_hex(8), prompt="Tell me a story.", params=params, timeout_s=timeout_s, **more)
-
-
-@contextlib.asynccontextmanager
-async def mesh_of(topic: str, state_dir: Path, *workers: ScriptedWorker, **more: Any) -> AsyncIterator[Client]:
-    """A client that has heard of all these workers."""
-    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(state_dir), **more)
-    async with contextlib.AsyncExitStack() as stack:
-        for worker in workers:
-            await stack.enter_async_context(worker.on(topic))
-        client = await stack.enter_async_context(Client(settings, environ={}))
-        async with asyncio.timeout(PATIENCE_S):
-            while len(client.records()) < len(workers):
-                await client.discover()
-                await asyncio.sleep(0.01)  # a discovery that has found somebody returns at once
-        yield client
 
 
 def in_order(*workers: Callable[[float], Storyteller]) -> list[Storyteller]:
