@@ -125,11 +125,6 @@ async def opened(
         await peer.node.close()
 
 
-@pytest.fixture
-def topic() -> str:
-    return f"test-{secrets.token_hex(8)}"
-
-
 # --- Finding each other ---
 
 
