@@ -939,11 +939,6 @@ class Job:
         """The ids of the tokens that the client has already."""
         return self.resume.tokens if self.resume is not None else ()
 
-    @property
-    def question(self) -> Job:
-        """What is asked, whichever try this is."""
-        return replace(self, resume=None, timeout_s=MAX_TIMEOUT_S)
-
     @classmethod
     def from_json(cls, body: Json) -> Job:
         """Raises InvalidRequest, naming the field."""
@@ -6944,7 +6939,7 @@ class Inbox:
         self._frames.put_nowait(body)
 
     def end(self, why: QMeshError) -> None:
-        """Say why nothing more follows, in the place of the last frame if there is no other."""
+        """Say why nothing more follows; where there is no room for it, a frame that was not read makes some."""
         if self._frames.full():
             self._frames.get_nowait()
         self._frames.put_nowait(why)
@@ -7029,7 +7024,7 @@ class WorkerLink:
             self._connection.write(job.to_json())
             alarm = asyncio.get_running_loop().call_later(patience_s, inbox.end, late)
             try:
-                await self._connection.drain()
+                await self._drain(stall_s)
                 said: Queued | Token | Result | None = None
                 while not isinstance(said, Result):
                     said = _parse_answer(await inbox.get_before_stall(stall_s))
@@ -7042,6 +7037,13 @@ class WorkerLink:
                 if not inbox.ended and self.alive:
                     with contextlib.suppress(QMeshError):
                         self._connection.write({"type": "cancel", "request_id": job.request_id})
+
+    async def _drain(self, stall_s: float) -> None:
+        try:
+            async with asyncio.timeout(stall_s):
+                await self._connection.drain()
+        except TimeoutError:
+            raise _WorkerSilent(f"{self._connection.peer_name} took nothing for {stall_s:g} s") from None
 
     @contextlib.contextmanager
     def _inbox(self, request_id: str, most: int = 1) -> Iterator[Inbox]:
@@ -7108,49 +7110,61 @@ Member = Address | str
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """What a worker knows of one request.
+    """What a worker knows of a request that its engine works on.
 
-    session: where its client listens; None when its connection broke. ticket: the engine's, while it works on it.
-    given: the tokens of its answer from here, heard or not. deadline: by the loop's clock. kept_at: since when it
-    waits for its client to come back.
+    session: where its client listens. deadline: by the loop's clock. ticket: the engine's. given: the pieces of its
+    answer from behind `job.given` on, heard or not. told: something was said of it since that was looked at last.
     """
 
     job: Job
-    session: Session | None = None
-    deadline: float = math.inf
-    ticket: int | None = None
+    session: Session
+    deadline: float
+    ticket: int
     given: list[Token] = field(default_factory=list)
-    end: Result | QMeshError | None = None
-    told: bool = False  # something, since the last time it was looked
-    kept_at: float = 0.0
-
-    @property
-    def is_waiting(self) -> bool:
-        """Whether it is neither under way nor answered."""
-        return self.ticket is None and self.end is None
+    told: bool = False
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The ids of all tokens of the answer so far."""
-        return self.job.given + tuple(token for piece in self.given for token in piece.tokens)
-
-    def goes_on_as(self, job: Job) -> bool:
-        """Whether a job is this request again, with no more of its answer than is known here."""
-        heard = job.given
-        same = self.job.question == job.question and len(heard) >= len(self.job.given)
-        return same and self.tokens[: len(heard)] == heard
+        return self.job.given + ids_of(self.given)
 
     def say(self, said: Said) -> None:
         self.told = True
-        if self.session is not None:
-            self.session.tell(self, said)
+        self.session.tell(self.job.request_id, said)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What is left of a request that has left the engine, for a client that comes back.
+
+    question: a digest of what was asked. before: the ids that were given elsewhere, `given` the pieces made here.
+    """
+
+    question: bytes
+    before: tuple[int, ...]
+    given: tuple[Token, ...]
+    result: Result | None
+    kept_at: float
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.before + ids_of(self.given)
+
+
+def ids_of(pieces: Iterable[Token]) -> tuple[int, ...]:
+    return tuple(token for piece in pieces for token in piece.tokens)
+
+
+def question_of(job: Job) -> bytes:
+    """A digest of what a job asks, whichever try it is."""
+    return hashlib.sha256(dump_json(replace(job, resume=None, timeout_s=MAX_TIMEOUT_S).to_json())).digest()
 
 
 class RequestTable:
-    """The requests of a worker: those that run or wait in its engine, and those that it keeps.
+    """The requests of a worker: those that run or wait in its engine, and what it keeps of those that have left it.
 
-    A request leaves the engine when its client's connection breaks, and when it has ended. It is kept for a while
-    then, with its answer, so that a client that comes back hears the rest, and nothing is computed twice.
+    A request leaves the engine when it has ended, and when its client's connection breaks. Its answer is kept for a
+    while, so that a client that comes back hears the rest, and nothing is computed twice.
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -7160,56 +7174,67 @@ class RequestTable:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, Request] = {}
-        self._kept: OrderedDict[str, Request] = OrderedDict()  # by request id, kept longest first
+        self._kept: OrderedDict[str, Kept] = OrderedDict()  # by request id, kept longest first
         self._next_ticket = 0
 
     def __len__(self) -> int:
         """How many run or wait."""
         return len(self._running)
 
-    def known(self, job: Job) -> Request | None:
-        """The request that a job is another try of, where it is under way here or kept."""
-        if job.resume is None:
-            return None
-        running = (request for request in self._running.values() if request.job.request_id == job.request_id)
-        request = next(running, None) or self._kept.get(job.request_id)
-        return request if request is not None and request.goes_on_as(job) else None
-
-    def begin(self, session: Session, job: Job) -> Request:
-        """Have the engine run a job. Raises Refused when there is no room."""
-        request = Request(job)
-        self._enter(request, session, job.timeout_s)
-        return request
-
-    def _enter(self, request: Request, session: Session, timeout_s: float) -> None:
+    def begin(self, session: Session, job: Job) -> None:
+        """Have the engine run a job, from where it is known here. Raises Refused when there is no room."""
         if len(self) >= self.capacity and not self._make_room(session.member):
             raise Refused(f"this worker's queue is full ({self.capacity} requests)")
+        known = self._known_rest(job)
         self._next_ticket += 1
-        request.session, request.ticket = session, self._next_ticket
-        request.deadline = self._loop.time() + timeout_s
-        self._running[self._next_ticket] = request
+        request = Request(job, session, self._loop.time() + job.timeout_s, self._next_ticket, list(known))
+        self._running[request.ticket] = request
         self.idle.clear()
-        job = replace(request.job, resume=Resume(request.tokens), timeout_s=timeout_s)
-        self._engine.submit(self._next_ticket, str(session.member), job)
+        session.follow(request)
+        for piece in known:
+            request.say(piece)
+        self._engine.submit(request.ticket, str(session.member), replace(job, resume=Resume(request.tokens)))
 
-    def go_on(self, request: Request, session: Session, job: Job) -> None:
-        """Tell a client that came back what it has not heard, and go on from there. Raises Refused, as `begin`."""
-        if request.is_waiting:
-            self._enter(request, session, job.timeout_s)
-        elif request.session is not None:
-            request.session.forget(request)
-        self._kept.pop(job.request_id, None)
-        request.session = session
-        for piece in request.given:
-            if piece.seq >= len(job.given):
-                request.say(piece)
-        if request.end is not None:
-            request.say(request.end)
-            self._keep(request)
+    def _known_rest(self, job: Job) -> tuple[Token, ...]:
+        """What is kept of the answer to a job, behind what its client has."""
+        kept = self._kept.get(job.request_id) if job.resume is not None else None
+        if kept is None or question_of(job) != kept.question:
+            return ()
+        return _rest_behind(job.given, len(kept.before), kept.tokens, kept.given) or ()
+
+    def go_on(self, session: Session, job: Job) -> bool:
+        """Whether a job is a request that is under way here, or was answered: its client is told what it has missed."""
+        if job.resume is None:
+            return False
+        for request in self._running.values():
+            if request.job.request_id == job.request_id and question_of(request.job) == question_of(job):
+                return self._hand_to(request, session, job)
+        kept = self._kept.get(job.request_id)
+        if kept is None or kept.result is None:
+            return False
+        missed = _rest_behind(job.given, len(kept.before), kept.tokens, kept.given)
+        if missed is None or question_of(job) != kept.question:
+            return False
+        for piece in missed:
+            session.tell(job.request_id, piece)
+        session.tell(job.request_id, kept.result)
+        return True
+
+    def _hand_to(self, request: Request, session: Session, job: Job) -> bool:
+        """Go on telling a request's answer on another connection; False where its client knows more of it than we."""
+        missed = _rest_behind(job.given, len(request.job.given), request.tokens, request.given)
+        if missed is None:
+            return False
+        request.session.forget(request)
+        request.session, request.deadline = session, self._loop.time() + job.timeout_s
+        session.follow(request)
+        for piece in missed:
+            request.say(piece)
+        return True
 
     def _make_room(self, member: Member) -> bool:
         """Turn away the last of what waits of the member with the most, if that is left with no less than this one."""
-        members = {ticket: request.session.member for ticket, request in self._running.items() if request.session}
+        members = {ticket: request.session.member for ticket, request in self._running.items()}
         held = Counter(members.values())
         waiting = [(held[members[ticket]], ticket) for ticket in members if not self._running[ticket].given]
         most, last = max(waiting, default=(0, 0))
@@ -7223,44 +7248,41 @@ class RequestTable:
 
     def cancel(self, request: Request) -> None:
         """Stop working for a request; nothing more is said of it."""
-        request.session = None
-        if request.ticket is not None:
+        if self._left_engine(request):
             self._engine.cancel(request.ticket)
-            self._left_engine(request)
 
     def leave(self, request: Request) -> None:
-        """The connection of a request's client broke: stop working for it, and keep it for a while."""
+        """The connection of a request's client broke: stop working for it, and keep what it was given."""
         self.cancel(request)
-        self._keep(request)
+        if request.given:
+            self._keep(request, None)
 
     def end(self, request: Request, error: QMeshError) -> None:
         """End a request that is under way with an error, and tell its client."""
-        session = request.session
-        request.say(error)
         self.cancel(request)
-        if session is not None:
-            session.speak()
+        request.session.forget(request)
+        request.say(error)
+        request.session.speak()
 
     def end_all(self, error: QMeshError) -> None:
         """Hand over what is under way: clients have all tokens that were made for them before the error."""
         for request in list(self._running.values()):
             self.end(request, error)
 
-    def _left_engine(self, request: Request) -> None:
-        assert request.ticket is not None
-        del self._running[request.ticket]
-        request.ticket = None
+    def _left_engine(self, request: Request) -> bool:
+        known = self._running.pop(request.ticket, None) is not None
         if not self._running:
             self.idle.set()
+        return known
 
-    def _keep(self, request: Request) -> None:
-        request.session, request.kept_at = None, self._loop.time()
-        self._kept[request.job.request_id] = request
-        self._kept.move_to_end(request.job.request_id)
-        tokens = sum(len(kept.given) for kept in self._kept.values())
+    def _keep(self, request: Request, result: Result | None) -> None:
+        job, given = request.job, tuple(request.given)
+        self._kept.pop(job.request_id, None)
+        self._kept[job.request_id] = Kept(question_of(job), job.given, given, result, self._loop.time())
+        tokens = sum(len(kept.before) + len(kept.given) for kept in self._kept.values())
         while tokens > MAX_KEPT_TOKENS or len(self._kept) > MAX_KEPT:
             _, dropped = self._kept.popitem(last=False)
-            tokens -= len(dropped.given)
+            tokens -= len(dropped.before) + len(dropped.given)
 
     # --- Time and the engine ---
 
@@ -7270,7 +7292,7 @@ class RequestTable:
         for request in list(self._running.values()):
             if request.deadline <= now:
                 self.end(request, DeadlineExceeded(f"no whole answer within {request.job.timeout_s:g} s"))
-            elif not request.told and request.session is not None:
+            elif not request.told:
                 request.session.show_life(request)
             request.told = False
         while self._kept and next(iter(self._kept.values())).kept_at <= now - KEPT_S:
@@ -7285,16 +7307,24 @@ class RequestTable:
                 continue  # cancelled meanwhile
             if isinstance(said, Token):
                 request.given.append(said)
-            if isinstance(said, (Result, QMeshError)):
-                request.end = said
+            elif isinstance(said, (Result, QMeshError)):
                 self._left_engine(request)
-            if request.session is not None:
-                spoken.add(request.session)
-            request.say(said)
+                request.session.forget(request)
             if isinstance(said, Result):
-                self._keep(request)
+                self._keep(request, said)
+            request.say(said)
+            spoken.add(request.session)
         for session in spoken:
             session.speak()
+
+
+def _rest_behind(
+    heard: tuple[int, ...], before: int, tokens: tuple[int, ...], given: Sequence[Token]
+) -> tuple[Token, ...] | None:
+    """The pieces behind what a client has heard; None where that is not a part of this answer, or goes beyond it."""
+    if len(heard) < before or tokens[: len(heard)] != heard:
+        return None
+    return tuple(piece for piece in given if piece.seq >= len(heard))
 
 
 @dataclass(frozen=True, slots=True)
@@ -7527,20 +7557,16 @@ class Worker:
     async def _serve(self, connection: Connection) -> None:
         await Session(self, connection).run()
 
-    def admit(self, session: Session, job: Job) -> Request:
+    def admit(self, session: Session, job: Job) -> None:
         """Take a request in, or go on with one that is known here. Raises the error that refuses it."""
         model = self.engine.plan.model
         if job.model is not None and model_key(job.model) != model_key(model.name):
             raise ModelNotFound(f"this worker has no model {job.model}; it has {model.name}")
         if job.resume is not None and job.resume.fingerprint not in ("", model.fingerprint.hex()):
             raise ModelNotFound(f"the answer was begun with another model than this worker's {model.name}")
-        known = self.requests.known(job)
-        if known is None or known.is_waiting:
+        if not self.requests.go_on(session, job):
             self._check_load()
-        if known is None:
-            return self.requests.begin(session, job)
-        self.requests.go_on(known, session, job)
-        return known
+            self.requests.begin(session, job)
 
     def _check_load(self) -> None:
         if self.draining:
@@ -7595,11 +7621,13 @@ class Session:
             with contextlib.suppress(QMeshError):
                 self._flush()
 
-    def tell(self, request: Request, said: Said) -> None:
+    def tell(self, request_id: str, said: Said) -> None:
         """Queue what is to be said of a request. What the engine makes bounds the queue: so many tokens."""
-        if isinstance(said, (Result, QMeshError)):
-            self.forget(request)
-        self._outbox.append((request.job.request_id, said))
+        self._outbox.append((request_id, said))
+
+    def follow(self, request: Request) -> None:
+        """A request of this client is under way."""
+        self._requests[request.job.request_id] = request
 
     def forget(self, request: Request) -> None:
         """Say no more of a request: it has ended, or its client listens elsewhere."""
@@ -7609,7 +7637,7 @@ class Session:
     def show_life(self, request: Request) -> None:
         """Say that a request is under way, unless the client has enough to read."""
         if not self._connection.lagging:
-            self.tell(request, Alive())
+            self.tell(request.job.request_id, Alive())
             self.speak()
 
     def speak(self) -> None:
@@ -7707,9 +7735,7 @@ class Session:
                 raise InvalidRequest(f"the request_id {request_id} is in use already")
             if len(self._requests) >= MAX_REQUESTS_PER_CONNECTION:
                 raise Refused(f"{MAX_REQUESTS_PER_CONNECTION} requests are under way on this connection")
-            request = self._worker.admit(self, job)
-            if request.end is None:
-                self._requests[request_id] = request
+            self._worker.admit(self, job)
         except QMeshError as error:
             self._outbox.append((request_id, error))
         self.speak()
@@ -7719,6 +7745,7 @@ class Session:
         request = self._requests.pop(request_id, None) if isinstance(request_id, str) else None
         if request is not None:
             self._worker.requests.cancel(request)
+            self._outbox = [(told, said) for told, said in self._outbox if told != request_id]
 
 
 def _request_id(body: Json) -> str:
@@ -7883,13 +7910,14 @@ class KnownWorkers:
         """It was not to be had at this address, or was lost, or somebody else was there."""
         hint = self._hints.get((record.worker_id, record.address))
         if hint is not None:
-            hint.failed_at, hint.is_another, hint.failures = now, is_another, hint.failures + 1
+            hint.failures += hint.heard_at > hint.failed_at  # what many requests find at the same time counts once
+            hint.failed_at, hint.is_another = now, is_another
 
     def served(self, record: WorkerRecord) -> None:
-        """It did what was asked of it."""
+        """It does what is asked of it."""
         hint = self._hints.get((record.worker_id, record.address))
         if hint is not None:
-            hint.failures = 0
+            hint.failures, hint.failed_at = 0, -math.inf
 
     @staticmethod
     def _counts(hint: Hint, now: float) -> bool:
@@ -7907,11 +7935,15 @@ class KnownWorkers:
         return not hint.failures or now - hint.failed_at >= avoid_s
 
 
+CLIENT_CLOSED: Final = "the client is closed"
+
+
 class WorkerLinks:
     """Connections to workers, each made when it is needed first; requests that need it at the same time share it."""
 
     def __init__(self, meshes: Sequence[MeshKeys]) -> None:
         self._meshes = meshes
+        self.closed = False
         self._links: dict[NodeId, WorkerLink] = {}
         self._dialling: dict[NodeId, asyncio.Lock] = {}
 
@@ -7928,12 +7960,22 @@ class WorkerLinks:
             link = self._links.get(record.worker_id)
             if link is not None and link.alive:
                 return link
+            self._check_open()
             connection = await dial(record.address, self.identity)
+            try:
+                self._check_open()
+            except WorkerLost:
+                connection.abort()
+                raise
             if connection.peer_id != str(record.worker_id):
                 connection.abort()
                 raise _AnotherWorker(f"{format_address(record.address)} is another worker now")
             link = self._links[record.worker_id] = WorkerLink(connection)
             return link
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise WorkerLost(CLIENT_CLOSED)
 
     def reaches(self, worker_id: NodeId) -> bool:
         """Whether the connection to a worker is there."""
@@ -7941,6 +7983,7 @@ class WorkerLinks:
         return link is not None and link.alive
 
     async def close(self) -> None:
+        self.closed = True
         await asyncio.gather(*(link.close() for link in self._links.values()))
 
 
@@ -7996,6 +8039,7 @@ class Client:
         self._remembered: list[Address] = []
 
     async def __aenter__(self) -> Client:
+        load_ssl()  # what is missing for it is said now
         self._loop = asyncio.get_running_loop()
         self._opened_at = self._loop.time()
         rng, now = random.SystemRandom(), uptime_s()
@@ -8005,7 +8049,6 @@ class Client:
         )
         self._remembered = remembered_peers(self._host_dir)
         self.node.meet(self.settings.peers, self._remembered)
-        load_ssl()  # what is missing for it is said now
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -8079,6 +8122,8 @@ class Client:
         if everything and not self._everything:
             self._everything = True
             self._search()
+        elif not self.records():
+            self._search()  # those that were known may have failed, and be back
         deadline = self._loop.time() + min(DISCOVERY_TIMEOUT_S, timeout_s or self.settings.timeout_s)
         while (wait_s := self._discovery_wait_s(everything)) > 0:
             left = deadline - self._loop.time()
@@ -8275,6 +8320,18 @@ class TextPieces:
         await self._events.aclose()
 
 
+class _Failed(Exception):
+    """A worker gave up a job, or was given up. took_it: it was at work on it, as far as one can know."""
+
+    def __init__(self, choice: Choice, error: QMeshError, *, took_it: bool) -> None:
+        super().__init__(str(error))
+        self.choice, self.error, self.took_it = choice, error, took_it
+
+
+Heard = AsyncGenerator[tuple[Choice, Queued | Token | Result], None]
+"""What workers say of a job, each with who says it. Raises _Failed."""
+
+
 class Delivery:
     """One job on its way to its answer, whatever becomes of the workers that write it.
 
@@ -8296,14 +8353,14 @@ class Delivery:
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._fingerprint = ""  # of the model that the tokens are of
-        self._blamed: tuple[Choice, bool] | None = None  # who spoke or failed last; and whether it had taken the job
-        self._gone: NodeId | None = None  # the last worker that was lost, until another has gone on
+        self._gone: NodeId | None = None  # the last worker that was lost, until its work goes on
         self._asked = False
         self._failovers = 0
         self._losses = 0  # in a row, without a token between
         self._tokens_before = 0  # the last loss
         self._reattach: Choice | None = None
         self._looked_everywhere = False
+        self._met = False  # a worker with the model, by its record
         self._lacking: set[NodeId] = set()  # those that turned out not to have the model, or not the room
         self._refusing: set[NodeId] = set()  # and those that will not have it now
         self._pause_s = RETRY_FIRST_S
@@ -8324,14 +8381,15 @@ class Delivery:
                     async for event in said:
                         yield event
                 return
-            except QMeshError as error:
-                lost = self._without(error)
+            except _Failed as failed:
+                lost = self._without(failed)
             if lost is not None:
                 yield lost
 
     # --- One worker's part ---
 
     async def _follow(self, choice: Choice) -> AsyncGenerator[Progressed, None]:
+        """What happens while a worker is at it, or another one in a race with it. Raises _Failed."""
         hedged = self._hedge_s is not None and not self._tokens
         async with contextlib.aclosing(self._hedged(choice) if hedged else self._ask(choice)) as heard:
             async for speaker, said in heard:
@@ -8340,37 +8398,37 @@ class Delivery:
                         yield said
                     continue
                 if speaker is not choice:
+                    self._refusing.add(choice.record.worker_id)  # it may be late for long
                     choice = speaker
                     yield Selected(str(choice.record.worker_id), choice.health)
-                self._blamed = choice, True
-                if isinstance(said, Token):
-                    self._take(said)
-                    yield said
-                else:
-                    tail = self._rest_of(said)
-                    if tail:
-                        yield Token(len(self._tokens), (), tail)
-                    yield self._answer(said)
+                try:
+                    piece = self._take(said, choice) if isinstance(said, Token) else self._rest_of(said)
+                except WireError as error:
+                    raise _Failed(choice, error, took_it=True) from None
+                if piece is not None:
+                    yield piece
+                if isinstance(said, Result):
+                    yield self._answer(said, choice)
 
-    async def _ask(self, choice: Choice) -> AsyncGenerator[tuple[Choice, Queued | Token | Result], None]:
+    async def _ask(self, choice: Choice) -> Heard:
         """What a worker says of the job. Sends it whatever was given so far, unless nobody was asked before."""
-        spoke = False
+        sent = spoke = False
         try:
             link = await self._client.link(choice.record)
             resume = Resume(tuple(self._tokens), self._fingerprint) if self._asked else None
             left_s = max(self._deadline - self._loop.time(), MIN_TIMEOUT_S)
-            self._asked = True
+            self._asked = sent = True
             job = replace(self._job, resume=resume, timeout_s=left_s)
             async with contextlib.aclosing(link.run(job, self._client.settings.stall_s)) as answer:
                 async for said in answer:
                     spoke = True
                     yield choice, said
-        except QMeshError:
-            self._blamed = choice, spoke
-            raise
+        except QMeshError as error:  # a refusal is none of a request that was never taken
+            took_it = spoke or (sent and isinstance(error, (WorkerLost, WireError)))
+            raise _Failed(choice, error, took_it=took_it) from None
 
-    async def _hedged(self, first: Choice) -> AsyncGenerator[tuple[Choice, Queued | Token | Result], None]:
-        async def second() -> AsyncGenerator[tuple[Choice, Queued | Token | Result], None]:
+    async def _hedged(self, first: Choice) -> Heard:
+        async def second() -> Heard:
             await asyncio.sleep(self._hedge_s or 0.0)
             passed_over = self._lacking | self._refusing | {first.record.worker_id}
             choice, _ = await self._client.choose(self._suits, passed_over)
@@ -8379,70 +8437,75 @@ class Delivery:
                     async for said in answer:
                         yield said
 
-        async with contextlib.aclosing(first_to_answer(self._ask(first), second())) as answer:
+        async with contextlib.aclosing(first_to_answer(self._ask(first), second(), self._note)) as answer:
             async for said in answer:
                 yield said
 
-    def _take(self, token: Token) -> None:
+    def _take(self, token: Token, choice: Choice) -> Token:
         """Keep what was given. Raises WireError when it is not what comes next."""
-        have = len(self._tokens)
-        if token.seq != have or not 0 < len(token.tokens) <= self._job.params.max_tokens - have:
-            raise WireError(f"the worker gave {plural(len(token.tokens), 'token')} from {token.seq} on, after {have}")
+        have, count = len(self._tokens), len(token.tokens)
+        if token.seq != have or not 0 < count <= self._job.params.max_tokens - have:
+            raise WireError(f"the worker gave {plural(count, 'token')} from {token.seq} on, after {have}")
         if not have:
-            assert self._blamed is not None
-            self._first_token_at, self._fingerprint = self._loop.time(), self._blamed[0].fingerprint
+            self._first_token_at, self._fingerprint = self._loop.time(), choice.fingerprint
         self._tokens.extend(token.tokens)
         self._text.append(token.text)
-        self._note_progress()
+        if self._gone is not None:
+            self._goes_on(choice)
+        return token
 
-    def _rest_of(self, result: Result) -> str:
-        """What of the text no token has shown. Raises WireError when the text is not that of the tokens."""
+    def _rest_of(self, result: Result) -> Token | None:
+        """What of the text no token has shown, if any. Raises WireError when the text is not that of the tokens."""
         shown = "".join(self._text)
         if not result.text.startswith(shown) or result.usage.get("completion_tokens") != len(self._tokens):
             raise WireError("the worker's answer is not the sum of its tokens")
-        return result.text[len(shown) :]
+        rest = result.text[len(shown) :]
+        return Token(len(self._tokens), (), rest) if rest else None
 
-    def _answer(self, result: Result) -> Answer:
-        assert self._blamed is not None
-        self._client.known.served(self._blamed[0].record)
-        self._note_progress()
+    def _answer(self, result: Result, choice: Choice) -> Answer:
+        self._goes_on(choice)
         now = self._loop.time()
         since = (1000 * (at - self._started) for at in (self._discovered, self._first_token_at or now, now))
         return Answer(result, self._failovers, *since)
 
-    def _note_progress(self) -> None:
-        """The request goes on with the worker that spoke last."""
-        if self._gone is not None and self._blamed is not None:
-            self._failovers += self._blamed[0].record.worker_id != self._gone
-            self._gone = None
+    def _goes_on(self, choice: Choice) -> None:
+        """A worker does what is asked of it, perhaps in another's place."""
+        self._client.known.served(choice.record)
+        self._failovers += self._gone not in (None, choice.record.worker_id)
+        self._gone = None
 
     # --- The next worker ---
 
-    def _without(self, error: QMeshError) -> Lost | None:
-        """What to do without a worker. Raises the error where no other can help, or no other should be tried."""
-        assert self._blamed is not None
-        (choice, spoke), now = self._blamed, self._loop.time()
-        worker_id = choice.record.worker_id
+    def _note(self, failed: _Failed) -> None:
+        """Remember why a worker is passed over from now on, or for a while."""
+        error, record = failed.error, failed.choice.record
+        log.info("worker %s: %s", record.worker_id.short, error)
+        if isinstance(error, (ModelNotFound, InvalidRequest)):
+            self._lacking.add(record.worker_id)
+        else:
+            self._refusing.add(record.worker_id)
+        if isinstance(error, (WorkerLost, WireError)) or error_code(error) == "draining":
+            self._client.known.failed(record, self._loop.time())
+
+    def _without(self, failed: _Failed) -> Lost | None:
+        """What to do without a worker. Raises its error where no other can help, or no other should be tried."""
+        error, worker_id = failed.error, failed.choice.record.worker_id
+        is_too_long_by_now = self._tokens and error_code(error) == "context_exceeded"
+        another_may_help = isinstance(error, (ModelNotFound, Refused, WorkerLost, WireError))
+        if self._client.links.closed or not (is_too_long_by_now or another_may_help):
+            raise error
+        self._note(failed)
+        self._failure, self._answered_at = error, self._loop.time()
+        if not failed.took_it:
+            return None
         if len(self._tokens) > self._tokens_before:
             self._losses, self._tokens_before, self._pause_s = 0, len(self._tokens), RETRY_FIRST_S
-        if isinstance(error, ModelNotFound) or (self._tokens and error_code(error) == "context_exceeded"):
-            self._lacking.add(worker_id)
-        elif isinstance(error, (Refused, WorkerLost, WireError)):
-            self._refusing.add(worker_id)
-        else:
-            raise error
-        if isinstance(error, (WorkerLost, WireError)) or error_code(error) == "draining":
-            self._client.known.failed(choice.record, now)
-        log.info("worker %s: %s", worker_id.short, error)
-        self._failure, self._answered_at = error, now
-        if not spoke:
-            return None
         self._losses += not isinstance(error, Refused)
         if self._losses >= MAX_LOSSES:
             why = f"{MAX_LOSSES} workers were lost over this request one after another; it may be what they fail at"
             raise type(error)(f"{why} ({error})")
         if isinstance(error, WorkerLost) and self._losses == 1 and not self._client.links.reaches(worker_id):
-            self._reattach = choice
+            self._reattach = failed.choice
         self._gone = worker_id
         return Lost(str(worker_id), str(error), len(self._tokens))
 
@@ -8480,8 +8543,9 @@ class Delivery:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._deadline):
                 choice, why_none = await self._client.choose(self._suits, self._lacking | self._refusing)
+                self._met = self._met or choice is not None or why_none is not None
                 self._failure = why_none or self._failure
-                if isinstance(self._failure, Refused):
+                if isinstance(why_none, Refused):
                     self._answered_at = self._loop.time()
                 return choice
         return None
@@ -8490,15 +8554,17 @@ class Delivery:
         return offers(record, self._job.model, self._fingerprint)
 
     def _is_known_nowhere(self) -> bool:
-        """Whether, of all workers that are known, none has the model. What was begun waits for one that has it."""
+        """Whether, of all workers that are known, none has the model; one that had it, and is gone, may come back."""
         records = self._client.records()
-        named = filter(self._suits, records)
-        return bool(records) and not self._tokens and all(record.worker_id in self._lacking for record in named)
+        named = list(filter(self._suits, records))
+        if not records or self._tokens or (self._met and not named):
+            return False
+        return all(record.worker_id in self._lacking for record in named)
 
     def _check_hope(self, *, late: bool) -> None:
         """Raise what waiting cannot mend: nobody has answered for long, or time is up."""
         failure, named = self._failure, list(filter(self._suits, self._client.records()))
-        if isinstance(failure, MissingTls):
+        if isinstance(failure, MissingTls) or (failure is not None and self._client.links.closed):
             raise failure
         overloaded = any(record.state is HealthState.OVERLOADED for record in named)
         failed = failure is not None and not isinstance(failure, Refused)
@@ -8516,13 +8582,11 @@ class Delivery:
             raise failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
 
 
-Heard = AsyncGenerator[tuple[Choice, Queued | Token | Result], None]
-
-
-async def first_to_answer(first: Heard, second: Heard) -> Heard:
+async def first_to_answer(first: Heard, second: Heard, note: Callable[[_Failed], None]) -> Heard:
     """What two workers say, until one of them begins to answer; then what that one says, and the other is left.
 
-    Raises what `first` raises while `second` has said nothing; else a failure of one leaves the race to the other.
+    Raises _Failed of `first` while `second` has said nothing. Else a failure leaves the race to the other; `note` is
+    told of it.
     """
     steps: dict[asyncio.Future[Any], Heard] = {asyncio.ensure_future(anext(each)): each for each in (first, second)}
     spoken: set[Heard] = {first}
@@ -8536,9 +8600,10 @@ async def first_to_answer(first: Heard, second: Heard) -> Heard:
                 choice, said = step.result()
             except StopAsyncIteration:  # there is no second one
                 continue
-            except QMeshError:
+            except _Failed as failed:
                 if spoken.isdisjoint(steps.values()):
                     raise
+                note(failed)
                 continue
             spoken.add(answer)
             if isinstance(said, Queued):
@@ -8569,15 +8634,17 @@ class BlockingClient:
             for text in mesh.stream("Why is the sky blue?"):
                 print(text, end="")
 
-    settings: as for `Client`. Safe for several threads. What it raises is what `Client` raises.
+    settings: as for `Client`. Safe for several threads; those that wait when it is closed get WorkerLost. What it
+    raises else is what `Client` raises, and UsageError where it is not open.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._client = Client(settings)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="qmesh", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def __enter__(self) -> BlockingClient:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="qmesh", daemon=True)
         self._thread.start()
         try:
             self._run(self._client.__aenter__())
@@ -8593,18 +8660,26 @@ class BlockingClient:
             self._stop()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Do something in the client's thread. Who interrupts it, as by Ctrl-C, waits until it has been left."""
+        if self._loop is None:
+            work.close()
+            raise UsageError("the client is not open: use it inside `with qmesh.BlockingClient() as mesh:`")
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        task = asyncio.run_coroutine_threadsafe(_settle(work, done), self._loop)
         try:
-            return future.result()
-        except BaseException:  # as Ctrl-C
-            future.cancel()
-            raise
+            return done.result()
+        finally:
+            if not done.done():
+                task.cancel()
+                concurrent.futures.wait([done], CLOSE_TIMEOUT_S)
 
     def _stop(self) -> None:
-        self._run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        loop, self._loop = self._loop, None
+        assert loop is not None
+        asyncio.run_coroutine_threadsafe(_end_all_tasks(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
-        self._loop.close()
+        loop.close()
 
     def stream(self, prompt: str | Sequence[Message], **options: Any) -> BlockingTextPieces:
         """As `Client.stream`: `for text in mesh.stream("...")`."""
@@ -8626,6 +8701,25 @@ class BlockingClient:
             return (await self._client.statuses())[0]
 
         return self._run(look())
+
+
+async def _settle(work: Coroutine[Any, Any, T], done: concurrent.futures.Future[T]) -> None:
+    """Wait for some work and tell its outcome, also where it is cancelled."""
+    try:
+        done.set_result(await work)
+    except asyncio.CancelledError:
+        done.set_exception(WorkerLost(CLIENT_CLOSED))
+    except BaseException as error:
+        done.set_exception(error)
+
+
+async def _end_all_tasks() -> None:
+    loop = asyncio.get_running_loop()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await loop.shutdown_asyncgens()
 
 
 class BlockingTextPieces:
@@ -9553,6 +9647,7 @@ class AnswerPrinter:
         self._show = show
         self._begun = False
         self._line_open = False
+        self._leaving: Lost | None = None  # until another goes on; the same one may be found again
         self._lost: list[Lost] = []
 
     def on_event(self, event: Progressed) -> None:
@@ -9560,6 +9655,8 @@ class AnswerPrinter:
         if isinstance(event, Discovered):
             say(f"🌐 Discovered {plural(event.workers, 'worker')}")
         elif isinstance(event, Selected):
+            self._lost += [self._leaving] if self._leaving is not None else []
+            self._leaving = None
             if not self._begun:  # in the middle of a text nothing else is said
                 say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
                 say("📤 Sending prompt...")
@@ -9567,7 +9664,7 @@ class AnswerPrinter:
             if not self._begun:
                 say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
         elif isinstance(event, Lost):
-            self._lost.append(event)
+            self._leaving = event
         elif isinstance(event, Token):
             self._print(event.text if self._stream else "")
         else:

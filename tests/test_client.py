@@ -351,8 +351,13 @@ def test_a_worker_that_fails_is_avoided_for_longer_each_time_until_it_serves_aga
         assert known.in_order([one], now + avoided_s - 0.1) == ([], [one])
         now += avoided_s
         assert known.in_order([one], now) == ([one], [])
-    known.served(one)
+    known.heard_of([one], now - 1.0, own_word=True)
     known.failed(one, now)
+    assert known.records(now) == []
+    known.served(one)
+    assert known.records(now) == [one]  # also where it was not heard of since it failed
+    for _ in range(5):  # requests that all find the same
+        known.failed(one, now)
     assert known.in_order([one], now + 5.0) == ([one], [])
 
 

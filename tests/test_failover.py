@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from scripted_worker import (
     NO_STATUS,
     Script,
     ScriptedWorker,
+    client_of,
     health_of,
     mesh_of,
     refuses,
@@ -40,6 +45,7 @@ from qmesh import (
     Json,
     Lost,
     ModelNotFound,
+    NoWorkerFound,
     QMeshError,
     Refused,
     Sampling,
@@ -280,14 +286,90 @@ async def test_what_no_worker_can_answer_is_not_asked_twice(topic: str, tmp_path
     assert len(first.prompts) + len(second.prompts) == 1
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        HANGS_UP,
+        sends({"type": "inference_queued", "position": 0, "wait_s": 1.0}, hangs_up=True),
+        refuses(WorkerLost("the worker's engine failed")),
+    ],
+    ids=["without a word", "in the queue", "by its own word"],
+)
 @in_a_loop
-async def test_a_request_that_takes_one_worker_after_another_down_is_given_up(topic: str, tmp_path: Path) -> None:
-    queued = sends({"type": "inference_queued", "position": 0, "wait_s": 1.0}, hangs_up=True)
-    workers = in_order(*[teller(0, queued)] * (qmesh.MAX_LOSSES + 2))
+async def test_a_request_that_takes_one_worker_after_another_down_is_given_up(
+    topic: str, tmp_path: Path, end: Script
+) -> None:
+    workers = in_order(*[teller(0, end)] * (qmesh.MAX_LOSSES + 2))
     async with mesh_of(topic, tmp_path, *workers) as mesh:
-        with pytest.raises(WorkerLost):
+        with pytest.raises(WorkerLost, match="it may be what they fail at"):
             await mesh.ask(a_job())
     assert sum(len(worker.prompts) for worker in workers) == qmesh.MAX_LOSSES
+
+
+@in_a_loop
+async def test_a_worker_whose_connection_was_mended_is_asked_again_without_a_search(topic: str, tmp_path: Path) -> None:
+    (flaky,) = in_order(teller(3))
+
+    async def hangs_up_once(connection: Connection, request_id: str) -> bool:
+        flaky.then, flaky.upto = None, len(STORY)
+        return False
+
+    flaky.then = hangs_up_once
+    async with mesh_of(topic, tmp_path, flaky) as mesh:
+        await Reader().follow(mesh, a_job())
+        assert [record.worker_id for record in mesh.records()] == [flaky.worker_id]
+        assert (await mesh.ask(a_job())).result.text == WHOLE
+
+
+@pytest.mark.parametrize("upto", [0, 3])
+@in_a_loop
+async def test_when_the_only_worker_drains_hope_ends(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upto: int
+) -> None:
+    monkeypatch.setattr(qmesh, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(qmesh, "DISCOVERY_TIMEOUT_S", 0.5)
+    (draining,) = in_order(teller(upto))
+
+    async def drains(connection: Connection, request_id: str) -> bool:
+        draining.status, draining.then = NO_STATUS, HANGS_UP
+        await connection.send(qmesh.error_frame(request_id, Refused("I go", "draining")))
+        return False
+
+    draining.then = drains
+    async with mesh_of(topic, tmp_path, draining) as mesh, asyncio.timeout(PATIENCE_S / 2):
+        with pytest.raises(WorkerLost if upto else NoWorkerFound):
+            await mesh.ask(a_job())
+
+
+@in_a_loop
+async def test_that_the_only_worker_with_a_model_is_lost_does_not_mean_that_there_is_no_such_model(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "DISCOVERY_TIMEOUT_S", 0.5)
+    (dying, other) = in_order(teller(0), teller(model="another"))
+
+    async def dies(connection: Connection, request_id: str) -> bool:
+        dying.status = NO_STATUS
+        return False
+
+    dying.then = dies
+    async with mesh_of(topic, tmp_path, dying, other) as mesh:
+        with pytest.raises(NoWorkerFound):
+            await mesh.ask(a_job(model="tiny"))
+
+
+@in_a_loop
+async def test_who_closes_a_client_ends_what_runs_on_it(topic: str, tmp_path: Path) -> None:
+    (silent,) = in_order(teller(1, IS_SILENT))
+    async with silent.on(topic):
+        async with client_of(topic, tmp_path) as mesh:
+            stream = mesh.stream("Tell me a story.")
+            await anext(stream)
+            waiting = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+        with pytest.raises(WorkerLost):
+            await waiting
+        assert (silent.connections, len(silent.prompts)) == (1, 1)
 
 
 @in_a_loop
@@ -311,14 +393,21 @@ async def test_when_nobody_can_go_on_it_is_said_how_far_it_came(
 
 @in_a_loop
 async def test_an_answer_that_was_begun_waits_for_somebody_who_can_go_on(topic: str, tmp_path: Path) -> None:
-    dying, late = in_order(teller(3, refuses(Refused("draining", "draining"))), teller())
+    dying, late = in_order(teller(3), teller())
+    asked_again = asyncio.Event()
+
+    async def drains(connection: Connection, request_id: str) -> bool:
+        dying.upto = 0
+        if len(dying.prompts) > 1:  # there is nobody else
+            asked_again.set()
+        return await refuses(Refused("I go", "draining"))(connection, request_id)
+
+    dying.then = drains
     async with contextlib.AsyncExitStack() as stack:
         mesh = await stack.enter_async_context(mesh_of(topic, tmp_path, dying))
         reader = Reader()
         following = asyncio.create_task(reader.follow(mesh, a_job()))
-        while len(dying.prompts) < 2:  # it has been asked again, as there is nobody else
-            await asyncio.sleep(0.01)
-            dying.upto = 0
+        await asked_again.wait()
         await stack.enter_async_context(late.on(topic))
         answer = await following
     assert reader.text == WHOLE
@@ -442,6 +531,22 @@ async def test_a_hedge_that_fails_leaves_the_first_alone(topic: str, tmp_path: P
 
 
 @in_a_loop
+async def test_where_both_of_a_race_refuse_the_right_one_is_blamed(topic: str, tmp_path: Path) -> None:
+    both = asyncio.Barrier(2)
+
+    async def refuse_together(connection: Connection, request_id: str) -> bool:
+        await both.wait()
+        return await refuses()(connection, request_id)
+
+    first, second, free = in_order(teller(0, refuse_together), teller(0, refuse_together), teller())
+    async with mesh_of(topic, tmp_path, first, second, free) as mesh:
+        reader = Reader()
+        await reader.follow(mesh, a_job(), hedge_s=0.05)
+    assert reader.text == WHOLE
+    assert (len(first.prompts), len(free.prompts)) == (1, 1)
+
+
+@in_a_loop
 async def test_with_a_hedge_a_worker_that_dies_later_is_replaced_as_ever(topic: str, tmp_path: Path) -> None:
     late, dying, living = in_order(teller(0, IS_SILENT), teller(3, refuses()), teller())
     async with mesh_of(topic, tmp_path, late, dying, living, stall_s=STALL_S) as mesh:
@@ -514,8 +619,6 @@ def test_a_setting_of_the_environment_that_makes_no_sense_is_a_usage_error() -> 
 @contextlib.contextmanager
 def in_a_thread(topic: str, worker: ScriptedWorker) -> Any:
     """A worker on a loop of its own, for a client that blocks."""
-    import threading
-
     loop, ready, end = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
     async def work() -> None:
@@ -547,6 +650,46 @@ def test_a_program_without_asyncio_has_the_same(topic: str, tmp_path: Path) -> N
             mesh.ask("Tell me a story.", temperature=-1)
         with contextlib.closing(mesh.stream("Tell me a story.")) as left:
             assert next(left) == STORY[0]
+
+
+def test_a_blocking_client_is_used_while_it_is_open(topic: str, tmp_path: Path) -> None:
+    mesh = qmesh.BlockingClient(Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path)))
+    with pytest.raises(qmesh.UsageError, match="is not open"):
+        mesh.ask("Hello?")
+    with mesh:
+        pass
+    with pytest.raises(qmesh.UsageError, match="is not open"):
+        mesh.statuses()
+
+
+def test_who_waits_in_another_thread_is_told_that_the_client_was_closed(topic: str, tmp_path: Path) -> None:
+    (worker,) = in_order(teller(1, IS_SILENT))
+    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path))
+    with in_a_thread(topic, worker), ThreadPoolExecutor(1) as pool:
+        with qmesh.BlockingClient(settings) as mesh:
+            stream = mesh.stream("Tell me a story.")
+            assert next(stream) == STORY[0]
+            waiting = pool.submit(next, stream)
+        with pytest.raises(WorkerLost):
+            waiting.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("hedge_s", [None, 0.1])
+def test_an_interrupt_comes_through_and_leaves_the_stream_in_order(
+    topic: str, tmp_path: Path, hedge_s: float | None
+) -> None:
+    (worker,) = in_order(teller(0, IS_SILENT))
+    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path))
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with in_a_thread(topic, worker), qmesh.BlockingClient(settings) as mesh:
+        later = threading.Timer(0.5, interrupt)
+        later.start()
+        with pytest.raises(KeyboardInterrupt), contextlib.closing(mesh.stream("A story!", hedge_s=hedge_s)) as stream:
+            next(stream)
+        later.join()
 
 
 def test_a_blocking_client_that_finds_nobody_says_so_and_ends(topic: str, tmp_path: Path) -> None:

@@ -690,13 +690,16 @@ async def test_an_answer_of_another_model_is_not_gone_on_with(worker: harness.Pr
 
 
 @in_a_loop
-async def test_of_a_request_that_is_under_way_signs_of_life_are_given(worker: harness.Process) -> None:
-    async with asking(worker) as busy, reaching(worker) as waiting:
-        for request_id in ("a", "b"):
-            await busy.ask(request_id, params=LONG)
-        await waiting.ask("c", params=SHORT)
-        await waiting.receive_kind("inference_result", "c")
-        assert waiting.alive > 0
+async def test_of_a_request_of_which_there_is_no_news_signs_of_life_are_given(
+    mesh: harness.Mesh, tmp_path: Path
+) -> None:
+    mesh.program = changed_program(tmp_path, "qmesh.QUEUE_NEWS_S = 1e9")
+    worker = mesh.start_worker("--slots", "1")
+    async with reaching(worker) as client:
+        await client.ask("a", params=LONG)
+        await client.ask("b", params=SHORT)
+        while client.alive < 2:
+            assert (await client.receive())["type"] in ("inference_token", "inference_queued")
 
 
 # --- Making way ---
