@@ -8041,7 +8041,7 @@ class Client:
     async def __aenter__(self) -> Client:
         load_ssl()  # what is missing for it is said now
         self._loop = asyncio.get_running_loop()
-        self._opened_at = self._loop.time()
+        self._opened_at = self._looked_at = self._loop.time()
         rng, now = random.SystemRandom(), uptime_s()
         engines = [DhtEngine(keys=keys, own=None, rng=rng, now=now) for keys in self.meshes]
         self.node = await UdpNode.open(
@@ -8123,7 +8123,7 @@ class Client:
             self._everything = True
             self._search()
         elif not self.records():
-            self._search()  # those that were known may have failed, and be back
+            self.look_again()
         deadline = self._loop.time() + min(DISCOVERY_TIMEOUT_S, timeout_s or self.settings.timeout_s)
         while (wait_s := self._discovery_wait_s(everything)) > 0:
             left = deadline - self._loop.time()
@@ -8215,8 +8215,12 @@ class Client:
             return None, Refused("every worker is overloaded") if healths else failure
         return Choice(chosen, healths[chosen], fingerprint_in(statuses[chosen])), None
 
-    def search(self) -> None:
-        """Look for workers again, as those that are known may not be all."""
+    def look_again(self) -> None:
+        """Search again, as those that are known may not be all; where none is, beacon as at the start, too."""
+        now = self._loop.time()
+        if not self.records() and now - self._looked_at > BEACON_TIMES_S[-1]:
+            self._looked_at = now
+            self.node.run(lambda engine, now: engine.restart(now))
         self._search()
 
     # --- Requests ---
@@ -8530,7 +8534,7 @@ class Delivery:
                 self._check_hope(late=self._loop.time() + self._pause_s >= self._deadline)
                 await asyncio.sleep(self._pause_s * self._client.rng.uniform(0.5, 1.5))
                 self._pause_s = min(2 * self._pause_s, RETRY_MAX_S)
-                self._client.search()
+                self._client.look_again()
             elif self._looked_everywhere:
                 names = ", ".join(sorted({printable(record.model) for record in self._client.records()}))
                 raise ModelNotFound(f"no worker has the model {self._job.model}; the mesh has: {names}")

@@ -175,6 +175,20 @@ async def test_a_worker_that_joins_while_the_client_searches_is_found(topic: str
 
 
 @in_a_loop
+async def test_a_client_that_was_open_for_long_finds_who_came_meanwhile_at_once(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "BEACON_TIMES_S", (0.0, 0.05))  # and the next one ten seconds later
+    async with client_of(topic, tmp_path) as mesh:
+        with pytest.raises(NoWorkerFound):
+            await mesh.ask(job(timeout_s=0.3))
+        async with ScriptedWorker(says("hello")).on(topic):
+            watch = Stopwatch()
+            assert (await mesh.ask(job())).result.text == "hello"
+            assert watch.seconds < qmesh.BEACON_PERIOD_S / 2
+
+
+@in_a_loop
 async def test_peers_that_were_met_are_remembered_for_the_next_time(topic: str, tmp_path: Path) -> None:
     async with ScriptedWorker(says("hello")).on(topic, beacons=False) as worker:
         host, port = worker.udp_address
