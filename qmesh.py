@@ -34,7 +34,8 @@ The journey of one request:
 
     prompt -> find peers (15) -> look up the topic (7, 9) -> records with health
            -> keep those with the model that are not overloaded (10)
-           -> fresh status from the best three at once (16) -> highest score
+           -> fresh status from the best three at once, and from more while none has a slot free (16)
+           -> highest score
            -> `prompt` on that connection, inside TLS (4, 5, 16, 18) -> worker admits or refuses (17)
            -> queue (11) -> slot (14) -> tokens stream back -> `inference_result`
            -> worker lost? the next best one, with the tokens that were given (18)
@@ -235,7 +236,8 @@ MAX_STOP_CHARS: Final = 256
 MAX_SEED: Final = 2**32 - 2  # llama.cpp takes one more as a wish for a random one
 MAX_TOKENS_LIMIT: Final = 1_000_000  # the context binds first; this keeps arithmetic sane
 DEFAULT_MAX_TOKENS: Final = 512
-STATUS_CANDIDATES: Final = 3  # asked for fresh status before a choice (more adds cost, not quality)
+STATUS_CANDIDATES: Final = 3  # asked for fresh status before a choice; then more, until one has a slot free
+STATUS_ENOUGH: Final = 20  # took requests, and had no slot free: the shortest line of so many is as short as any
 SCORE_TIE: Final = 2.0  # points; a one-second sample is not more exact, so closer scores are ties
 RETRY_FIRST_S: Final = 0.25  # when all refuse: wait this long, doubling, with jitter
 RETRY_MAX_S: Final = 4.0
@@ -3377,9 +3379,10 @@ def offers(record: WorkerRecord, model: str | None, fingerprint: str = "") -> bo
 
 
 def rank_workers(records: Iterable[WorkerRecord], rng: random.Random) -> list[WorkerRecord]:
-    """Those that take requests, best first; ties in random order."""
+    """Those that take requests, best first, those with a slot free before the others; ties in random order."""
     able = [record for record in records if record.state is not HealthState.OVERLOADED]
-    return _best_first(able, [float(record.score) for record in able], rng)
+    halves = [record for record in able if record.free_slots], [record for record in able if not record.free_slots]
+    return [record for half in halves for record in _best_first(half, [float(it.score) for it in half], rng)]
 
 
 T = TypeVar("T")
@@ -7783,7 +7786,8 @@ def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
 # 18  Client
 #
 # Finds workers, chooses one, and sees the answer through, whatever becomes of the worker.
-# Rule 1: the highest fresh score wins; records only say whom to ask for it.
+# Rule 1: of those with a slot free the highest fresh score wins, and where none has one, the shortest line;
+# records only say whom to ask for it.
 # Rule 2: a refusal is not a failure: the next worker is tried, and when all refuse, all are tried again
 # after a pause that grows, until the request's deadline.
 # Rule 3: a token that was given is kept. Who goes on in another's place is told them, and may only add to them:
@@ -7993,11 +7997,15 @@ class _AnotherWorker(WorkerLost):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A worker that was chosen, by its status of a moment ago. fingerprint: its model's, in hexadecimal, or ""."""
+    """A worker that was chosen, by its status of a moment ago.
+
+    fingerprint: its model's, in hexadecimal, or "". line: see `line_in`.
+    """
 
     record: WorkerRecord
     health: HealthReport
     fingerprint: str
+    line: float
 
 
 class Client:
@@ -8190,30 +8198,33 @@ class Client:
         records = [record for record in self.records() if record.worker_id not in passed_over and suits(record)]
         failure: QMeshError | None = None
         for ranked in self.known.in_order(rank_workers(records, self.rng), self._loop.time()):
-            count = STATUS_CANDIDATES
-            while ranked:
+            count, able = STATUS_CANDIDATES, list[Choice]()
+            while ranked and len(able) < STATUS_ENOUGH and all(choice.line for choice in able):
                 asked, ranked = ranked[:count], ranked[count:]
                 count *= 2  # so that any number of records that lead nowhere is soon through
-                choice, failure = await self._best_of(asked, failure)
-                if choice is not None:
-                    return choice, None
+                taking, failure = await self._ask_whether(asked, failure)
+                able += taking
+            if able:
+                shortest = min(choice.line for choice in able)
+                best = {choice: choice.health for choice in able if choice.line == shortest}
+                return choose_worker(best, self.rng), None
         return None, failure
 
-    async def _best_of(
+    async def _ask_whether(
         self, records: Sequence[WorkerRecord], failure: QMeshError | None
-    ) -> tuple[Choice | None, QMeshError | None]:
-        healths, statuses = {}, {}
+    ) -> tuple[list[Choice], QMeshError | None]:
+        """Those workers that take requests, by their fresh status; and why another one does not."""
+        able, refusal = [], None
         for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
-            if not isinstance(answer, QMeshError):
-                statuses[record], healths[record] = answer
-                continue
-            failure = answer
-            if not isinstance(answer, Refused):
-                self.known.failed(record, self._loop.time())
-        chosen = choose_worker(healths, self.rng)
-        if chosen is None:
-            return None, Refused("every worker is overloaded") if healths else failure
-        return Choice(chosen, healths[chosen], fingerprint_in(statuses[chosen])), None
+            if isinstance(answer, QMeshError):
+                failure = answer
+                if not isinstance(answer, Refused):
+                    self.known.failed(record, self._loop.time())
+            elif answer[1].state is HealthState.OVERLOADED:
+                refusal = Refused("every worker is overloaded")
+            else:
+                able.append(Choice(record, answer[1], fingerprint_in(answer[0]), line_in(answer[0])))
+        return able, refusal or failure
 
     def look_again(self) -> None:
         """Search again, as those that are known may not be all; where none is, beacon as at the start, too."""
@@ -8286,6 +8297,15 @@ def new_job(
         session=session,
         timeout_s=timeout_s,
     )
+
+
+def line_in(status: Json) -> float:
+    """How many requests, for each slot, one more would wait for, as a worker's status tells: 0 where a slot is free."""
+    with contextlib.suppress(InvalidRequest):
+        slots, held = _count("slots", status.get("slots")), _object("queue", status.get("queue"))
+        requests = sum(_count(name, held.get(name)) for name in ("active", "waiting"))
+        return max(0, requests + 1 - slots) / max(1, slots)
+    return math.inf  # it makes no sense
 
 
 def fingerprint_in(status: Json) -> str:

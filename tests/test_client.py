@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import secrets
 import socket
@@ -238,6 +239,62 @@ async def test_when_the_most_promising_are_overloaded_by_now_the_next_are_asked(
     async with mesh_of(topic, tmp_path, *overloaded, free) as mesh:
         assert (await mesh.ask(job())).result.text == "yes"
         assert [worker.prompts for worker in overloaded] == [[], [], []]
+
+
+def with_requests(count: int, *, score: float) -> ScriptedWorker:
+    """A worker of four slots that has so many requests."""
+    worker = ScriptedWorker(says("hello"), score=score)
+    queue = {"active": min(count, 4), "waiting": max(0, count - 4), "capacity": 16}
+    load = {"health": health_of(score), "slots": 4, "queue": queue, "speed": 1.0}
+    worker.status = {**load, "models": [{"name": "tiny"}]}
+    return worker
+
+
+@in_a_loop
+async def test_a_slot_that_is_free_goes_before_a_higher_score(topic: str, tmp_path: Path) -> None:
+    idle, full = with_requests(3, score=70), with_requests(4, score=90)
+    async with mesh_of(topic, tmp_path, idle, full) as mesh:
+        await mesh.ask(job())
+    assert (len(idle.prompts), len(full.prompts)) == (1, 0)
+
+
+@in_a_loop
+async def test_while_none_has_a_slot_free_more_are_asked(topic: str, tmp_path: Path) -> None:
+    full = [with_requests(4, score=score) for score in (95, 90, 85, 80)]
+    free = with_requests(0, score=60)
+    async with mesh_of(topic, tmp_path, *full, free) as mesh:
+        await mesh.ask(job())
+    assert [len(worker.prompts) for worker in full] == [0] * 4
+    assert len(free.prompts) == 1
+
+
+@in_a_loop
+async def test_where_no_slot_is_free_the_shortest_line_is_taken(topic: str, tmp_path: Path) -> None:
+    workers = [with_requests(count, score=score) for count, score in ((7, 90), (5, 70), (5, 75), (6, 80))]
+    async with mesh_of(topic, tmp_path, *workers) as mesh:
+        await mesh.ask(job())
+    assert [len(worker.prompts) for worker in workers] == [0, 0, 1, 0]
+
+
+def test_who_had_a_slot_free_is_asked_first() -> None:
+    full = replace(hint(1, "10.0.0.1", score=90), free_slots=0)
+    free = hint(2, "10.0.0.2", score=50)
+    assert qmesh.rank_workers([full, free], random.Random(0)) == [free, full]
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        ({"slots": 4, "queue": {"active": 3, "waiting": 0}}, 0),
+        ({"slots": 4, "queue": {"active": 4, "waiting": 0}}, 0.25),
+        ({"slots": 2, "queue": {"active": 2, "waiting": 3}}, 2),
+        ({"slots": 0, "queue": {"active": 0, "waiting": 0}}, 1),
+        ({}, math.inf),
+        ({"slots": "many", "queue": {}}, math.inf),
+    ],
+)
+def test_a_line_is_told_by_the_status(status: Json, line: float) -> None:
+    assert qmesh.line_in(status) == line
 
 
 @in_a_loop
