@@ -111,6 +111,7 @@ __all__ = [
     "Sampling",
     "Settings",
     "Token",
+    "Waiting",
     "Worker",
     "WorkerRecord",
     "main",
@@ -7356,6 +7357,7 @@ class Worker:
         self.draining = False
         self._host_dir = self.state.path.parent
         self._window = HealthWindow(yields=options.yields)
+        self._made_way = False
         self._started = time.monotonic()
         self._dial_backs = asyncio.Semaphore(MAX_DIAL_BACKS)
         self._asking_clones = OwnedTasks()
@@ -7469,8 +7471,7 @@ class Worker:
             self.requests.look_after()
             self._window.add(*self._monitor.sample())
             health = self.health()
-            if self._window.yielding:
-                self.requests.end_all(Refused("this machine's owner needs it"))
+            self._make_way(health)
             changed = before is not None and health.state is not before
             if not self.draining:
                 record = self._record(health)
@@ -7484,6 +7485,15 @@ class Worker:
         while True:
             self._gpus = await read_gpu_load()
             await asyncio.sleep(GPU_SAMPLE_PERIOD_S)
+
+    def _make_way(self, health: HealthReport) -> None:
+        """With --yield: hand over while others use the processor, and say so to whoever looks at the worker."""
+        if self._window.yielding:
+            self.requests.end_all(Refused("this machine's owner needs it"))
+        if self._window.yielding != self._made_way:
+            self._made_way = self._window.yielding
+            what = "handing over, and taking no requests" if self._made_way else "taking requests again"
+            log.warning("others use %.0f %% of the processor: %s", health.cpu, what)
 
     def _check_engine(self) -> None:
         if not self.engine.alive:
@@ -7849,7 +7859,14 @@ class Lost:
     tokens: int
 
 
-Progressed = Discovered | Selected | Queued | Token | Lost | Answer
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """No worker takes the request now; those that are there, and those that come, are asked again and again."""
+
+    reason: str
+
+
+Progressed = Discovered | Selected | Queued | Token | Lost | Waiting | Answer
 
 
 @dataclass(slots=True)
@@ -8038,6 +8055,7 @@ class Client:
         self.known = KnownWorkers()
         self._host_dir = host_state_dir(self.settings.state_dir, environ)
         self.links = WorkerLinks(self.meshes)
+        self._is_open = False
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
         self._searches = 0
         self._search_is_whole = False
@@ -8048,6 +8066,7 @@ class Client:
 
     async def __aenter__(self) -> Client:
         load_ssl()  # what is missing for it is said now
+        self._is_open = True
         self._loop = asyncio.get_running_loop()
         self._opened_at = self._looked_at = self._loop.time()
         rng, now = random.SystemRandom(), uptime_s()
@@ -8060,6 +8079,7 @@ class Client:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self._is_open = False
         await self.links.close()
         if self._searching is not None:
             self._searching.cancel()
@@ -8244,9 +8264,13 @@ class Client:
         Raises NoWorkerFound, ModelNotFound, Refused (by all, until the deadline), InvalidRequest, DeadlineExceeded,
         or WorkerLost when nobody is left who can go on.
         """
+        if not self._is_open:
+            raise UsageError("the client is not open: use it inside `async with qmesh.Client() as mesh:`")
+        if hedge_s is not None and _number("hedge_s", hedge_s) < 0:
+            raise InvalidRequest("hedge_s must not be negative")
         return Delivery(self, job, hedge_s).events()
 
-    def stream(self, prompt: str | Sequence[Message], **options: Any) -> TextPieces:
+    def stream(self, prompt: str | Sequence[Message | Json], **options: Any) -> TextPieces:
         """Ask, and give the answer piece by piece: `async for text in mesh.stream("...")`.
 
         prompt, options: as `new_job` takes them, and `hedge_s` of `run`. Raises what they raise.
@@ -8255,7 +8279,7 @@ class Client:
         usual = {"model": self.settings.model, "timeout_s": self.settings.timeout_s}
         return TextPieces(self.run(new_job(prompt, **(usual | options)), hedge_s=hedge_s))
 
-    async def ask(self, prompt: str | Sequence[Message] | Job, **options: Any) -> Answer:
+    async def ask(self, prompt: str | Sequence[Message | Json] | Job, **options: Any) -> Answer:
         """Ask, and return the answer whole. prompt, options: as `stream` takes them; or a Job, and `hedge_s`."""
         pieces = TextPieces(self.run(prompt, **options)) if isinstance(prompt, Job) else self.stream(prompt, **options)
         async with contextlib.aclosing(pieces):
@@ -8273,7 +8297,7 @@ def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Se
 
 
 def new_job(
-    prompt: str | Sequence[Message],
+    prompt: str | Sequence[Message | Json],
     *,
     system: str | None = None,
     model: str | None = None,
@@ -8281,12 +8305,14 @@ def new_job(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     **sampling: Any,
 ) -> Job:
-    """A job: a question, or a conversation whose last message is one.
+    """A job: a question, or a conversation whose last message is one; messages may be {"role": ..., "content": ...}.
 
     system: instructions that go before it. model, session, timeout_s: see `Job`. sampling: fields of `Sampling`.
     Raises InvalidRequest.
     """
-    messages = (Message("user", _text("the prompt", prompt)),) if isinstance(prompt, str) else tuple(prompt)
+    turns = [Message("user", _text("the prompt", prompt))] if isinstance(prompt, str) else prompt
+    turns = _list("messages", list(turns) if isinstance(turns, tuple) else turns)
+    messages = tuple(turn if isinstance(turn, Message) else _message(at, turn) for at, turn in enumerate(turns))
     if system is not None:
         messages = (Message("system", _text("system", system)), *messages)
     return Job(
@@ -8295,7 +8321,7 @@ def new_job(
         model=model,
         params=Sampling.from_json(sampling),
         session=session,
-        timeout_s=timeout_s,
+        timeout_s=_number("timeout_s", timeout_s),
     )
 
 
@@ -8399,6 +8425,9 @@ class Delivery:
             choice = await self._reattached()
             if choice is None:
                 choice = await self._next_worker()
+                if choice is None:
+                    yield Waiting(str(self._failure or "no worker is there"))
+                    continue
                 yield Selected(str(choice.record.worker_id), choice.health)
             try:
                 async with contextlib.aclosing(self._follow(choice)) as said:
@@ -8516,7 +8545,9 @@ class Delivery:
         error, worker_id = failed.error, failed.choice.record.worker_id
         is_too_long_by_now = self._tokens and error_code(error) == "context_exceeded"
         another_may_help = isinstance(error, (ModelNotFound, Refused, WorkerLost, WireError))
-        if self._client.links.closed or not (is_too_long_by_now or another_may_help):
+        if self._client.links.closed:
+            raise WorkerLost(CLIENT_CLOSED)
+        if not (is_too_long_by_now or another_may_help):
             raise error
         self._note(failed)
         self._failure, self._answered_at = error, self._loop.time()
@@ -8543,25 +8574,23 @@ class Delivery:
                     return choice
         return None
 
-    async def _next_worker(self) -> Choice:
-        """The best worker that has the model and takes requests; waited for, while there is hope."""
-        while True:
-            choice = await self._choose()
-            if choice is not None:
-                self._answered_at = self._loop.time()
-                return choice
+    async def _next_worker(self) -> Choice | None:
+        """The best worker that has the model and takes requests; None, after a pause, while there is none but hope."""
+        while (choice := await self._choose()) is None:
+            self._refusing.clear()
             if not self._is_known_nowhere():
                 self._check_hope(late=self._loop.time() + self._pause_s >= self._deadline)
                 await asyncio.sleep(self._pause_s * self._client.rng.uniform(0.5, 1.5))
                 self._pause_s = min(2 * self._pause_s, RETRY_MAX_S)
                 self._client.look_again()
-            elif self._looked_everywhere:
+                return None
+            if self._looked_everywhere:
                 names = ", ".join(sorted({printable(record.model) for record in self._client.records()}))
                 raise ModelNotFound(f"no worker has the model {self._job.model}; the mesh has: {names}")
-            else:  # of a large mesh the first records are but a part
-                self._looked_everywhere = True
-                await self._client.discover(everything=True, timeout_s=self._deadline - self._loop.time())
-            self._refusing.clear()
+            self._looked_everywhere = True  # of a large mesh the first records are but a part
+            await self._client.discover(everything=True, timeout_s=self._deadline - self._loop.time())
+        self._answered_at = self._loop.time()
+        return choice
 
     async def _choose(self) -> Choice | None:
         with contextlib.suppress(TimeoutError):
@@ -8600,7 +8629,8 @@ class Delivery:
                 raise failure
             if self._tokens:
                 given = plural(len(self._tokens), "token")
-                raise WorkerLost(f"the worker was lost after {given}, and none is left that could go on{why}")
+                after = f"the worker was lost after {given}, and none is left that could go on"
+                raise WorkerLost(f"{after}; waited {silence_s:.0f} s{why}")
             raise NoWorkerFound(f"no worker is left that answers{why}; tried: {self._client.tried()}")
         if late:
             raise failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
@@ -8667,6 +8697,8 @@ class BlockingClient:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __enter__(self) -> BlockingClient:
+        if self._client.links.closed or self._loop is not None:
+            raise UsageError("a client is opened once: make a new one")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmesh", daemon=True)
         self._thread.start()
@@ -8705,7 +8737,7 @@ class BlockingClient:
         self._thread.join()
         loop.close()
 
-    def stream(self, prompt: str | Sequence[Message], **options: Any) -> BlockingTextPieces:
+    def stream(self, prompt: str | Sequence[Message | Json], **options: Any) -> BlockingTextPieces:
         """As `Client.stream`: `for text in mesh.stream("...")`."""
 
         async def begin() -> TextPieces:
@@ -8713,7 +8745,7 @@ class BlockingClient:
 
         return BlockingTextPieces(self._run(begin()), self._run)
 
-    def ask(self, prompt: str | Sequence[Message] | Job, **options: Any) -> Answer:
+    def ask(self, prompt: str | Sequence[Message | Json] | Job, **options: Any) -> Answer:
         """As `Client.ask`."""
         return self._run(self._client.ask(prompt, **options))
 
@@ -9414,6 +9446,7 @@ EXIT_INTERRUPTED: Final = 130
 DEMO_WORKERS: Final = 2
 DEMO_START_TIMEOUT_S: Final = 120.0  # for loading the model from a slow disk
 DEMO_STOP_TIMEOUT_S: Final = 10.0
+WAITS_BEFORE_WORD: Final = 3  # pauses, which together take about two seconds
 BAR_CHARS: Final = 30
 
 EPILOG: Final = """\
@@ -9572,6 +9605,7 @@ def interrupts(stop: asyncio.Event) -> Iterator[None]:
 
     def on_signal() -> None:
         if stop.is_set():
+            print("👋 Stopping at once; who was waiting goes on elsewhere", file=sys.stderr, flush=True)
             os._exit(EXIT_INTERRUPTED)
         stop.set()
 
@@ -9673,6 +9707,7 @@ class AnswerPrinter:
         self._line_open = False
         self._leaving: Lost | None = None  # until another goes on; the same one may be found again
         self._lost: list[Lost] = []
+        self._waits = 0
 
     def on_event(self, event: Progressed) -> None:
         say = self._terminal.say
@@ -9687,6 +9722,8 @@ class AnswerPrinter:
         elif isinstance(event, Queued):
             if not self._begun:
                 say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
+        elif isinstance(event, Waiting):
+            self._tell_of_wait(event)
         elif isinstance(event, Lost):
             self._leaving = event
         elif isinstance(event, Token):
@@ -9696,6 +9733,12 @@ class AnswerPrinter:
             self.end()
             self._tell_of_lost(event)
             say(f"⏱️  Total time: {event.total_ms / 1000:.1f}s")
+
+    def _tell_of_wait(self, event: Waiting) -> None:
+        """Once, and only when it takes longer than a reader takes for a pause; in the middle of a text too."""
+        self._waits += 1
+        if self._waits == WAITS_BEFORE_WORD:
+            self._terminal.say(f"{chr(10) if self._begun else ''}⏳ Waiting for a worker: {event.reason}")
 
     def _tell_of_lost(self, answer: Answer) -> None:
         """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
@@ -10151,7 +10194,7 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=HEDGE_AFTER_S,
         metavar="S",
-        help=f"ask a second worker where the first token takes longer ({HEDGE_AFTER_S:g} s, if no S is given)",
+        help=f"behind the text: ask a second worker where the first token takes longer than S ({HEDGE_AFTER_S:g})",
     )
     add_json(parser)
     add_timeout(parser)
@@ -10159,7 +10202,7 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
         "--stall-timeout",
         dest="stall_s",
         metavar="S",
-        help=f"give up a worker that is silent for so many seconds ({DEFAULT_STALL_S:g})",
+        help=f"give up a worker that is silent for so many seconds ({DEFAULT_STALL_S:g}; at least {MIN_STALL_S:g})",
     )
     add_network(parser)
 

@@ -592,7 +592,11 @@ async def test_who_leaves_a_stream_early_cancels_it(topic: str, tmp_path: Path) 
 async def test_what_a_question_may_say_is_sent_along(topic: str, tmp_path: Path) -> None:
     (worker,) = in_order(teller())
     async with mesh_of(topic, tmp_path, worker) as mesh:
-        turns = [qmesh.Message("user", "Hi"), qmesh.Message("assistant", "Hello"), qmesh.Message("user", "A story!")]
+        turns = [
+            qmesh.Message("user", "Hi"),
+            {"role": "assistant", "content": "Hello"},
+            qmesh.Message("user", "A story!"),
+        ]
         await mesh.ask(turns, system="Be brief.", model="tiny", session="s", timeout_s=5, temperature=0.5, seed=7)
     (asked,) = worker.prompts
     assert [message["content"] for message in asked["messages"]] == ["Be brief.", "Hi", "Hello", "A story!"]
@@ -601,7 +605,18 @@ async def test_what_a_question_may_say_is_sent_along(topic: str, tmp_path: Path)
     assert (asked["params"]["temperature"], asked["params"]["seed"]) == (0.5, 7)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"colour": "red"}, {"max_tokens": "many"}, {"system": 5}])
+WRONG: list[dict[str, Any]] = [
+    {"temperature": -1},
+    {"colour": "red"},
+    {"max_tokens": "many"},
+    {"system": 5},
+    {"timeout_s": "x"},
+    {"hedge_s": -1},
+    {"hedge_s": "x"},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 @in_a_loop
 async def test_a_question_that_makes_no_sense_is_an_error_at_once(
     topic: str, tmp_path: Path, wrong: dict[str, Any]
@@ -614,6 +629,44 @@ async def test_a_question_that_makes_no_sense_is_an_error_at_once(
 def test_a_setting_of_the_environment_that_makes_no_sense_is_a_usage_error() -> None:
     with pytest.raises(qmesh.UsageError, match="QMESH_PORT"):
         Client(environ={"QMESH_PORT": "many"})
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["hi"], [{"role": "robot", "content": "hi"}], []])
+@in_a_loop
+async def test_what_is_no_question_is_an_error_at_once(topic: str, tmp_path: Path, prompt: Any) -> None:
+    async with Client(Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path))) as mesh:
+        with pytest.raises(InvalidRequest):
+            mesh.stream(prompt)
+
+
+@in_a_loop
+async def test_a_client_is_used_while_it_is_open(topic: str, tmp_path: Path) -> None:
+    mesh = client_of(topic, tmp_path)
+    with pytest.raises(qmesh.UsageError, match="is not open"):
+        await mesh.ask("Hello?")
+    async with mesh:
+        pass
+    with pytest.raises(qmesh.UsageError, match="is not open"):
+        await mesh.ask("Hello?")
+
+
+@in_a_loop
+async def test_who_waits_for_a_worker_is_told_why(topic: str, tmp_path: Path) -> None:
+    refusing = refuses(Refused("I am full"))
+    (full,) = in_order(teller(3, refusing))
+
+    async def then_free(connection: Connection, request_id: str) -> bool:
+        full.then, full.upto = (refusing, 0) if len(full.prompts) < 3 else (None, len(STORY))
+        return await refusing(connection, request_id)
+
+    full.then = then_free
+    async with mesh_of(topic, tmp_path, full) as mesh:
+        reader = Reader()
+        await reader.follow(mesh, a_job())
+    reasons = [event.reason for event in reader.events if isinstance(event, qmesh.Waiting)]
+    assert reader.text == WHOLE
+    assert reasons
+    assert set(reasons) == {"I am full"}
 
 
 @contextlib.contextmanager
@@ -660,6 +713,8 @@ def test_a_blocking_client_is_used_while_it_is_open(topic: str, tmp_path: Path) 
         pass
     with pytest.raises(qmesh.UsageError, match="is not open"):
         mesh.statuses()
+    with pytest.raises(qmesh.UsageError, match="opened once"), mesh:
+        pass
 
 
 def test_who_waits_in_another_thread_is_told_that_the_client_was_closed(topic: str, tmp_path: Path) -> None:

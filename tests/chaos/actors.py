@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import secrets
 import signal
@@ -38,6 +39,14 @@ LEAKS = ("Traceback", "ResourceWarning", "was never retrieved", "was destroyed b
 
 class TimedOut(AssertionError):
     """Something that had to come did not come in time."""
+
+
+def is_over(story: Story) -> bool:
+    return story.over
+
+
+def has_begun(story: Story) -> bool:
+    return bool(story.pieces)
 
 
 def wait_until(holds: Callable[[], bool], within_s: float, what: str) -> float:
@@ -208,7 +217,7 @@ class Asker:
     def follow(self, *stories: Story, within_s: float = ANSWER_TIMEOUT_S) -> None:
         """Wait for the end of requests, whatever it is."""
         for story in stories:
-            self.wait(lambda story=story: story.over, within_s, f"the end of request {story.request_id}")  # type: ignore[misc]
+            self.wait(functools.partial(is_over, story), within_s, f"the end of request {story.request_id}")
 
     def status(self, server: Server) -> Json | None:
         """What a worker says of its queue and its health; None if it says nothing."""

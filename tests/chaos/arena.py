@@ -87,7 +87,7 @@ class Arena:
             elif isinstance(error, (AssertionError, subprocess.TimeoutExpired)):
                 self.broken.append(f"{type(error).__name__}: {error}")
             self.broken += self._logged()
-        except (AssertionError, OSError, psutil.Error) as late:
+        except (AssertionError, OSError, ValueError, psutil.Error, subprocess.TimeoutExpired) as late:
             self.broken.append(f"{type(late).__name__}: {late}")
         finally:
             for server in self.servers:
@@ -134,7 +134,7 @@ class Arena:
             if server not in self.before:
                 self.watcher.status(server)  # the watcher's connection stays
                 descriptors = server.footprint().descriptors
-                wait_until(lambda: self._answers(server), STAGE_TIMEOUT_S, "a worker that takes work")  # noqa: B023
+                wait_until(functools.partial(self._answers, server), STAGE_TIMEOUT_S, "a worker that takes work")
                 self.before[server] = Footprint(descriptors, server.footprint().threads)
 
     def server_of(self, story: Story) -> Server:
@@ -195,7 +195,7 @@ class Arena:
             self._check_ending(server)
         survivors = [server for server in self.servers if server.ended is None and server.alive]
         for server in survivors:
-            wait_until(lambda: self.watcher.is_idle(server), QUIET_TIMEOUT_S, "a survivor with nothing to do")  # noqa: B023
+            wait_until(functools.partial(self.watcher.is_idle, server), QUIET_TIMEOUT_S, "a survivor that is idle")
             self._check_answer(server, WARM_UP)
         self._check_found(survivors)
         for asker in self.askers:

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
-from actors import CLIENT_TIMEOUT_S, LEAKS, STAGE_TIMEOUT_S, Server
+from actors import CLIENT_TIMEOUT_S, LEAKS, STAGE_TIMEOUT_S, Server, has_begun
 from arena import LoopbackArena
 from cells import Cell, NotTried, Scene
 from questions import KEEP_BUSY, LONG_PROMPT, QUICK, STREAM
@@ -129,7 +130,7 @@ def _client_lives_with(disk: Disk) -> Cell:
                 client = arena.new_asker(prefix=prefix, env={"QMESH_STATE_DIR": str(directory)})
                 story = client.ask(STREAM)
                 if not harmed:
-                    client.wait(lambda story=story: bool(story.pieces), STAGE_TIMEOUT_S, "an answer that has begun")  # type: ignore[misc]
+                    client.wait(partial(has_begun, story), STAGE_TIMEOUT_S, "an answer that has begun")
                     disk.strike(client.popen.pid, directory)
                 client.follow(story)
                 arena.expect(story.is_whole, f"no whole answer: {story.ending}")

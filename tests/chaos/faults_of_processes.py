@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from actors import ANSWER_TIMEOUT_S, STAGE_TIMEOUT_S, Server
 from arena import LoopbackArena
@@ -72,17 +73,25 @@ def _half_at_once(scene: Scene) -> None:
         arena.expect(whole == CROWD_STREAMS, f"{CROWD_STREAMS - whole} of {CROWD_STREAMS} answers are not whole")
 
 
+def _has_tokens(story: Story, count: int) -> bool:
+    return len(story.ids) >= count
+
+
+def _has_moved(story: Story, times: int) -> bool:
+    return len(story.selected) > times
+
+
 def _one_after_another(scene: Scene) -> None:
     """Whoever goes on is killed as well, a few tokens later."""
     with scene.loopback() as arena:
         arena.start(ROW_WORKERS, "--slots", "2")
         story = arena.asker.ask(STREAM)
         arena.strike()
-        for turn in range(ROW_WORKERS - 1):
+        for turn in range(1, ROW_WORKERS):
             count = len(story.ids) + arena.rng.randint(1, STREAM.max_tokens // ROW_WORKERS)
-            arena.asker.wait(lambda: len(story.ids) >= count, STAGE_TIMEOUT_S, "more of an answer")  # noqa: B023
+            arena.asker.wait(partial(_has_tokens, story, count), STAGE_TIMEOUT_S, "more of an answer")
             arena.server_of(story).kill()
-            arena.asker.wait(lambda: len(story.selected) > turn + 1, STAGE_TIMEOUT_S, "the next worker")  # noqa: B023
+            arena.asker.wait(partial(_has_moved, story, turn), STAGE_TIMEOUT_S, "the next worker")
         arena.asker.follow(story)
         arena.expect(story.is_whole, f"no whole answer, with a worker left that is well: {story.ending}")
 

@@ -81,7 +81,9 @@ class Tally:
     """What became of the requests."""
 
     endings: Counter[str] = field(default_factory=Counter)
+    shares: Counter[str] = field(default_factory=Counter)  # of the answers, by worker
     failovers: int = 0
+    moved: int = 0  # to another worker, also before the first one had said anything
     wrong_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
 
@@ -89,8 +91,11 @@ class Tally:
         for ending in story.endings:
             self.endings[ending.kind] += 1
             self.failovers += ending.failovers
+            if ending.kind == ANSWER:
+                self.shares[ending.worker_id] += 1
             if ending.kind in (ERROR, FAULT):
                 self.errors[ending.text] += 1
+        self.moved += len(set(story.selected)) > 1
         self.wrong_tokens += max(sum(misplaced(story.pieces)), wrong_tokens(story, known))
 
 
@@ -214,7 +219,8 @@ class Soak:
         ended = ", ".join(f"{count} {kind}" for kind, count in self.tally.endings.most_common())
         struck = ", ".join(f"{count} {name}" for name, count in self.faults.most_common())
         lines = [
-            f"requests: {self.tally.endings.total()} ({ended}); failovers: {self.tally.failovers}",
+            f"requests: {self.tally.endings.total()} ({ended}); another worker went on with {self.tally.moved}, "
+            f"with {self.tally.failovers} after the first token; answers by worker: {[*self.tally.shares.values()]}",
             f"tokens lost or repeated: {self.tally.wrong_tokens}; errors: {dict(self.tally.errors)}",
             f"faults: {self.faults.total()} ({struck})",
         ]

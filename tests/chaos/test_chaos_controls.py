@@ -152,7 +152,7 @@ def test_a_slot_that_stays_taken_is_noticed(hall: LoopbackArena) -> None:
         stranger.ask_at(server, KEEP_BUSY)
         wait_until(lambda: hall.watcher.load(server) == (1, 0), STAGE_TIMEOUT_S, "a worker that is kept busy")
     stranger.end()
-    assert hall.broken == ["TimedOut: a survivor with nothing to do: not within 1 s"]
+    assert hall.broken == ["TimedOut: a survivor that is idle: not within 1 s"]
 
 
 def test_a_connection_that_stays_is_noticed(hall: LoopbackArena) -> None:
