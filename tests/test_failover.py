@@ -592,11 +592,8 @@ async def test_who_leaves_a_stream_early_cancels_it(topic: str, tmp_path: Path) 
 async def test_what_a_question_may_say_is_sent_along(topic: str, tmp_path: Path) -> None:
     (worker,) = in_order(teller())
     async with mesh_of(topic, tmp_path, worker) as mesh:
-        turns = [
-            qmesh.Message("user", "Hi"),
-            {"role": "assistant", "content": "Hello"},
-            qmesh.Message("user", "A story!"),
-        ]
+        turns: list[qmesh.Message | Json] = [qmesh.Message("user", "Hi"), qmesh.Message("assistant", "Hello")]
+        turns.append({"role": "user", "content": "A story!"})
         await mesh.ask(turns, system="Be brief.", model="tiny", session="s", timeout_s=5, temperature=0.5, seed=7)
     (asked,) = worker.prompts
     assert [message["content"] for message in asked["messages"]] == ["Be brief.", "Hi", "Hello", "A story!"]
@@ -656,7 +653,9 @@ async def test_who_waits_for_a_worker_is_told_why(topic: str, tmp_path: Path) ->
     (full,) = in_order(teller(3, refusing))
 
     async def then_free(connection: Connection, request_id: str) -> bool:
-        full.then, full.upto = (refusing, 0) if len(full.prompts) < 3 else (None, len(STORY))
+        full.upto = 0
+        if len(full.prompts) > 2:
+            full.then, full.upto = None, len(STORY)
         return await refusing(connection, request_id)
 
     full.then = then_free
