@@ -7591,10 +7591,7 @@ class Worker:
 
     def _publish(self, loop: asyncio.AbstractEventLoop, events: list[EngineEvent]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            loop.call_soon_threadsafe(self._on_engine_events, events)
-
-    def _on_engine_events(self, events: list[EngineEvent]) -> None:
-        self.requests.on_events(events)
+            loop.call_soon_threadsafe(self.requests.on_events, events)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
