@@ -26,7 +26,7 @@ STALL_TIMEOUT_S = 3.0  # the least that clients accept: most of a fault's time i
 GRACE_S = 1.0  # of a worker that is told to stop: shorter than the answers here, so that some are handed over
 STOP_TIMEOUT_S = GRACE_S + 7.0  # leaving the mesh waits for answers of dead neighbours, llama.cpp for its step
 
-ANSWER_TIMEOUT_S = 60.0  # for any answer here, on a machine with two busy cores and after a stall or two
+ANSWER_TIMEOUT_S = 120.0  # for any answer here, on a machine whose cores others want too, after a stall or two
 STAGE_TIMEOUT_S = 30.0  # for a request to come so far that it can be struck
 CLIENT_TIMEOUT_S = 20.0  # for a client to start, to say a thing it knows, or to end
 QUIET_TIMEOUT_S = 15.0  # for the last slot to be free, when the last answer is given
