@@ -33,15 +33,19 @@ HUGE = Question("one two " * (400 << 10), 1)  # 3 MB: it takes that much memory 
 PAGE = 4096
 TOOL_TIMEOUT_S = 20
 LOOK_S = 3.0  # at how busy the machine is without us
-EARLY = 5  # tokens, behind which a second worker has time to start before the answer ends
+EARLY = 5  # tokens of an answer, behind which most of it is still to come
 
 
-def ask_alone(arena: LoopbackArena, victim_flags: tuple[str, ...] = SLOTS) -> tuple[Server, Story]:
-    """A request that only one worker could be given, and a second worker that has come since."""
-    (victim,) = arena.start(1, *victim_flags)
+def ask_of(arena: LoopbackArena, victim: Server) -> Story:
+    """A request that is given to this worker: the others are suspended until its answer has begun."""
+    for other in arena.others(victim):
+        other.suspend()
     story = arena.asker.ask(KEEP_BUSY)
     arena.asker.wait(lambda: len(story.ids) >= EARLY, STAGE_TIMEOUT_S, "an answer that has begun")
-    return victim, story
+    for other in arena.others(victim):
+        other.resume()
+    assert arena.server_of(story) is victim, "another worker was asked"
+    return story
 
 
 def expect_whole(arena: LoopbackArena, *stories: Story, failovers: int | None = None) -> None:
@@ -230,9 +234,10 @@ def _model_cut(scene: Scene) -> None:
     """The file is cut while llama.cpp has it mapped: the kernel kills who reads on."""
     with scene.loopback() as arena:
         copy = _own_model(arena, scene.model)
-        victim, story = ask_alone(arena)
+        (victim,) = arena.start(1, *SLOTS)
         arena.mesh.model = scene.model
         arena.start(1, *SLOTS)
+        story = ask_of(arena, victim)
         arena.strike()
         os.truncate(copy, PAGE)
         expect_whole(arena, story)
@@ -251,8 +256,8 @@ def _note_death(arena: LoopbackArena, victim: Server) -> None:
 def _out_of_memory(scene: Scene) -> None:
     """A worker gets no more memory, and is sent much; whatever becomes of it, what was asked is answered."""
     with scene.loopback() as arena:
-        victim, story = ask_alone(arena)
-        arena.start(1, *SLOTS)
+        victim, _ = arena.start(2, *SLOTS)
+        story = ask_of(arena, victim)
         arena.strike()
         victim.strained = True
         used = psutil.Process(victim.pid).memory_info().vms
@@ -283,8 +288,9 @@ def _owner_comes_back(scene: Scene) -> None:
     if psutil.cpu_percent(interval=LOOK_S) > qmesh.YIELD_BELOW:
         raise NotTried("others use the processor already")
     with scene.loopback() as arena:
-        victim, story = ask_alone(arena, (*SLOTS, "--yield"))
+        (victim,) = arena.start(1, *SLOTS, "--yield")
         arena.start(1, *SLOTS)
+        story = ask_of(arena, victim)
         arena.strike()
         with busy_processor():
             arena.wait_lost(story)
