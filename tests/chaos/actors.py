@@ -128,7 +128,7 @@ class Asker:
         self.faults: list[str] = []
         self.closed: Json | None = None
         self.killed = False
-        self._statuses: dict[str, Json] = {}
+        self._told: dict[str, Json] = {}  # by ticket: what was asked for
         self._log = directory / "stderr.txt"
         self._changed = threading.Condition()
         self._ready = self._silent = False
@@ -159,8 +159,8 @@ class Asker:
             self._ready = True
         elif event["event"] == "closed":
             self.closed = event
-        elif event["event"] == "status":
-            self._statuses[event["ticket"]] = event
+        elif "ticket" in event:
+            self._told[event["ticket"]] = event
         else:
             self.faults.append(event["text"])
 
@@ -221,11 +221,18 @@ class Asker:
 
     def status(self, server: Server) -> Json | None:
         """What a worker says of its queue and its health; None if it says nothing."""
-        ticket = secrets.token_hex(8)
-        self._tell("status", ticket=ticket, address=server.address)
-        self.wait(lambda: ticket in self._statuses, CLIENT_TIMEOUT_S, "what a client knows of a worker's status")
-        told = self._statuses.pop(ticket)
+        told = self._answer_to("status", address=server.address)
         return None if "error" in told else told
+
+    def known(self) -> set[str]:
+        """The ids of the workers that the client in it finds."""
+        return set(self._answer_to("look")["workers"])
+
+    def _answer_to(self, do: str, **fields: Any) -> Json:
+        ticket = secrets.token_hex(8)
+        self._tell(do, ticket=ticket, **fields)
+        self.wait(lambda: ticket in self._told, CLIENT_TIMEOUT_S, f"what a client knows of {do}")
+        return self._told.pop(ticket)
 
     def load(self, server: Server) -> tuple[int, int] | None:
         """How many requests a worker runs, and how many wait there; None if it does not say."""

@@ -4,7 +4,7 @@ It is a process of its own so that it can stand in another network namespace tha
 suspended; and a script, not the command line, because the command line does not tell of each token.
 
 Commands (`do`): `ask` a question of the mesh; `ask_at` one worker, whatever the others are like; `drop` a request;
-`status` of one worker; `leave`, which ends it, as the end of stdin does.
+`status` of one worker; `look` which workers there are; `leave`, which ends it, as the end of stdin does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,9 @@ class Asker:
                     if command["id"] in self._requests:  # it may have ended meanwhile
                         self._requests[command["id"]].cancel()
                 case "status":
-                    task = asyncio.create_task(self._tell_status(command))
-                    self._questions.add(task)
-                    task.add_done_callback(self._questions.discard)
+                    self._look(self._tell_status(command))
+                case "look":
+                    self._look(self._tell_known(command))
                 case "leave":
                     return
 
@@ -95,10 +95,15 @@ class Asker:
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(link.close() for link in self._links.values()))
 
-    def _begin(self, command: Json, request: Any) -> None:
+    def _look(self, question: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(question)
+        self._questions.add(task)
+        task.add_done_callback(self._questions.discard)
+
+    def _begin(self, command: Json, request: Coroutine[Any, Any, None]) -> None:
         self._requests[command["id"]] = asyncio.create_task(self._bounded(command["id"], request))
 
-    async def _bounded(self, request_id: str, request: Any) -> None:
+    async def _bounded(self, request_id: str, request: Coroutine[Any, Any, None]) -> None:
         """Say how a request ends, however it ends."""
         try:
             await request
@@ -141,6 +146,11 @@ class Asker:
             tell("status", ticket=command["ticket"], queue=told["queue"], score=told["health"]["score"])
         except qmesh.QMeshError as error:
             tell("status", ticket=command["ticket"], error=str(error))
+
+    async def _tell_known(self, command: Json) -> None:
+        with contextlib.suppress(qmesh.NoWorkerFound):
+            await self._mesh.discover(everything=True)
+        tell("known", ticket=command["ticket"], workers=[str(record.worker_id) for record in self._mesh.records()])
 
     async def _link(self, address: tuple[str, int]) -> qmesh.WorkerLink:
         async with self._dialling:

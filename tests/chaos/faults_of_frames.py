@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from actors import STAGE_TIMEOUT_S
+from actors import STAGE_TIMEOUT_S, wait_until
 from cells import Cell, Scene
 from questions import KEEP_BUSY, STREAM
 from scripted_worker import Script, ScriptedWorker
@@ -133,7 +133,8 @@ def _cell(fault: str, wrongs: Wrongs) -> Cell:
             )
             with beside(lambda: impostor.on(arena.mesh.topic)):
                 arena.occupy(real, KEEP_BUSY)
-                asker = arena.new_asker()  # one that was there before knows the real worker alone
+                asker, both = arena.asker, {real.worker_id, str(impostor.worker_id)}
+                wait_until(lambda: asker.known() >= both, STAGE_TIMEOUT_S, "a client that knows both")
                 story = asker.ask(STREAM)
                 asker.wait(lambda: len(story.ids) >= count, STAGE_TIMEOUT_S, "what is right of an answer")
                 arena.strike()
