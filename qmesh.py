@@ -5,7 +5,7 @@ Run `python qmesh.py worker` on some machines and `python qmesh.py prompt "..."`
 no server, no account and no internet: the machines find each other through a distributed hash table (DHT)
 over UDP, talk in length-prefixed JSON inside TLS, and a worker answers from a GGUF model through llama.cpp.
 
-The module reads from top to bottom. A section uses only what stands above it, and sections 1 to 11 are pure:
+The module reads from top to bottom. A section uses only what stands above it, and sections 1 to 12 are pure:
 they do no input or output, start no task, read no clock and draw no random number; time and randomness are
 arguments. `tests/test_architecture.py` holds the module to both rules and to this map:
 
@@ -20,25 +20,31 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
      9  DHT engine             4 to 8 composed, without input or output
     10  Health and selection   samples to a score, scores to a choice
     11  Fair queue             whose request runs next
-    12  This machine           keys and state files, processor, memory, GPU
-    13  Models                 GGUF headers, finding and fetching model files
-    14  Engine                 the one thread that owns llama.cpp
-    15  UDP shell              moves datagrams and arms one timer
-    16  TCP shell              moves frames inside TLS, with deadlines and limits
-    17  Worker                 serves a model to the mesh
-    18  Client                 finds workers, chooses one, sees its answer through
-    19  Doctor                 what keeps machines apart, and what to do about it
-    20  Command line           arguments in, text and exit codes out
+    12  Metrics                what is counted, in the text that Prometheus reads
+    13  This machine           keys and state files, processor, memory, GPU
+    14  Models                 GGUF headers, finding and fetching model files
+    15  Engine                 the one thread that owns llama.cpp
+    16  UDP shell              moves datagrams and arms one timer
+    17  TCP shell              moves frames inside TLS, with deadlines and limits
+    18  Worker                 serves a model to the mesh
+    19  Client                 finds workers, chooses one, sees its answer through
+    20  Doctor                 what keeps machines apart, and what to do about it
+    21  Terminal               what a person sees there: progress, tables, answers
+    22  Batch                  a file of questions, each answered exactly once
+    23  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
+    24  Web page               the page that a gateway serves
+    25  Gateway                the mesh as programs made for OpenAI's API see it
+    26  Command line           arguments in, text and exit codes out
 
 The journey of one request:
 
-    prompt -> find peers (15) -> look up the topic (7, 9) -> records with health
+    prompt -> find peers (16) -> look up the topic (7, 9) -> records with health
            -> keep those with the model that are not overloaded (10)
-           -> fresh status from the best three at once, and from more while none has a slot free (16)
+           -> fresh status from the best three at once, and from more while none has a slot free (17)
            -> highest score
-           -> `prompt` on that connection, inside TLS (4, 5, 16, 18) -> worker admits or refuses (17)
-           -> queue (11) -> slot (14) -> tokens stream back -> `inference_result`
-           -> worker lost? the next best one, with the tokens that were given (18)
+           -> `prompt` on that connection, inside TLS (4, 5, 17, 19) -> worker admits or refuses (18)
+           -> queue (11) -> slot (15) -> tokens stream back -> `inference_result`
+           -> worker lost? the next best one, with the tokens that were given (19)
 """
 
 from __future__ import annotations
@@ -3481,7 +3487,17 @@ def expected_waits(remaining_s: Iterable[float], service_s: float, count: int) -
 
 
 # ======================================================================================================
-# 12  This machine
+# 12  Metrics
+#
+# What is counted and measured, in the text format that Prometheus reads (version 0.0.4).
+# Whoever counts keeps plain numbers; they become metrics when somebody asks for them.
+# ======================================================================================================
+
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+# ======================================================================================================
+# 13  This machine
 #
 # The mesh's key, the state directory, the processor, the memory and the GPU.
 # Rule 1: state belongs to one host and one instance, <state>/<hostname>/<instance>/: homes are shared over
@@ -4026,7 +4042,7 @@ async def read_gpu_load() -> list[GpuLoad]:
 
 
 # ======================================================================================================
-# 13  Models
+# 14  Models
 #
 # GGUF files: reading their headers, finding them, fetching them, and on what they shall run.
 # Rule 1: a header is read before llama.cpp sees the file, so that a damaged one gets a sentence, not a crash.
@@ -4579,7 +4595,7 @@ class _Download:
 
 
 # ======================================================================================================
-# 14  Engine
+# 15  Engine
 #
 # llama.cpp, through the low-level API of llama-cpp-python, which is imported here and nowhere else.
 # Rule 1: one thread owns the model: commands go in through `Engine`, events come out in batches.
@@ -5562,7 +5578,7 @@ def offload_warning(engine: Engine) -> str | None:
 
 
 # ======================================================================================================
-# 15  UDP shell
+# 16  UDP shell
 #
 # Moves datagrams between sockets and a `DhtEngine`, and keeps its one timer; it decides nothing.
 # Rule 1: all datagrams leave from the node's own port, which is what peers know us by; the sockets that hear
@@ -6251,7 +6267,7 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
 
 
 # ======================================================================================================
-# 16  TCP shell
+# 17  TCP shell
 #
 # Connections that carry frames, inside TLS 1.3 and nothing else, with a deadline on every wait and a bound
 # on every buffer.
@@ -7093,7 +7109,7 @@ def _parse_answer(body: Json) -> Queued | Token | Result:
 
 
 # ======================================================================================================
-# 17  Worker
+# 18  Worker
 #
 # Serves a model to the mesh: wires the engine, the monitor, the DHT node and the TCP server together.
 # Rule 1: it regulates itself. A request is admitted or refused here, by the health as it is now.
@@ -7790,7 +7806,7 @@ def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
 
 
 # ======================================================================================================
-# 18  Client
+# 19  Client
 #
 # Finds workers, chooses one, and sees the answer through, whatever becomes of the worker.
 # Rule 1: of those with a slot free the highest fresh score wins, and where none has one, the shortest line;
@@ -8804,7 +8820,7 @@ class BlockingTextPieces:
 
 
 # ======================================================================================================
-# 19  Doctor
+# 20  Doctor
 #
 # Looks for what keeps this machine from serving or from finding the others, and names the cause.
 # Rule 1: a check tells what was tried, what came back and what to do; its cause is a word for programs.
@@ -9431,50 +9447,15 @@ _OTHER_MESHES: Final = {
 
 
 # ======================================================================================================
-# 20  Command line
+# 21  Terminal
 #
+# What a person sees in a terminal, and types there.
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
-# Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
-# Rule 3: exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such
-# model, 130 interrupted.
+# Rule 2: what a peer sent is shown without what could steer the terminal.
 # ======================================================================================================
 
-EXIT_INTERRUPTED: Final = 130
-DEMO_WORKERS: Final = 2
-DEMO_START_TIMEOUT_S: Final = 120.0  # for loading the model from a slow disk
-DEMO_STOP_TIMEOUT_S: Final = 10.0
 WAITS_BEFORE_WORD: Final = 3  # pauses, which together take about two seconds
 BAR_CHARS: Final = 30
-
-EPILOG: Final = """\
-examples:
-  qmesh.pyz pull                                fetch a small model
-  qmesh.pyz worker                              serve it on this machine
-  qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
-  qmesh.pyz status                              see every worker
-  qmesh.pyz doctor                              find out why machines do not find each other
-  qmesh.pyz init lab.key                        make a key that closes the mesh to others
-  qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
-
-Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
-QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
-
-exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
-"""
-
-
-KEY_FILE_HEADER: Final = """\
-# The key of a QMesh mesh. Whoever has it is a member: keep it as you would a password.
-"""
-
-INIT_ADVICE: Final = """\
-   Its members are those who have it; nobody else can ask them, answer for them or read what they say:
-     python {program} worker --key {file}        on each machine; QMESH_KEY={file} does the same
-     python {program} seal lab.pyz --key {file}  puts it into a copy of the program, so that one file is all"""
-
-OPEN_MESH_ADVICE: Final = """\
-🔓 This mesh is open: everybody on this network can ask, serve and so read prompts. `{program} init lab.key` makes
-   a key that closes it"""
 
 
 class Terminal:
@@ -9531,6 +9512,197 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+_CONTROLS: Final = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
+
+
+def without_controls(text: str) -> str:
+    """What a model said, without what could steer a terminal.
+
+    >>> without_controls("one\\ttwo\\x1b[2J\\n")
+    'one\\ttwo[2J\\n'
+    """
+    return text.translate(_CONTROLS)
+
+
+class AnswerPrinter:
+    """Prints what happens to a job: progress to stderr, the answer to stdout."""
+
+    def __init__(self, terminal: Terminal, *, stream: bool, show: bool) -> None:
+        self._terminal = terminal
+        self._stream = stream
+        self._show = show
+        self._begun = False
+        self._line_open = False
+        self._leaving: Lost | None = None  # until another goes on; the same one may be found again
+        self._lost: list[Lost] = []
+        self._waits = 0
+
+    def on_event(self, event: Progressed) -> None:
+        say = self._terminal.say
+        if isinstance(event, Discovered):
+            say(f"🌐 Discovered {plural(event.workers, 'worker')}")
+        elif isinstance(event, Selected):
+            self._lost += [self._leaving] if self._leaving is not None else []
+            self._leaving = None
+            if not self._begun:  # in the middle of a text nothing else is said
+                say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
+                say("📤 Sending prompt...")
+        elif isinstance(event, Queued):
+            if not self._begun:
+                say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
+        elif isinstance(event, Waiting):
+            self._tell_of_wait(event)
+        elif isinstance(event, Lost):
+            self._leaving = event
+        elif isinstance(event, Token):
+            self._print(event.text if self._stream else "")
+        else:
+            self._print("" if self._stream else event.result.text)
+            self.end()
+            self._tell_of_lost(event)
+            say(f"⏱️  Total time: {event.total_ms / 1000:.1f}s")
+
+    def _tell_of_wait(self, event: Waiting) -> None:
+        """Once, and only when it takes longer than a reader takes for a pause; in the middle of a text too."""
+        self._waits += 1
+        if self._waits == WAITS_BEFORE_WORD:
+            self._terminal.say(f"{chr(10) if self._begun else ''}⏳ Waiting for a worker: {event.reason}")
+
+    def _tell_of_lost(self, answer: Answer) -> None:
+        """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
+        if answer.failovers and self._show:
+            lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
+            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {answer.result.worker_id[:6]} went on"
+            print(line, file=sys.stderr, flush=True)
+
+    def _print(self, text: str) -> None:
+        if not self._begun:
+            self._begun = True
+            self._terminal.say("📥 Response: ", end="")
+        if text and self._show:
+            sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+        self._line_open = True
+
+    def end(self) -> None:
+        """Leave the terminal at the beginning of a line."""
+        if self._line_open and self._show:
+            print(flush=True)
+        self._line_open = False
+
+
+def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]) -> None:
+    header = ("WORKER", "STATE", "SCORE", "CPU", "MEMORY", "ACTIVE", "WAITING", "TOKENS/S", "MODEL", "ADDRESS")
+    rows = [status_row(status) for status in workers]
+    if rows:
+        print(table(header, rows))
+        print(f"{plural(len(rows), 'worker')} in the {mesh.title}")
+    for status in workers:
+        theirs = status["mesh"].get("fingerprint") if isinstance(status.get("mesh"), dict) else None
+        if theirs not in (None, mesh.fingerprint):
+            print(f"{status['worker_id'][:6]}  has another key alone: that of {printable(theirs)}", file=sys.stderr)
+    for status in silent:
+        print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
+
+
+def status_row(status: Json) -> tuple[str, ...]:
+    health, waiting = status["health"], status["queue"]
+    return (
+        status["worker_id"][:6],
+        health["state"],
+        f"{health['score']:.0f}",
+        f"{health['cpu']:.0f}%",
+        f"{health['memory']:.0f}%",
+        f"{waiting['active']}/{status['slots']}",
+        str(waiting["waiting"]),
+        f"{status['speed']:.0f}",
+        ", ".join(printable(model["name"]) for model in status["models"]),
+        format_address((status["address"][0], status["address"][1])),
+    )
+
+
+# ======================================================================================================
+# 22  Batch
+#
+# Many questions from a file, each answered exactly once, whatever is killed meanwhile.
+# ======================================================================================================
+
+BATCH_SUFFIX: Final = ".jsonl"
+
+
+# ======================================================================================================
+# 23  HTTP
+#
+# Moves HTTP/1.1 requests and answers (RFC 9112), with deadlines and limits; knows nothing of what they are about.
+# ======================================================================================================
+
+HTTP_VERSION: Final = "HTTP/1.1"
+
+
+# ======================================================================================================
+# 24  Web page
+#
+# One page, whole in itself: it loads nothing from anywhere else, so that it works without the internet.
+# ======================================================================================================
+
+PAGE: Final = ""
+
+
+# ======================================================================================================
+# 25  Gateway
+#
+# The mesh as programs made for OpenAI's API see it: what they send becomes jobs, what happens to those becomes answers.
+# What is not supported is refused by name, never ignored.
+# ======================================================================================================
+
+DEFAULT_HTTP_PORT: Final = 8080
+
+
+# ======================================================================================================
+# 26  Command line
+#
+# Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
+# Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
+# Rule 3: exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such
+# model, 130 interrupted.
+# ======================================================================================================
+
+EXIT_INTERRUPTED: Final = 130
+DEMO_WORKERS: Final = 2
+DEMO_START_TIMEOUT_S: Final = 120.0  # for loading the model from a slow disk
+DEMO_STOP_TIMEOUT_S: Final = 10.0
+
+EPILOG: Final = """\
+examples:
+  qmesh.pyz pull                                fetch a small model
+  qmesh.pyz worker                              serve it on this machine
+  qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
+  qmesh.pyz status                              see every worker
+  qmesh.pyz doctor                              find out why machines do not find each other
+  qmesh.pyz init lab.key                        make a key that closes the mesh to others
+  qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
+
+Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
+QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
+
+exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
+"""
+
+
+KEY_FILE_HEADER: Final = """\
+# The key of a QMesh mesh. Whoever has it is a member: keep it as you would a password.
+"""
+
+INIT_ADVICE: Final = """\
+   Its members are those who have it; nobody else can ask them, answer for them or read what they say:
+     python {program} worker --key {file}        on each machine; QMESH_KEY={file} does the same
+     python {program} seal lab.pyz --key {file}  puts it into a copy of the program, so that one file is all"""
+
+OPEN_MESH_ADVICE: Final = """\
+🔓 This mesh is open: everybody on this network can ask, serve and so read prompts. `{program} init lab.key` makes
+   a key that closes it"""
 
 
 # --- worker ---
@@ -9681,85 +9853,6 @@ async def ask(
     raise WorkerLost("the answer has no end")
 
 
-_CONTROLS: Final = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
-
-
-def without_controls(text: str) -> str:
-    """What a model said, without what could steer a terminal.
-
-    >>> without_controls("one\\ttwo\\x1b[2J\\n")
-    'one\\ttwo[2J\\n'
-    """
-    return text.translate(_CONTROLS)
-
-
-class AnswerPrinter:
-    """Prints what happens to a job: progress to stderr, the answer to stdout."""
-
-    def __init__(self, terminal: Terminal, *, stream: bool, show: bool) -> None:
-        self._terminal = terminal
-        self._stream = stream
-        self._show = show
-        self._begun = False
-        self._line_open = False
-        self._leaving: Lost | None = None  # until another goes on; the same one may be found again
-        self._lost: list[Lost] = []
-        self._waits = 0
-
-    def on_event(self, event: Progressed) -> None:
-        say = self._terminal.say
-        if isinstance(event, Discovered):
-            say(f"🌐 Discovered {plural(event.workers, 'worker')}")
-        elif isinstance(event, Selected):
-            self._lost += [self._leaving] if self._leaving is not None else []
-            self._leaving = None
-            if not self._begun:  # in the middle of a text nothing else is said
-                say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
-                say("📤 Sending prompt...")
-        elif isinstance(event, Queued):
-            if not self._begun:
-                say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
-        elif isinstance(event, Waiting):
-            self._tell_of_wait(event)
-        elif isinstance(event, Lost):
-            self._leaving = event
-        elif isinstance(event, Token):
-            self._print(event.text if self._stream else "")
-        else:
-            self._print("" if self._stream else event.result.text)
-            self.end()
-            self._tell_of_lost(event)
-            say(f"⏱️  Total time: {event.total_ms / 1000:.1f}s")
-
-    def _tell_of_wait(self, event: Waiting) -> None:
-        """Once, and only when it takes longer than a reader takes for a pause; in the middle of a text too."""
-        self._waits += 1
-        if self._waits == WAITS_BEFORE_WORD:
-            self._terminal.say(f"{chr(10) if self._begun else ''}⏳ Waiting for a worker: {event.reason}")
-
-    def _tell_of_lost(self, answer: Answer) -> None:
-        """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
-        if answer.failovers and self._show:
-            lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
-            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {answer.result.worker_id[:6]} went on"
-            print(line, file=sys.stderr, flush=True)
-
-    def _print(self, text: str) -> None:
-        if not self._begun:
-            self._begun = True
-            self._terminal.say("📥 Response: ", end="")
-        if text and self._show:
-            sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
-            sys.stdout.flush()
-        self._line_open = True
-
-    def end(self) -> None:
-        """Leave the terminal at the beginning of a line."""
-        if self._line_open and self._show:
-            print(flush=True)
-        self._line_open = False
-
-
 # --- status ---
 
 
@@ -9781,36 +9874,6 @@ def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
     if not workers and not arguments.json:
         raise NoWorkerFound(f"{plural(len(silent), 'worker')} heard of, and none that answers")
     return 0 if workers else NoWorkerFound.exit_code
-
-
-def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]) -> None:
-    header = ("WORKER", "STATE", "SCORE", "CPU", "MEMORY", "ACTIVE", "WAITING", "TOKENS/S", "MODEL", "ADDRESS")
-    rows = [status_row(status) for status in workers]
-    if rows:
-        print(table(header, rows))
-        print(f"{plural(len(rows), 'worker')} in the {mesh.title}")
-    for status in workers:
-        theirs = status["mesh"].get("fingerprint") if isinstance(status.get("mesh"), dict) else None
-        if theirs not in (None, mesh.fingerprint):
-            print(f"{status['worker_id'][:6]}  has another key alone: that of {printable(theirs)}", file=sys.stderr)
-    for status in silent:
-        print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
-
-
-def status_row(status: Json) -> tuple[str, ...]:
-    health, waiting = status["health"], status["queue"]
-    return (
-        status["worker_id"][:6],
-        health["state"],
-        f"{health['score']:.0f}",
-        f"{health['cpu']:.0f}%",
-        f"{health['memory']:.0f}%",
-        f"{waiting['active']}/{status['slots']}",
-        str(waiting["waiting"]),
-        f"{status['speed']:.0f}",
-        ", ".join(printable(model["name"]) for model in status["models"]),
-        format_address((status["address"][0], status["address"][1])),
-    )
 
 
 # --- pull and models ---

@@ -21,7 +21,7 @@ RULER = "# " + "=" * 102
 BANNER = re.compile(r"^(# ={20,})\n# (\d+)  (\S.*)\n#\n(?:#.*\n)+?\1$", re.MULTILINE)
 MAP_LINE = re.compile(r"^ +(\d+)  (\S+(?: \S+)*) {2,}\S", re.MULTILINE)
 
-LAST_PURE = 11
+LAST_PURE = 12
 PURE_MODULES = frozenset(
     {"__future__", "base64", "binascii", "bisect", "collections", "collections.abc", "dataclasses", "datetime", "enum"}
     | {"functools", "hashlib", "heapq", "hmac", "ipaddress", "itertools", "json", "math", "random", "re", "struct"}
@@ -116,7 +116,7 @@ def downward_findings(source: str) -> list[str]:
 
 
 def impure_findings(source: str) -> list[str]:
-    """Sections 1 to 11 use neither input, output, tasks, clock nor chance; a generator may be an argument."""
+    """Sections 1 to 12 use neither input, output, tasks, clock nor chance; a generator may be an argument."""
     page = Page(source)
     preamble = [statement for statement in page.tree.body if page.section(statement) == 0]
     impure = set(IMPURE_BUILTINS)
@@ -302,7 +302,7 @@ GOOD = {
     "a name of the same section, further down": page_of("def f() -> int:\n    return B\nB = 1"),
     "a pure module in the pure half": page_of("a = math.pi", preamble="import math"),
     "a generator as an argument": page_of("def f(rng: random.Random) -> None: ...", preamble="import random"),
-    "a clock below the pure half": page_of(*["a = 1"] * 11, "t = time.time()", preamble="import time"),
+    "a clock below the pure half": page_of(*["a = 1"] * LAST_PURE, "t = time.time()", preamble="import time"),
     "a function of 60 lines": "def f():\n" + filler(59) + "\ndef g():\n    pass\ndef h():\n    pass",
     "a class of 300 lines": "class C:\n" + filler(299),
     "another package, inside a function": "def f():\n    import psutil",
@@ -345,7 +345,11 @@ BAD = {
     "a later name in a nested function": (downward_findings, page_of(NESTED, "LATER = 1"), "LATER of section 2"),
     "a clock": (impure_findings, page_of("t = time.time()", preamble="import time"), "time"),
     "a clock by its own name": (impure_findings, page_of("t = now()", preamble="from time import time as now"), "now"),
-    "a task in section 11": (impure_findings, page_of(*["a = 1"] * 10, TASK, preamble="import asyncio"), "asyncio"),
+    "a task in the last pure section": (
+        impure_findings,
+        page_of(*["a = 1"] * (LAST_PURE - 1), TASK, preamble="import asyncio"),
+        "asyncio",
+    ),
     "an impure annotation": (impure_findings, page_of("def f(s: ssl.SSLContext): ...", preamble="import ssl"), "ssl"),
     "a log line": (impure_findings, page_of("def f(): log.info('')", preamble=LOG), "log"),
     "a file": (impure_findings, page_of("def f(): return open('x')"), "open"),
