@@ -259,6 +259,7 @@ PATIENCE_S: Final = 60.0  # for which a begun answer waits for a worker, where n
 AVOID_FIRST_S: Final = 5.0  # a worker that failed is asked after all others for this long, then twice as long ...
 AVOID_MAX_S: Final = 80.0
 MAX_LOSSES: Final = 5  # workers lost over one request without a token between: it may be what kills them
+MAX_CONVERSATIONS: Final = 1024  # of which a client remembers who answered last; each takes some 200 bytes
 HEDGE_AFTER_S: Final = 2.0  # with --hedge: a first token is late then, on a worker that has a free slot
 
 # --- Health ---
@@ -8025,6 +8026,31 @@ class _AnotherWorker(WorkerLost):
     """Who answers has another id than the worker that was looked for."""
 
 
+class ContextHolders:
+    """Which worker answered a conversation last: it has the context of it, and need not read it all again.
+
+    A conversation is known by its messages, so that whoever sends them again, with the answer and one more, as every
+    program for OpenAI's API does, is sent to the same worker without having to say which conversation it is.
+    """
+
+    def __init__(self) -> None:
+        self._workers: OrderedDict[bytes, NodeId] = OrderedDict()
+
+    def of(self, job: Job) -> NodeId | None:
+        """The worker that answered what was said before the last message of a job."""
+        return self._workers.get(self._digest(job.messages[:-1])) if len(job.messages) > 1 else None
+
+    def answered(self, job: Job, text: str, worker_id: NodeId) -> None:
+        if job.messages:
+            conversation = (*job.messages, Message("assistant", text))
+            _remember(self._workers, self._digest(conversation), worker_id, MAX_CONVERSATIONS)
+
+    @staticmethod
+    def _digest(messages: Sequence[Message]) -> bytes:
+        """Of what was said; programs keep answers with and without the white space around them."""
+        return hashlib.sha256(dump_json({"said": [[m.role, m.content.strip()] for m in messages]})).digest()
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A worker that was chosen, by its status of a moment ago.
@@ -8036,6 +8062,10 @@ class Choice:
     health: HealthReport
     fingerprint: str
     line: float
+
+    @property
+    def is_at_leisure(self) -> bool:
+        return self.health.state is HealthState.HEALTHY and not self.line
 
 
 class Client:
@@ -8068,6 +8098,7 @@ class Client:
         self.known = KnownWorkers()
         self._host_dir = host_state_dir(self.settings.state_dir, environ)
         self.links = WorkerLinks(self.meshes)
+        self.holders = ContextHolders()
         self._is_open = False
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
         self._searches = 0
@@ -8225,12 +8256,16 @@ class Client:
         return workers, silent
 
     async def choose(
-        self, suits: Callable[[WorkerRecord], bool], passed_over: set[NodeId]
+        self, suits: Callable[[WorkerRecord], bool], passed_over: set[NodeId], holder: NodeId | None = None
     ) -> tuple[Choice | None, QMeshError | None]:
-        """The best worker by fresh status, the most promising asked first; or None, and why there is none."""
+        """The best worker by fresh status, the most promising asked first; or None, and why there is none.
+
+        holder: who has the context already; as long as it is healthy and has a slot free, it is the best.
+        """
         records = [record for record in self.records() if record.worker_id not in passed_over and suits(record)]
         failure: QMeshError | None = None
         for ranked in self.known.in_order(rank_workers(records, self.rng), self._loop.time()):
+            ranked.sort(key=lambda record: record.worker_id != holder)
             count, able = STATUS_CANDIDATES, list[Choice]()
             while ranked and len(able) < STATUS_ENOUGH and all(choice.line for choice in able):
                 asked, ranked = ranked[:count], ranked[count:]
@@ -8240,7 +8275,8 @@ class Client:
             if able:
                 shortest = min(choice.line for choice in able)
                 best = {choice: choice.health for choice in able if choice.line == shortest}
-                return choose_worker(best, self.rng), None
+                held = [choice for choice in best if choice.record.worker_id == holder and choice.is_at_leisure]
+                return held[0] if held else choose_worker(best, self.rng), None
         return None, failure
 
     async def _ask_whether(
@@ -8269,10 +8305,13 @@ class Client:
 
     # --- Requests ---
 
-    def run(self, job: Job, *, hedge_s: float | None = None) -> AsyncGenerator[Progressed, None]:
+    def run(
+        self, job: Job, *, hedge_s: float | None = None, worker: str | None = None
+    ) -> AsyncGenerator[Progressed, None]:
         """Run a job, and yield what happens on the way; an Answer is the last. See `Delivery` for what it survives.
 
         hedge_s: ask a second worker when the first token has not come after so many seconds; the first to answer wins.
+        worker: the id of the one to ask, or its first digits; if it is lost, others go on.
 
         Raises NoWorkerFound, ModelNotFound, Refused (by all, until the deadline), InvalidRequest, DeadlineExceeded,
         or WorkerLost when nobody is left who can go on.
@@ -8281,19 +8320,21 @@ class Client:
             raise UsageError("the client is not open: use it inside `async with qmesh.Client() as mesh:`")
         if hedge_s is not None and _number("hedge_s", hedge_s) < 0:
             raise InvalidRequest("hedge_s must not be negative")
-        return Delivery(self, job, hedge_s).events()
+        if worker is not None and not re.fullmatch(r"[0-9a-f]{6,64}", _text("worker", worker)):
+            raise InvalidRequest("worker must be a worker's id, or 6 or more of its first digits")
+        return Delivery(self, job, hedge_s, worker).events()
 
     def stream(self, prompt: str | Sequence[Message | Json], **options: Any) -> TextPieces:
         """Ask, and give the answer piece by piece: `async for text in mesh.stream("...")`.
 
-        prompt, options: as `new_job` takes them, and `hedge_s` of `run`. Raises what they raise.
+        prompt, options: as `new_job` takes them, and `hedge_s` and `worker` of `run`. Raises what they raise.
         """
-        hedge_s = options.pop("hedge_s", None)
+        chosen = {name: options.pop(name) for name in ("hedge_s", "worker") if name in options}
         usual = {"model": self.settings.model, "timeout_s": self.settings.timeout_s}
-        return TextPieces(self.run(new_job(prompt, **(usual | options)), hedge_s=hedge_s))
+        return TextPieces(self.run(new_job(prompt, **(usual | options)), **chosen))
 
     async def ask(self, prompt: str | Sequence[Message | Json] | Job, **options: Any) -> Answer:
-        """Ask, and return the answer whole. prompt, options: as `stream` takes them; or a Job, and `hedge_s`."""
+        """Ask, and return the answer whole. prompt, options: as `stream` takes them; or a Job, and those of `run`."""
         pieces = TextPieces(self.run(prompt, **options)) if isinstance(prompt, Job) else self.stream(prompt, **options)
         async with contextlib.aclosing(pieces):
             async for _ in pieces:
@@ -8404,11 +8445,12 @@ class Delivery:
     order, or a text that is not the sum of its pieces, makes a worker a lost one, too.
     """
 
-    def __init__(self, client: Client, job: Job, hedge_s: float | None = None) -> None:
+    def __init__(self, client: Client, job: Job, hedge_s: float | None = None, asked_for: str | None = None) -> None:
         seed = client.rng.randrange(MAX_SEED + 1) if job.params.seed is None else job.params.seed
         self._client = client
         self._job = replace(job, params=replace(job.params, seed=seed))
         self._hedge_s = hedge_s
+        self._asked_for = asked_for  # a worker's id, or the first digits of it
         self._loop = asyncio.get_running_loop()
         self._started = self._discovered = self._answered_at = self._loop.time()
         self._deadline = self._started + job.timeout_s
@@ -8530,6 +8572,7 @@ class Delivery:
 
     def _answer(self, result: Result, choice: Choice) -> Answer:
         self._goes_on(choice)
+        self._client.holders.answered(self._job, result.text, choice.record.worker_id)
         now = self._loop.time()
         since = (1000 * (at - self._started) for at in (self._discovered, self._first_token_at or now, now))
         return Answer(result, self._failovers, *since)
@@ -8598,6 +8641,9 @@ class Delivery:
                 self._client.look_again()
                 return None
             if self._looked_everywhere:
+                if self._asked_for is not None and not any(map(self._is_asked_for, self._client.records())):
+                    ids = ", ".join(sorted(record.worker_id.short for record in self._client.records()))
+                    raise NoWorkerFound(f"there is no worker {self._asked_for}; the mesh has: {ids}")
                 names = ", ".join(sorted({printable(record.model) for record in self._client.records()}))
                 raise ModelNotFound(f"no worker has the model {self._job.model}; the mesh has: {names}")
             self._looked_everywhere = True  # of a large mesh the first records are but a part
@@ -8608,7 +8654,8 @@ class Delivery:
     async def _choose(self) -> Choice | None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._deadline):
-                choice, why_none = await self._client.choose(self._suits, self._lacking | self._refusing)
+                holder, passed_over = self._client.holders.of(self._job), self._lacking | self._refusing
+                choice, why_none = await self._client.choose(self._suits, passed_over, holder)
                 self._met = self._met or choice is not None or why_none is not None
                 self._failure = why_none or self._failure
                 if isinstance(why_none, Refused):
@@ -8617,7 +8664,11 @@ class Delivery:
         return None
 
     def _suits(self, record: WorkerRecord) -> bool:
-        return offers(record, self._job.model, self._fingerprint)
+        is_free = self._asked_for is None or self._gone is not None or bool(self._tokens)
+        return offers(record, self._job.model, self._fingerprint) and (is_free or self._is_asked_for(record))
+
+    def _is_asked_for(self, record: WorkerRecord) -> bool:
+        return self._asked_for is not None and str(record.worker_id).startswith(self._asked_for)
 
     def _is_known_nowhere(self) -> bool:
         """Whether, of all workers that are known, none has the model; one that had it, and is gone, may come back."""

@@ -276,6 +276,84 @@ async def test_where_no_slot_is_free_the_shortest_line_is_taken(topic: str, tmp_
     assert [len(worker.prompts) for worker in workers] == [0, 0, 1, 0]
 
 
+# --- Conversations ---
+
+HELLO: list[Json] = [{"role": "user", "content": "Hello"}]
+WENT_ON: list[Json] = [*HELLO, {"role": "assistant", "content": " Hi! "}, {"role": "user", "content": "How are you?"}]
+
+
+async def in_two_turns(mesh: Client, first: ScriptedWorker) -> None:
+    """A conversation that `first`, the best at its beginning, begins, and that goes on when it is the worse one."""
+    first.score = 95
+    await mesh.ask(HELLO)
+    first.score = 70
+    await mesh.ask(WENT_ON)
+
+
+@in_a_loop
+async def test_a_conversation_goes_on_where_its_context_is(topic: str, tmp_path: Path) -> None:
+    one, other = ScriptedWorker(says("Hi", "!"), score=85), ScriptedWorker(says("Hi", "!"), score=85)
+    async with mesh_of(topic, tmp_path, one, other) as mesh:
+        await in_two_turns(mesh, one)
+        assert (len(one.prompts), len(other.prompts)) == (2, 0)
+        await mesh.ask([{"role": "user", "content": "Bye"}, *WENT_ON[1:]])  # another conversation
+        assert (len(one.prompts), len(other.prompts)) == (2, 1)
+
+
+@pytest.mark.parametrize("change", [{"score": 50}, {"status": NO_STATUS}], ids=["busy", "silent"])
+@in_a_loop
+async def test_a_conversation_leaves_a_worker_that_is_not_healthy(topic: str, tmp_path: Path, change: Json) -> None:
+    one, other = ScriptedWorker(says("Hi", "!"), score=90), ScriptedWorker(says("Hi", "!"), score=75)
+    async with mesh_of(topic, tmp_path, one, other) as mesh:
+        await mesh.ask(HELLO)
+        for name, value in change.items():
+            setattr(one, name, value)
+        await mesh.ask(WENT_ON)
+    assert (len(one.prompts), len(other.prompts)) == (1, 1)
+
+
+@in_a_loop
+async def test_a_conversation_does_not_wait_for_its_worker_while_another_has_a_slot_free(
+    topic: str, tmp_path: Path
+) -> None:
+    one, other = with_requests(0, score=90), with_requests(0, score=75)
+    one.script = other.script = says("Hi", "!")
+    async with mesh_of(topic, tmp_path, one, other) as mesh:
+        await mesh.ask(HELLO)
+        one.status = with_requests(4, score=90).status
+        await mesh.ask(WENT_ON)
+    assert (len(one.prompts), len(other.prompts)) == (1, 1)
+
+
+@in_a_loop
+async def test_the_worker_that_is_asked_for_is_taken(topic: str, tmp_path: Path) -> None:
+    best, wanted = ScriptedWorker(says("best"), score=95), ScriptedWorker(says("wanted"), score=40)
+    async with mesh_of(topic, tmp_path, best, wanted) as mesh:
+        assert (await mesh.ask(job(), worker=wanted.worker_id.short)).result.text == "wanted"
+        assert "".join([text async for text in mesh.stream("Hi", worker=str(wanted.worker_id))]) == "wanted"
+
+
+@in_a_loop
+async def test_a_worker_that_is_asked_for_and_not_there_is_an_error_that_names_those_that_are(
+    topic: str, tmp_path: Path
+) -> None:
+    async with mesh_of(topic, tmp_path, ScriptedWorker(says("best"))) as mesh:
+        (there,) = mesh.records()
+        with pytest.raises(NoWorkerFound, match=f"no worker 000000; the mesh has: {there.worker_id.short}"):
+            await mesh.ask(job(), worker="000000")
+        for wrong in ("best", "abc", "g" * 64, ""):
+            with pytest.raises(InvalidRequest, match="a worker's id"):
+                await mesh.ask(job(), worker=wrong)
+
+
+@in_a_loop
+async def test_when_the_worker_that_was_asked_for_is_lost_another_goes_on(topic: str, tmp_path: Path) -> None:
+    wanted, other = ScriptedWorker(HANGS_UP, score=90), ScriptedWorker(says("other"), score=40)
+    async with mesh_of(topic, tmp_path, wanted, other) as mesh:
+        answer = await mesh.ask(job(), worker=wanted.worker_id.short)
+        assert (answer.result.text, answer.failovers) == ("other", 1)
+
+
 def test_who_had_a_slot_free_is_asked_first() -> None:
     full = replace(hint(1, "10.0.0.1", score=90), free_slots=0)
     free = hint(2, "10.0.0.2", score=50)
