@@ -7858,10 +7858,11 @@ class Discovered:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """A worker was chosen, with this health."""
+    """A worker was chosen, with this health. model: as its record names it, which may be cut."""
 
     worker_id: str
     health: HealthReport
+    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -8063,6 +8064,9 @@ class Choice:
     fingerprint: str
     line: float
 
+    def selected(self) -> Selected:
+        return Selected(str(self.record.worker_id), self.health, self.record.model)
+
     @property
     def is_at_leisure(self) -> bool:
         return self.health.state is HealthState.HEALTHY and not self.line
@@ -8101,6 +8105,7 @@ class Client:
         self.holders = ContextHolders()
         self._is_open = False
         self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
+        self._next_search: asyncio.TimerHandle | None = None
         self._searches = 0
         self._search_is_whole = False
         self._searched = False
@@ -8125,8 +8130,8 @@ class Client:
     async def __aexit__(self, *exc_info: object) -> None:
         self._is_open = False
         await self.links.close()
-        if self._searching is not None:
-            self._searching.cancel()
+        for timer in filter(None, (self._searching, self._next_search)):
+            timer.cancel()
         met = [contact.address for contact in self.node.contacts()]
         await self.node.close()
         if met:
@@ -8181,6 +8186,11 @@ class Client:
         self._searched = self._search_is_whole or not self._everything
         if not self._searched:
             self._search()
+            return
+        if self._next_search is not None:
+            self._next_search.cancel()
+        # A client that stays open hears of workers before it needs them, and while what it heard of others counts.
+        self._next_search = self._loop.call_later(ANNOUNCE_PERIOD_S, self._search)
 
     def records(self) -> list[WorkerRecord]:
         """The workers heard of and not expired."""
@@ -8483,7 +8493,7 @@ class Delivery:
                 if choice is None:
                     yield Waiting(str(self._failure or "no worker is there"))
                     continue
-                yield Selected(str(choice.record.worker_id), choice.health)
+                yield choice.selected()
             try:
                 async with contextlib.aclosing(self._follow(choice)) as said:
                     async for event in said:
@@ -8508,7 +8518,7 @@ class Delivery:
                 if speaker is not choice:
                     self._refusing.add(choice.record.worker_id)  # it may be late for long
                     choice = speaker
-                    yield Selected(str(choice.record.worker_id), choice.health)
+                    yield choice.selected()
                 try:
                     piece = self._take(said, choice) if isinstance(said, Token) else self._rest_of(said)
                 except WireError as error:

@@ -190,6 +190,19 @@ async def test_a_client_that_was_open_for_long_finds_who_came_meanwhile_at_once(
 
 
 @in_a_loop
+async def test_a_client_that_stays_open_goes_on_knowing_the_workers(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "ANNOUNCE_PERIOD_S", 0.05)
+    monkeypatch.setattr(qmesh, "RECORD_TTL_S", 0.5)
+    async with mesh_of(topic, tmp_path, ScriptedWorker(says("hello"))) as mesh:
+        watch = Stopwatch()
+        while watch.seconds < 3 * qmesh.RECORD_TTL_S:
+            assert mesh.records()
+            await asyncio.sleep(0.05)
+
+
+@in_a_loop
 async def test_peers_that_were_met_are_remembered_for_the_next_time(topic: str, tmp_path: Path) -> None:
     async with ScriptedWorker(says("hello")).on(topic, beacons=False) as worker:
         host, port = worker.udp_address
