@@ -30,11 +30,12 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     19  Client                 finds workers, chooses one, sees its answer through
     20  Doctor                 what keeps machines apart, and what to do about it
     21  Terminal               what a person sees there: progress, tables, answers
-    22  Batch                  a file of questions, each answered exactly once
-    23  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
-    24  Web page               the page that a gateway serves
-    25  Gateway                the mesh as programs made for OpenAI's API see it
-    26  Command line           arguments in, text and exit codes out
+    22  OpenAI's API          what programs made for it send and read
+    23  Batch                  a file of questions, each answered exactly once
+    24  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
+    25  Web page               the page that a gateway serves
+    26  Gateway                the mesh as programs made for OpenAI's API see it
+    27  Command line           arguments in, text and exit codes out
 
 The journey of one request:
 
@@ -9685,7 +9686,332 @@ def status_row(status: Json) -> tuple[str, ...]:
 
 
 # ======================================================================================================
-# 22  Batch
+# 22  OpenAI's API
+#
+# What programs made for OpenAI's API send, as jobs, and what becomes of those in the shapes that they read: chat
+# completions, completions and errors, after the reference at platform.openai.com/docs/api-reference.
+# Rule 1: what is not supported is refused by its name, never ignored; null, and a value that changes nothing, are not.
+# Rule 2: an error names the parameter that it is about.
+# ======================================================================================================
+
+MAX_CHOICES: Final = 16  # of one request: each is a job of its own, and takes a slot
+REST_OF_CONTEXT: Final = MAX_TOKENS_LIMIT  # what no limit means there: the context is the limit
+
+# Parameters that do not change an answer: they say who asks, or what OpenAI is to keep of it.
+_LABELS: Final = frozenset(
+    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "service_tier"}
+)
+# Those that are not supported, and the values with which they ask for nothing.
+_NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
+    "audio": ({},),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False, 0),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "presence_penalty": (0,),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+_API_SAMPLING: Final = {
+    "max_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repeat_penalty": "repeat_penalty",
+    "seed": "seed",
+    "stop": "stop",
+}
+_API_PARAMETERS: Final = frozenset({"model", "n", "stream", "stream_options", "response_format", "worker"})
+_API_ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+class BadParameter(InvalidRequest):
+    """Change the parameter that is named, or leave it out."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@contextlib.contextmanager
+def _parameter(param: str) -> Iterator[None]:
+    """What is wrong in here is wrong with this parameter."""
+    try:
+        yield
+    except BadParameter:
+        raise
+    except InvalidRequest as error:
+        raise BadParameter(param, str(error)) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the questions and answers of one endpoint look like.
+
+    question: the parameter that holds it. whole: a choice of an answer in one piece; first, piece, last: in several.
+    """
+
+    path: str
+    question: str
+    kind: str
+    piece_kind: str
+    id_prefix: str
+    whole: Callable[[str], Json]
+    first: Json | None
+    piece: Callable[[str], Json]
+    last: Json
+
+
+CHAT: Final = Shape(
+    path="/v1/chat/completions",
+    question="messages",
+    kind="chat.completion",
+    piece_kind="chat.completion.chunk",
+    id_prefix="chatcmpl-",
+    whole=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    first={"delta": {"role": "assistant", "content": ""}},
+    piece=lambda text: {"delta": {"content": text}},
+    last={"delta": {}},
+)
+TEXT: Final = Shape(
+    path="/v1/completions",
+    question="prompt",
+    kind="text_completion",
+    piece_kind="text_completion",
+    id_prefix="cmpl-",
+    whole=lambda text: {"text": text},
+    first=None,
+    piece=lambda text: {"text": text},
+    last={"text": ""},
+)
+SHAPES: Final = {shape.path: shape for shape in (CHAT, TEXT)}
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """What a program asks of an endpoint that writes text.
+
+    jobs: one for each choice, in the order of their index; each prompt has `n` of them, one after the other.
+    worker: the one that is asked for, see `Client.run`.
+    """
+
+    shape: Shape
+    jobs: tuple[Job, ...]
+    n: int
+    stream: bool
+    include_usage: bool
+    worker: str | None
+
+    @classmethod
+    def from_json(cls, shape: Shape, body: Json, timeout_s: float) -> CompletionRequest:
+        """Raises BadParameter."""
+        given = {name: value for name, value in body.items() if value is not None}
+        _check_supported(given, _API_PARAMETERS | _API_SAMPLING.keys() | {shape.question})
+        params, n = _api_sampling(given), _api_n(given)
+        questions = _api_messages(given) if shape is CHAT else _api_prompts(given)
+        if n * len(questions) > MAX_CHOICES:
+            raise BadParameter("n", f"{n * len(questions)} choices are asked for; {MAX_CHOICES} is the most")
+        with _parameter("model"):
+            model = _text("model", given.get("model", "")) or None
+        with _parameter("worker"):
+            worker = _text("worker", given["worker"]) if "worker" in given else None
+        with _parameter(shape.question):
+            jobs = tuple(
+                Job(secrets.token_hex(16), **question, model=model, params=_seeded(params, at), timeout_s=timeout_s)
+                for question in questions
+                for at in range(n)
+            )
+        return cls(shape, jobs, n, *_api_streaming(given), worker)
+
+
+def _check_supported(given: Json, supported: frozenset[str]) -> None:
+    for name, value in given.items():
+        asks_for_nothing = any(value == neutral for neutral in _NEUTRAL.get(name, ()))
+        if name not in supported and name not in _LABELS and not asks_for_nothing:
+            raise BadParameter(printable(name), f"{printable(name)} is not supported")
+
+
+def _api_sampling(given: Json) -> Sampling:
+    chosen: Json = {"max_tokens": REST_OF_CONTEXT}
+    for name in _API_SAMPLING.keys() & given.keys():
+        ours = _API_SAMPLING[name]
+        try:
+            Sampling.from_json({ours: given[name]})
+        except InvalidRequest as error:
+            raise BadParameter(name, str(error).replace(ours, name, 1)) from None
+        chosen[ours] = given[name]
+    if "response_format" in given:
+        with _parameter("response_format"):
+            chosen["json_schema"] = _api_schema(_object("response_format", given["response_format"]))
+    return Sampling.from_json(chosen)
+
+
+def _api_schema(wanted: Json) -> Json | None:
+    kind = _one_of("response_format.type", wanted.get("type"), ("text", "json_object", "json_schema"))
+    if kind == "json_schema":
+        described = _object("response_format.json_schema", wanted.get("json_schema"))
+        return _object("response_format.json_schema.schema", described.get("schema"))
+    return {"type": "object"} if kind == "json_object" else None
+
+
+def _seeded(params: Sampling, at: int) -> Sampling:
+    """The choices of one prompt differ also where the seed is given."""
+    return params if params.seed is None else replace(params, seed=(params.seed + at) % (MAX_SEED + 1))
+
+
+def _api_n(given: Json) -> int:
+    with _parameter("n"):
+        n = _integer("n", given.get("n", 1))
+        if not 1 <= n <= MAX_CHOICES:
+            raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {n}")
+        return n
+
+
+def _api_flag(name: str, value: Any) -> bool:
+    with _parameter(name):
+        if not isinstance(value, bool):
+            raise InvalidRequest(f"{name} must be true or false")
+        return value
+
+
+def _api_streaming(given: Json) -> tuple[bool, bool]:
+    """Whether to stream, and with the usage at the end."""
+    stream = _api_flag("stream", given.get("stream", False))
+    with _parameter("stream_options"):
+        options = _object("stream_options", given.get("stream_options", {}))
+        if options and not stream:
+            raise InvalidRequest("stream_options needs stream to be true")
+        for name in options.keys() - {"include_usage", "include_obfuscation"}:
+            raise InvalidRequest(f"stream_options.{printable(name)} is not supported")
+        if options.get("include_obfuscation"):
+            raise InvalidRequest("stream_options.include_obfuscation is not supported")
+    return stream, _api_flag("stream_options.include_usage", options.get("include_usage") or False)
+
+
+def _api_messages(given: Json) -> list[Json]:
+    with _parameter("messages"):
+        turns = _list("messages", given.get("messages"))
+        return [{"messages": tuple(_api_message(f"messages[{at}]", turn) for at, turn in enumerate(turns))}]
+
+
+def _api_message(name: str, value: Any) -> Message:
+    body = _object(name, value)
+    for key, more in body.items():
+        if key not in ("role", "content") and more:  # what answers of OpenAI's have besides is empty where it is unused
+            raise BadParameter(f"{name}.{printable(key)}", f"{name}.{printable(key)} is not supported")
+    with _parameter(f"{name}.role"):
+        role = _one_of(f"{name}.role", body.get("role"), tuple(_API_ROLES))
+    content = body.get("content")
+    with _parameter(f"{name}.content"):
+        if isinstance(content, list):
+            content = "\n".join(_api_part(f"{name}.content[{at}]", part) for at, part in enumerate(content))
+        return Message(_API_ROLES[role], _text(f"{name}.content", content))
+
+
+def _api_part(name: str, value: Any) -> str:
+    part = _object(name, value)
+    if part.get("type") != "text":
+        kind = printable(part.get("type"))
+        raise BadParameter(f"{name}.type", f"{name}.type must be text: a mesh reads no {kind}")
+    return _text(f"{name}.text", part.get("text"))
+
+
+def _api_prompts(given: Json) -> list[Json]:
+    with _parameter("prompt"):
+        prompts = _texts("prompt", given.get("prompt"))
+        if not prompts:
+            raise InvalidRequest("the prompt is empty")
+        return [{"prompt": prompt} for prompt in prompts]
+
+
+class Reply:
+    """The answer to a request, in OpenAI's shapes. Each piece has the same id, time (Unix, seconds) and model."""
+
+    def __init__(self, request: CompletionRequest) -> None:
+        self.id = request.shape.id_prefix + secrets.token_hex(12)
+        self.model = request.jobs[0].model or ""  # that of the worker, as soon as there is one
+        self._request = request
+        self._created = int(time.time())
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
+
+    def whole(self, answers: Sequence[Answer]) -> Json:
+        choices = [
+            {"index": index, **self._request.shape.whole(answer.result.text), "logprobs": None}
+            | {"finish_reason": answer.result.finish_reason}
+            for index, answer in enumerate(answers)
+        ]
+        self.model = answers[0].result.model
+        return {**self._head(self._request.shape.kind), "choices": choices, "usage": self._usage(answers)}
+
+    def pieces(self, index: int, said: Token | Answer, *, is_first: bool) -> list[Json]:
+        """What is to be sent of one choice."""
+        shape, told = self._request.shape, []
+        if is_first and shape.first is not None:
+            told.append(self._piece(index, shape.first, None))
+        if isinstance(said, Answer):
+            told.append(self._piece(index, shape.last, said.result.finish_reason))
+        elif said.text:
+            told.append(self._piece(index, shape.piece(said.text), None))
+        return told
+
+    def _piece(self, index: int, choice: Json, finish_reason: str | None) -> Json:
+        choice = {"index": index, **choice, "logprobs": None, "finish_reason": finish_reason}
+        usage: Json = {"usage": None} if self._request.include_usage else {}
+        return {**self._head(self._request.shape.piece_kind), "choices": [choice], **usage}
+
+    def usage_piece(self, answers: Sequence[Answer]) -> Json:
+        """The last piece, where it was asked for."""
+        return {**self._head(self._request.shape.piece_kind), "choices": [], "usage": self._usage(answers)}
+
+    def _usage(self, answers: Sequence[Answer]) -> Json:
+        """A prompt counts once, however many choices it has."""
+        counted = [answer.result.usage for answer in answers]
+        prompts = counted[:: self._request.n]
+        prompt, cached = (sum(usage.get(name, 0) for usage in prompts) for name in ("prompt_tokens", "cached_tokens"))
+        completion = sum(usage.get("completion_tokens", 0) for usage in counted)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> Json:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+# Error: (HTTP status, OpenAI's type). The first that fits counts.
+_API_ERRORS: Final[tuple[tuple[type[QMeshError], int, str], ...]] = (
+    (InvalidRequest, 400, "invalid_request_error"),
+    (ModelNotFound, 404, "invalid_request_error"),
+    (Refused, 429, "rate_limit_error"),
+    (NoWorkerFound, 503, "service_unavailable_error"),
+    (DeadlineExceeded, 504, "timeout_error"),
+    (WorkerLost, 502, "server_error"),
+    (QMeshError, 500, "server_error"),
+)
+_API_CODES: Final = {"context_exceeded": "context_length_exceeded"}  # where OpenAI has a name for it
+
+
+def api_error(error: QMeshError) -> tuple[int, Json]:
+    """The HTTP status and body that tell of an error."""
+    status, kind = next((status, kind) for of, status, kind in _API_ERRORS if isinstance(error, of))
+    code, param = error_code(error), getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
+    message = f"{str(error).rstrip('.')}. {error.remedy}".replace("qmesh.py", program_name())
+    return status, error_body(message, kind, _API_CODES.get(code, code), param)
+
+
+# ======================================================================================================
+# 23  Batch
 #
 # Many questions from a file, each answered exactly once, whatever is killed meanwhile.
 # ======================================================================================================
@@ -9694,7 +10020,7 @@ BATCH_SUFFIX: Final = ".jsonl"
 
 
 # ======================================================================================================
-# 23  HTTP
+# 24  HTTP
 #
 # Moves HTTP/1.1 requests and answers (RFC 9112), with deadlines and limits; knows nothing of what they are about.
 # ======================================================================================================
@@ -9703,7 +10029,7 @@ HTTP_VERSION: Final = "HTTP/1.1"
 
 
 # ======================================================================================================
-# 24  Web page
+# 25  Web page
 #
 # One page, whole in itself: it loads nothing from anywhere else, so that it works without the internet.
 # ======================================================================================================
@@ -9712,7 +10038,7 @@ PAGE: Final = ""
 
 
 # ======================================================================================================
-# 25  Gateway
+# 26  Gateway
 #
 # The mesh as programs made for OpenAI's API see it: what they send becomes jobs, what happens to those becomes answers.
 # What is not supported is refused by name, never ignored.
@@ -9722,7 +10048,7 @@ DEFAULT_HTTP_PORT: Final = 8080
 
 
 # ======================================================================================================
-# 26  Command line
+# 27  Command line
 #
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
 # Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
