@@ -60,6 +60,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import datetime
+import email.utils
 import enum
 import errno
 import functools
@@ -146,6 +147,8 @@ DEFAULT_TOPIC: Final = "qmesh-inference"
 MAX_TOPIC_BYTES: Final = 255  # a name for people
 DEFAULT_PORT: Final = 47475  # preferred for UDP and TCP; a free port is taken when it is not to be had
 CLIENT_PORT: Final = 47476  # a client's, for UDP: firewalls can let answers to beacons in; a free one if it is taken
+LOOPBACK: Final = "127.0.0.1"
+DEFAULT_HTTP_PORT: Final = 8080  # of a gateway; a free port is taken when it is not to be had
 BEACON_PORT: Final = 47474  # apart from the service port, so that every process of a machine can share it
 BEACON_GROUP: Final = "239.192.77.77"  # organisation-local multicast scope (RFC 2365): never routed outside
 BEACON_GROUP6: Final = "ff12::4d51:4d45"  # link-local scope, not assigned by IANA (RFC 4291): never leaves the link
@@ -314,6 +317,8 @@ class Settings:
     peers: "HOST", "HOST:PORT" or "[IPV6]:PORT". state_dir: None means the platform's own place.
     key: the path of a file with the mesh's key, or the key as text; None takes the one that is sealed into the
     program, and where there is none the mesh is open.
+    http: where a gateway listens; of its port, None takes DEFAULT_HTTP_PORT, or a free one where that is taken.
+    api_key: the path of a file with those that open a gateway, or one as text.
     """
 
     host: str = ""
@@ -327,6 +332,8 @@ class Settings:
     log_level: str = "warning"
     model: str | None = None
     gpu_layers: int | None = None
+    http: tuple[str, int | None] = (LOOPBACK, None)
+    api_key: str | None = field(default=None, repr=False)
 
     @classmethod
     def resolve(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -468,6 +475,15 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
     return host, default_port if port is None else _parse_port(port)
 
 
+def _parse_http(value: Any) -> tuple[str, int]:
+    """ "HOST:PORT", "HOST" or "PORT"; the host is an IP address of this machine, or its name for itself."""
+    text = str(value).strip()
+    if text.isdigit():
+        return LOOPBACK, _parse_port(text)
+    host, port = parse_address(text, DEFAULT_HTTP_PORT)
+    return _parse_host(LOOPBACK if host == "localhost" else host), port
+
+
 # Setting: (flag, environment variable, parser).
 _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "host": ("--host", "QMESH_HOST", _parse_host),
@@ -481,6 +497,8 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
     "model": ("--model", "QMESH_MODEL", _parse_model),
     "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
+    "http": ("--http", "QMESH_HTTP", _parse_http),
+    "api_key": ("--api-key", "QMESH_API_KEY", str),
 }
 
 
@@ -543,7 +561,7 @@ class Refused(QMeshError):
 
 
 class ModelNotFound(QMeshError):
-    """Name one of those that exist, or leave --model away to take any."""
+    """Name one of those that exist, or leave the model away to take any."""
 
     code = "model_not_found"
     exit_code = 5
@@ -3522,7 +3540,6 @@ NVIDIA_QUERY: Final = (
 GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
 GPU_SAMPLE_PERIOD_S: Final = 10.0
 MAX_INSTANCES: Final = 256  # workers on one machine
-LOOPBACK: Final = "127.0.0.1"
 LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
 
 
@@ -3588,9 +3605,9 @@ def read_key_file(path: Path) -> str:
     return data.decode("utf-8-sig", errors="replace")
 
 
-def warn_of_readers(mode: int, path: Path) -> None:
+def warn_of_readers(mode: int, path: Path, what: str = "the mesh's key") -> None:
     if sys.platform != "win32" and stat.S_ISREG(mode) and mode & 0o077:
-        log.warning("other users of this machine can read the mesh's key: chmod go= %s", path)
+        log.warning("other users of this machine can read %s: chmod go= %s", what, path)
 
 
 def is_key_text(text: str) -> bool:
@@ -8266,6 +8283,12 @@ class Client:
                 silent.append(who | {"error": str(error)})
         return workers, silent
 
+    async def overview(self) -> Json:
+        """How the mesh does: the workers that answer, those that do not, and what our own node of it counts."""
+        workers, silent = await self.statuses()
+        network, mesh = self.node.report(), self.meshes[0].to_json()
+        return {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh}
+
     async def choose(
         self, suits: Callable[[WorkerRecord], bool], passed_over: set[NodeId], holder: NodeId | None = None
     ) -> tuple[Choice | None, QMeshError | None]:
@@ -8748,7 +8771,7 @@ async def first_to_answer(first: Heard, second: Heard, note: Callable[[_Failed],
         await asyncio.gather(first.aclose(), second.aclose())
 
 
-async def _leave(steps: dict[asyncio.Future[Any], Heard]) -> None:
+async def _leave(steps: dict[asyncio.Future[Any], Any]) -> None:
     """Stop waiting for what is said, and stop those who would say it."""
     for step in steps:
         step.cancel()
@@ -10023,9 +10046,457 @@ BATCH_SUFFIX: Final = ".jsonl"
 # 24  HTTP
 #
 # Moves HTTP/1.1 requests and answers (RFC 9112), with deadlines and limits; knows nothing of what they are about.
+# Rule 1: `HttpReader` reads, without input or output; `HttpConnection` moves bytes; `HttpServer` owns the connections.
+# Rule 2: strict: what two programs might read differently is refused.
+# Rule 3: a client that goes away ends the work for it at once.
 # ======================================================================================================
 
-HTTP_VERSION: Final = "HTTP/1.1"
+MAX_HTTP_HEAD_BYTES: Final = 16 * 1024  # request line and headers; browsers send 1, with large cookies 8
+MAX_HTTP_BODY_BYTES: Final = MAX_FRAME_BYTES - 64 * 1024  # it has to fit a frame to a worker, with what is added there
+MAX_HTTP_CHUNK_LINE_BYTES: Final = 1024  # a chunk's size in hexadecimal; extensions are not read
+MAX_HTTP_AHEAD_BYTES: Final = 64 * 1024  # sent before the answer to the request before it; more is hung up on
+MAX_HTTP_CONNECTIONS: Final = 512  # each takes a file descriptor; those that wait for a request make room
+HTTP_REQUEST_TIMEOUT_S: Final = 20.0  # for a head and its body, from the first byte on; and for the first byte
+HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; longer than most clients keep a connection
+HTTP_LINGER_S: Final = 2.0  # for a client to hear why it is hung up on, before what it still sends meets a closed door
+HTTP_SILENCE_S: Final = (
+    10.0  # after which an answer that comes in pieces shows a sign of life; proxies give up at 30 or 60
+)
+HTTP_WRITE_BUFFER_BYTES: Final = 64 * 1024  # that wait for a client to take them, before its answer waits too
+
+_HTTP_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_REQUEST_LINE: Final = re.compile(rf"({_HTTP_TOKEN.pattern}) ([!-~]+) HTTP/1\.([01])")
+_HEADER_LINE: Final = re.compile(rf"({_HTTP_TOKEN.pattern}):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
+
+
+class HttpError(Exception):
+    """A request that cannot be read, or is not wanted: the status, a sentence and headers to answer with.
+
+    code: what programs tell it by, where they need more than the status.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = headers or {}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One request. path: decoded, without the query. headers: names in lower case; what came twice is joined."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    is_1_1: bool = True
+    body: bytes = b""
+
+    @property
+    def keeps_alive(self) -> bool:
+        options = [option.strip().lower() for option in self.headers.get("connection", "").split(",")]
+        return self.is_1_1 and "close" not in options
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """body: bytes, or pieces as they come; of those, `length` if it is known beforehand.
+
+    sign_of_life: a piece that says nothing, for when no other has come for long.
+    """
+
+    status: int
+    body: bytes | AsyncGenerator[bytes, None] = b""
+    kind: str = "application/json"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    length: int | None = None
+    sign_of_life: bytes = b""
+
+
+class HttpReader:
+    """Bytes in, requests out, without input or output."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._head: HttpRequest | None = None
+        self._body = bytearray()
+        self._left: int | None = None  # of the body, or of a chunk and its line end; None where a chunk's size comes
+        self._is_chunked = False
+        self._in_trailer = False
+
+    @property
+    def ahead(self) -> int:
+        """How many bytes wait to be read."""
+        return len(self._data)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a request has begun, and is not whole."""
+        return bool(self._data) or self._head is not None
+
+    def feed(self, data: bytes) -> None:
+        self._data += data
+
+    def head(self) -> HttpRequest | None:
+        """The next request without its body; None until it is there. Raises HttpError."""
+        if self._head is None:
+            while self._data.startswith(b"\r\n"):  # an empty line before a request is passed over (RFC 9112, 2.2)
+                del self._data[:2]
+            end = self._data.find(b"\r\n\r\n", 0, MAX_HTTP_HEAD_BYTES)
+            if end < 0:
+                if len(self._data) >= MAX_HTTP_HEAD_BYTES:
+                    raise HttpError(431, f"the headers are longer than {MAX_HTTP_HEAD_BYTES:,} bytes")
+                return None
+            self._head = parse_head(bytes(self._data[:end]))
+            del self._data[: end + 4]
+            self._begin_body(self._head.headers)
+        return self._head
+
+    def request(self) -> HttpRequest | None:
+        """The next request, whole; None until it is there. Raises HttpError."""
+        head = self.head()
+        if head is None or not (self._chunks_end() if self._is_chunked else self._body_ends()):
+            return None
+        whole, self._head = replace(head, body=bytes(self._body)), None
+        self._body.clear()
+        return whole
+
+    def _begin_body(self, headers: Mapping[str, str]) -> None:
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        self._is_chunked, self._in_trailer = coding is not None, False
+        if coding is not None:
+            if coding.lower() != "chunked":
+                raise HttpError(501, f"the transfer coding {printable(coding)} is not supported")
+            if length is not None:
+                raise HttpError(400, "Content-Length and Transfer-Encoding contradict each other")
+            self._left = None
+        elif length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
+            raise HttpError(400, "Content-Length is not a number")
+        else:
+            self._left = int(length or 0)
+            self._check_size(self._left)
+
+    def _body_ends(self) -> bool:
+        assert self._left is not None
+        taken = self._data[: self._left]
+        self._body += taken
+        self._left -= len(taken)
+        del self._data[: len(taken)]
+        return not self._left
+
+    def _chunks_end(self) -> bool:
+        while True:
+            if self._left is None:
+                line = self._line()
+                if line is None:
+                    return False
+                if self._in_trailer:
+                    if not line:
+                        return True
+                    continue  # what a trailer says is not needed
+                size = line.partition(b";")[0].strip()
+                if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+                    raise HttpError(400, "a chunk's size is not a number")
+                self._check_size(len(self._body) + int(size, 16))
+                self._in_trailer = int(size, 16) == 0
+                self._left = None if self._in_trailer else int(size, 16) + 2
+            elif len(self._data) < self._left:
+                return False
+            else:
+                chunk, self._left = self._data[: self._left], None
+                if chunk[-2:] != b"\r\n":
+                    raise HttpError(400, "a chunk is longer than its size")
+                self._body += chunk[:-2]
+                del self._data[: len(chunk)]
+
+    def _line(self) -> bytes | None:
+        end = self._data.find(b"\r\n", 0, MAX_HTTP_CHUNK_LINE_BYTES)
+        if end < 0:
+            if len(self._data) >= MAX_HTTP_CHUNK_LINE_BYTES:
+                raise HttpError(400, "a chunk's first line is too long")
+            return None
+        line = bytes(self._data[:end])
+        del self._data[: end + 2]
+        return line
+
+    @staticmethod
+    def _check_size(size: int) -> None:
+        if size > MAX_HTTP_BODY_BYTES:
+            raise HttpError(413, f"the body is longer than {MAX_HTTP_BODY_BYTES:,} bytes")
+
+
+def parse_head(data: bytes) -> HttpRequest:
+    """A request's first line and headers. Raises HttpError."""
+    first, *lines = data.decode("latin-1").split("\r\n")
+    line = _REQUEST_LINE.fullmatch(first)
+    if line is None:
+        raise HttpError(400, "the first line is not that of an HTTP/1.1 request")
+    headers: dict[str, str] = {}
+    for text in lines:
+        header = _HEADER_LINE.fullmatch(text)
+        if header is None:
+            raise HttpError(400, "a header line is not `Name: value`")
+        name = header[1].lower()
+        if name in headers and name in ("content-length", "host", "transfer-encoding"):
+            raise HttpError(400, f"{header[1]} is given twice")
+        headers[name] = f"{headers[name]}, {header[2]}" if name in headers else header[2]
+    if line[3] == "1" and "host" not in headers:
+        raise HttpError(400, "the Host header is missing")
+    target = urllib.parse.urlsplit(line[2]) if not line[2].startswith("//") else None
+    if target is None or not target.path.startswith("/"):
+        raise HttpError(400, "the target of the request is not a path")
+    return HttpRequest(line[1], urllib.parse.unquote(target.path), headers, line[3] == "1")
+
+
+def response_head(response: HttpResponse, *, closes: bool, chunked: bool) -> bytes:
+    """The first line and headers of an answer."""
+    length = len(response.body) if isinstance(response.body, bytes) else response.length
+    headers = {"Date": email.utils.formatdate(usegmt=True), "Server": AGENT, "Content-Type": response.kind}
+    headers |= {"Transfer-Encoding": "chunked"} if chunked else {}
+    headers |= {"Content-Length": str(length)} if length is not None else {}
+    headers |= {"Connection": "close"} if closes else {}
+    headers |= {"X-Content-Type-Options": "nosniff", **response.headers}
+    phrase = http.client.responses.get(response.status, "")
+    lines = [f"HTTP/1.1 {response.status} {phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def _http_chunk(data: bytes, *, chunked: bool) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
+
+
+HttpHandler = Callable[[HttpRequest], Awaitable[HttpResponse]]
+
+
+class HttpConnection(asyncio.Protocol):
+    """One client: its requests are answered one after the other."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self.is_idle = True  # waits for a request
+        self._is_answering = False
+        self._is_deaf = False  # what comes is not read any more
+        self._wrote_at = 0.0
+        self._server = server
+        self._reader = HttpReader()
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
+
+    # --- Called by asyncio ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(HTTP_WRITE_BUFFER_BYTES)
+        self._task = self._loop.create_task(self._serve())
+        self._server.came(self, self._task)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
+        self._reader.feed(data)
+        if self._is_answering and self._reader.ahead > MAX_HTTP_AHEAD_BYTES:
+            self.abort()  # it sends without waiting for answers
+        self._changed.set()
+
+    def eof_received(self) -> None:
+        """Who closes its half wants no answer any more: the transport closes the other one."""
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._task.cancel()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    # --- Requests ---
+
+    async def _serve(self) -> None:
+        try:
+            while await self._answer_next():
+                pass
+        except HttpError as error:
+            await self._refuse(error)
+        except TimeoutError:
+            log.info("an HTTP client takes nothing of its answer, and is hung up on")
+        finally:
+            self._transport.close()
+
+    async def _refuse(self, error: HttpError) -> None:
+        """Say why, and hang up; not at once, as what has not been read would then undo what was written."""
+        self._is_deaf = True
+        await self._write_response(self._server.explain(error), closes=True, is_1_1=True)
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+        await asyncio.sleep(HTTP_LINGER_S)  # unless the client hangs up first
+
+    async def _answer_next(self) -> bool:
+        """Read a request and answer it; False when no other one is to follow. Raises HttpError, TimeoutError."""
+        self.is_idle, self._is_answering = True, False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HTTP_IDLE_TIMEOUT_S):
+                while not self._reader.begun:
+                    await self._more()
+        if not self._reader.begun:
+            return False
+        self.is_idle = False
+        try:
+            async with asyncio.timeout(HTTP_REQUEST_TIMEOUT_S):
+                request = await self._read()
+        except TimeoutError:
+            raise HttpError(408, f"the request was not whole within {HTTP_REQUEST_TIMEOUT_S:g} s") from None
+        self._is_answering, closes = True, self._server.is_stopping or not request.keeps_alive
+        response = await self._server.handle(request)
+        if request.method == "HEAD":
+            await self._leave_out_body(response, closes=closes)
+        else:
+            closes = await self._write_response(response, closes=closes, is_1_1=request.is_1_1)
+        return not (closes or self._server.is_stopping)
+
+    async def _read(self) -> HttpRequest:
+        while (head := self._reader.head()) is None:
+            await self._more()
+        self._server.admit(head)
+        expects = head.headers.get("expect", "").lower() == "100-continue"
+        while (request := self._reader.request()) is None:
+            if expects:
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                expects = False
+            await self._more()
+        return request
+
+    async def _more(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    # --- Answers ---
+
+    async def _write_response(self, response: HttpResponse, *, closes: bool, is_1_1: bool) -> bool:
+        """Returns whether the connection ends with it."""
+        body = response.body
+        if isinstance(body, bytes):
+            await self._write(response_head(response, closes=closes, chunked=False) + body)
+            return closes
+        chunked = is_1_1 and response.length is None
+        closes = closes or (response.length is None and not chunked)
+        async with contextlib.aclosing(body):
+            await self._write(response_head(response, closes=closes, chunked=chunked))
+            sign = response.sign_of_life
+            with self._signs_of_life(_http_chunk(sign, chunked=chunked)) if sign else contextlib.nullcontext():
+                async for piece in body:
+                    if piece:  # an empty chunk would be the end
+                        await self._write(_http_chunk(piece, chunked=chunked))
+            if chunked:
+                await self._write(b"0\r\n\r\n")
+        return closes
+
+    @contextlib.contextmanager
+    def _signs_of_life(self, sign: bytes) -> Iterator[None]:
+        """Write `sign` whenever nothing was written for HTTP_SILENCE_S."""
+
+        def check() -> None:
+            if self._loop.time() - self._wrote_at >= HTTP_SILENCE_S and self._writable.is_set():
+                self._transport.write(sign)
+            timers.append(self._loop.call_later(HTTP_SILENCE_S, check))
+
+        timers: deque[asyncio.TimerHandle] = deque(maxlen=1)
+        timers.append(self._loop.call_later(HTTP_SILENCE_S, check))
+        try:
+            yield
+        finally:
+            timers.pop().cancel()
+
+    async def _leave_out_body(self, response: HttpResponse, *, closes: bool) -> None:
+        if not isinstance(response.body, bytes):
+            await response.body.aclose()
+        await self._write(response_head(response, closes=closes, chunked=False))
+
+    async def _write(self, data: bytes) -> None:
+        """Write, and wait where the client does not take it; one that takes nothing for long is hung up on."""
+        self._transport.write(data)
+        self._wrote_at = self._loop.time()
+        if not self._writable.is_set():
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._writable.wait()
+            except TimeoutError:
+                self.abort()
+                raise
+
+
+class HttpServer:
+    """Listens, and has each request answered by `handle`.
+
+    admit: looks at a request before its body is read, and raises HttpError if it is not wanted. explain: makes the
+    answer that tells of an HttpError. What `handle` raises is a fault of ours, and is told as such.
+    """
+
+    def __init__(
+        self,
+        handle: HttpHandler,
+        *,
+        admit: Callable[[HttpRequest], None] = lambda request: None,
+        explain: Callable[[HttpError], HttpResponse] = lambda error: HttpResponse(
+            error.status, f"{error}\n".encode(), "text/plain; charset=utf-8", error.headers
+        ),
+    ) -> None:
+        self.admit = admit
+        self.explain = explain
+        self.is_stopping = False
+        self._handle = handle
+        self._connections: dict[HttpConnection, asyncio.Task[None]] = {}
+        self._servers: list[asyncio.Server] = []
+
+    async def start(self, host: str, port: int | None, usual: int) -> Address:
+        """Listen on an address, "" for all of the machine's; returns it. port: as `bind_preferred` takes it."""
+        loop = asyncio.get_running_loop()
+        socks = bind_preferred(socket.SOCK_STREAM, host, port, usual)
+        self._servers = [await loop.create_server(lambda: HttpConnection(self), sock=sock) for sock in socks]
+        return address_of(socks[0].getsockname())
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Accept no more, and end every connection; those that wait for an answer after `grace_s` at the latest."""
+        self.is_stopping = True
+        for server in self._servers:
+            server.close()
+        for connection in [connection for connection in self._connections if connection.is_idle]:
+            connection.abort()
+        tasks = list(self._connections.values())
+        if tasks and grace_s:
+            await asyncio.wait(tasks, timeout=grace_s)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def came(self, connection: HttpConnection, task: asyncio.Task[None]) -> None:
+        """A client has connected. Where there are too many, one that waits makes room, or this one is hung up on."""
+        if len(self._connections) >= MAX_HTTP_CONNECTIONS:
+            idle = next((other for other in self._connections if other.is_idle), connection)
+            idle.abort()
+        self._connections[connection] = task
+        task.add_done_callback(functools.partial(self._went, connection))
+
+    def _went(self, connection: HttpConnection, task: asyncio.Task[None]) -> None:
+        self._connections.pop(connection, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("an HTTP connection failed", exc_info=task.exception())
+
+    async def handle(self, request: HttpRequest) -> HttpResponse:
+        try:
+            return await self._handle(request)
+        except HttpError as error:
+            return self.explain(error)
+        except Exception:
+            log.exception("%s %s failed", printable(request.method), printable(request.path))
+            return self.explain(HttpError(500, "a fault of this program; its log tells more"))
 
 
 # ======================================================================================================
@@ -10037,14 +10508,418 @@ HTTP_VERSION: Final = "HTTP/1.1"
 PAGE: Final = ""
 
 
+def page_policy() -> str:
+    return "default-src 'none'"
+
+
 # ======================================================================================================
 # 26  Gateway
 #
-# The mesh as programs made for OpenAI's API see it: what they send becomes jobs, what happens to those becomes answers.
-# What is not supported is refused by name, never ignored.
+# The mesh as programs made for OpenAI's API see it, and people with a browser.
+# Rule 1: what goes wrong before a worker has taken a request has an HTTP status of its own.
+# Rule 2: who hangs up costs the mesh nothing from then on.
+# Rule 3: nobody comes in by way of a browser: without an API key, other sites' pages are turned away.
 # ======================================================================================================
 
-DEFAULT_HTTP_PORT: Final = 8080
+DEFAULT_GATEWAY_WAIT_S: Final = 60.0  # for a worker to take a request; programs ask again after that by themselves
+MAX_GATEWAY_JOBS: Final = 512  # under way at once: more than the slots of a large lab, and some MB
+RETRY_AFTER_S: Final = 5  # a slot of a busy worker is free again by then, more often than not
+MESH_VIEW_S: Final = 1.0  # workers are asked how they do this often at most, however many pages watch
+MAX_API_KEYS: Final = 1024  # one for each person of a lab
+MIN_API_KEY_CHARS: Final = 8  # fewer are tried out in a night
+ARCHIVE_CHUNK_BYTES: Final = 256 * 1024
+EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
+NOT_STORED: Final = {"Cache-Control": "no-store"}
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOptions:
+    """What only a gateway needs to be told.
+
+    port: as `bind_preferred` takes it. keys: those that open it; none opens it to all, which only the loopback may.
+    wait_s: how long a request may wait for a worker to take it.
+    """
+
+    host: str = LOOPBACK
+    port: int | None = None
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    wait_s: float = DEFAULT_GATEWAY_WAIT_S
+
+    def __post_init__(self) -> None:
+        if not self.keys and not is_loopback(self.host):
+            place = f"--http {self.host or UNSPECIFIED} lets everybody who reaches this machine ask"
+            raise UsageError(f"{place}: give a key with --api-key FILE or QMESH_API_KEY, or stay on {LOOPBACK}")
+
+
+def read_api_keys(told: str | None) -> tuple[str, ...]:
+    """The keys in a file, one a line, # begins a comment; or a key itself. Raises UsageError."""
+    if told is None:
+        return ()
+    text = told
+    with contextlib.suppress(OSError, ValueError):
+        path = Path(told).expanduser()
+        if path.is_file():
+            warn_of_readers(path.stat().st_mode, path, "the API keys")
+            text = path.read_text("utf-8")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    keys = tuple(dict.fromkeys(filter(None, lines)))
+    if not 0 < len(keys) <= MAX_API_KEYS:
+        raise UsageError(f"1 to {MAX_API_KEYS} API keys are needed, not {len(keys)}")
+    for key in keys:
+        if len(key) < MIN_API_KEY_CHARS or not re.fullmatch("[!-~]+", key):
+            raise UsageError(f"an API key has {MIN_API_KEY_CHARS} or more letters, digits and signs, without spaces")
+    return keys
+
+
+class MeshView:
+    """How the mesh does, asked for at most once in MESH_VIEW_S, however many look."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._looking = asyncio.Lock()
+        self._seen: Json = {}
+        self._seen_at = -math.inf
+
+    async def look(self) -> Json:
+        """What `Client.overview` tells."""
+        async with self._looking:
+            now = asyncio.get_running_loop().time()
+            if now - self._seen_at >= MESH_VIEW_S:
+                if not self._client.records():
+                    self._client.look_again()
+                self._seen, self._seen_at = await self._client.overview(), now
+            return self._seen
+
+
+class Gateway:
+    """An HTTP server in front of a client of the mesh: `start`, then `stop`."""
+
+    def __init__(self, client: Client, options: GatewayOptions) -> None:
+        self.options = options
+        self._client = client
+        self._keys = [key.encode() for key in options.keys]
+        self._server = HttpServer(self.answer, admit=self._admit, explain=explain_http_error)
+        self._view = MeshView(client)
+        self._jobs = 0  # under way
+        self._tasks = OwnedTasks()
+
+    async def start(self) -> str:
+        """Listen; returns the address as a URL. Raises UsageError when that cannot be had."""
+        host, port = await self._server.start(self.options.host, self.options.port, DEFAULT_HTTP_PORT)
+        self._tasks.start(self._find_all())
+        return f"http://{format_address((LOOPBACK if host == UNSPECIFIED else host, port))}"
+
+    async def _find_all(self) -> None:
+        with contextlib.suppress(NoWorkerFound):
+            await self._client.discover(everything=True)
+
+    async def stop(self) -> None:
+        """Let what is under way come to its end, for some seconds."""
+        await self._server.stop(DEFAULT_GRACE_S)
+        await self._tasks.close()
+
+    # --- Who may come in ---
+
+    def _admit(self, request: HttpRequest) -> None:
+        """Turn away, before its body is read, what is not wanted. Raises HttpError."""
+        method, needs_key, _ = self._route(request)
+        if request.method not in (method, "HEAD" if method == "GET" else method):
+            allowed = {"Allow": f"{method}, HEAD" if method == "GET" else method}
+            raise HttpError(405, f"{printable(request.path)} takes {method} alone", headers=allowed)
+        if not self._keys:
+            _check_is_no_other_site(request)
+        elif needs_key:
+            self._check_key(request)
+
+    def _route(self, request: HttpRequest) -> Route:
+        path = request.path if request.path in _ROUTES else f"{request.path.rpartition('/')[0]}/*"
+        for known in (request.path, path):
+            if known in _ROUTES:
+                return _ROUTES[known]
+        hint = "; base_url ends in /v1" if f"/v1{request.path}" in _ROUTES else ""
+        raise HttpError(404, f"there is no {printable(request.path)} here{hint}", code="unknown_url")
+
+    def _check_key(self, request: HttpRequest) -> None:
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        key = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        if True not in [hmac.compare_digest(key, known) for known in self._keys]:  # all, in the same time
+            what = "this API key is not known here" if key else "an API key is needed: `Authorization: Bearer KEY`"
+            raise HttpError(401, what, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    # --- Answers ---
+
+    async def answer(self, request: HttpRequest) -> HttpResponse:
+        try:
+            return await self._route(request)[2](self, request)
+        except QMeshError as error:
+            status, body = api_error(error)
+            headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
+            return json_response(body, status, headers)
+
+    async def _page(self, request: HttpRequest) -> HttpResponse:
+        policy = {"Content-Security-Policy": page_policy(), "Referrer-Policy": "no-referrer", **NOT_STORED}
+        return HttpResponse(200, PAGE.encode(), "text/html; charset=utf-8", policy)
+
+    async def _health(self, request: HttpRequest) -> HttpResponse:
+        """200 while some worker takes requests, as far as is known, else 503."""
+        records = self._client.records()
+        able = sum(record.state is not HealthState.OVERLOADED for record in records)
+        status = "ok" if able else "overloaded" if records else "no_workers"
+        body = {"status": status, "workers": len(records), "agent": AGENT}
+        return json_response(body, 200 if able else 503)
+
+    async def _mesh(self, request: HttpRequest) -> HttpResponse:
+        return json_response(await self._view.look())
+
+    async def _archive(self, request: HttpRequest) -> HttpResponse:
+        """The program itself, for the next machine."""
+        archive = running_archive()
+        if archive is None:
+            raise HttpError(404, "this gateway does not run from an archive, so there is none to hand out")
+        if not self._keys and await asyncio.to_thread(read_sealed_key, archive) is not None:
+            raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
+        file = await asyncio.to_thread(archive.open, "rb")
+        body = _file_pieces(file)
+        await anext(body)
+        headers = {"Content-Disposition": 'attachment; filename="qmesh.pyz"', **NOT_STORED}
+        return HttpResponse(200, body, "application/octet-stream", headers, os.fstat(file.fileno()).st_size)
+
+    async def _models(self, request: HttpRequest) -> HttpResponse:
+        return json_response({"object": "list", "data": [model_body(name) for name in await self._model_names()]})
+
+    async def _model(self, request: HttpRequest) -> HttpResponse:
+        wanted = request.path.rpartition("/")[2]
+        for name in await self._model_names():
+            if model_key(name) == model_key(wanted):
+                return json_response(model_body(name))
+        raise ModelNotFound(f"no worker has the model {printable(wanted)}")
+
+    async def _model_names(self) -> list[str]:
+        view = await self._view.look()
+        return sorted({printable(model["name"]) for worker in view["workers"] for model in worker["models"]})
+
+    async def _complete(self, request: HttpRequest) -> HttpResponse:
+        """An answer to /v1/chat/completions or /v1/completions, in pieces or whole."""
+        asked = CompletionRequest.from_json(SHAPES[request.path], _json_in(request), self._client.settings.timeout_s)
+        if self._jobs + len(asked.jobs) > MAX_GATEWAY_JOBS:
+            raise Refused(f"{MAX_GATEWAY_JOBS} answers are under way at this gateway")
+        if not asked.stream:
+            return await self._whole(asked)
+        pieces = self._pieces(asked)
+        await anext(pieces)
+        return HttpResponse(200, pieces, EVENT_STREAM, {**NOT_STORED, "X-Accel-Buffering": "no"}, sign_of_life=b":\n\n")
+
+    @contextlib.asynccontextmanager
+    async def _under_way(self, asked: CompletionRequest) -> AsyncGenerator[Steps[Told], None]:
+        """What happens to the jobs of a request, until it is left."""
+        self._jobs += len(asked.jobs)
+        runs = [self._client.run(job, worker=asked.worker) for job in asked.jobs]
+        try:
+            async with contextlib.aclosing(Steps(in_any_order(runs))) as told:
+                yield told
+        except NoWorkerFound as error:
+            if asked.worker is not None and self._client.records():
+                raise BadParameter("worker", str(error)) from None
+            raise
+        finally:
+            self._jobs -= len(asked.jobs)
+
+    async def _until_taken(self, told: Steps[Told]) -> list[Told]:
+        """What happens until a worker has taken a request, or has been at it for long. Raises Refused."""
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + self.options.wait_s
+        early: list[Told] = []
+        limit_s: float | None = None
+        with contextlib.suppress(TimeoutError):
+            while (one := await told.next(limit_s)) is not None:
+                early.append(one)
+                _, event = one
+                if isinstance(event, (Queued, Token, Answer)):
+                    break
+                if isinstance(event, Waiting) and loop.time() >= give_up_at:
+                    raise Refused(f"no worker took the request within {self.options.wait_s:g} s: {event.reason}")
+                limit_s = HTTP_SILENCE_S if isinstance(event, Selected) else None
+        return early
+
+    async def _whole(self, asked: CompletionRequest) -> HttpResponse:
+        async with self._under_way(asked) as told:
+            happened = await self._until_taken(told)
+            while (one := await told.next()) is not None:
+                happened.append(one)
+        answers = [event for _, event in sorted(happened, key=lambda one: one[0]) if isinstance(event, Answer)]
+        headers = {"X-QMesh-Worker": answers[0].result.worker_id}
+        headers |= {"X-QMesh-Failovers": str(sum(answer.failovers for answer in answers))}
+        return json_response(Reply(asked).whole(answers), headers=headers)
+
+    async def _pieces(self, asked: CompletionRequest) -> AsyncGenerator[bytes, None]:
+        """The events of a stream. The first piece is empty, and comes when a worker has taken the request.
+
+        Raises a QMeshError before that; what goes wrong then is the stream's last event.
+        """
+        stream = CompletionStream(asked)
+        async with self._under_way(asked) as told:
+            early = await self._until_taken(told)
+            yield b""
+            try:
+                yield b"".join(map(stream.written, early))
+                while (one := await told.next()) is not None:
+                    yield stream.written(one)
+                yield stream.end()
+            except QMeshError as error:
+                yield sse(api_error(error)[1])
+
+
+Told = tuple[int, Progressed]
+"""The index of a choice, and what happens to its job."""
+
+
+class CompletionStream:
+    """An answer as server-sent events (WHATWG HTML, 9.2): its pieces, and in comments what happens on the way."""
+
+    def __init__(self, asked: CompletionRequest) -> None:
+        self._asked = asked
+        self._reply = Reply(asked)
+        self._begun: set[int] = set()
+        self._answers: dict[int, Answer] = {}
+
+    def written(self, told: Told) -> bytes:
+        index, event = told
+        if not isinstance(event, (Token, Answer)):
+            if isinstance(event, Selected):
+                self._reply.model = self._reply.model or event.model
+            note = _note_of(event)
+            return b": qmesh %b\n\n" % dump_json(note) if note is not None else b""
+        pieces = self._reply.pieces(index, event, is_first=index not in self._begun)
+        self._begun.add(index)
+        if isinstance(event, Answer):
+            self._answers[index] = event
+        return b"".join(map(sse, pieces))
+
+    def end(self) -> bytes:
+        in_order = [self._answers[index] for index in sorted(self._answers)]
+        usage = sse(self._reply.usage_piece(in_order)) if self._asked.include_usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+
+def sse(body: Json) -> bytes:
+    """JSON has no line ends in it, so that it is one line of data."""
+    return b"data: %b\n\n" % dump_json(body)
+
+
+def _note_of(event: Progressed) -> Json | None:
+    if isinstance(event, Selected):
+        return {"event": "selected", "worker_id": event.worker_id, "score": round(event.health.score)}
+    if isinstance(event, Queued):
+        return {"event": "queued", "position": event.position, "wait_s": event.wait_s}
+    if isinstance(event, Waiting):
+        return {"event": "waiting", "reason": event.reason}
+    if isinstance(event, Lost):
+        return {"event": "lost", "worker_id": event.worker_id, "reason": event.reason, "tokens": event.tokens}
+    return None
+
+
+class Steps(Generic[T]):
+    """Events of which the next can be waited for with a limit, and is not lost when that is over."""
+
+    def __init__(self, events: AsyncGenerator[T, None]) -> None:
+        self._events = events
+        self._step: asyncio.Future[T | None] | None = None
+
+    async def next(self, limit_s: float | None = None) -> T | None:
+        """The next event, None behind the last. Raises TimeoutError."""
+        if limit_s is None and self._step is None:
+            return await anext(self._events, None)
+        self._step = self._step or asyncio.ensure_future(anext(self._events, None))
+        done, _ = await asyncio.wait({self._step}, timeout=limit_s)
+        if not done:
+            raise TimeoutError
+        step, self._step = self._step, None
+        return step.result()
+
+    async def aclose(self) -> None:
+        if self._step is not None:
+            self._step.cancel()
+            await asyncio.gather(self._step, return_exceptions=True)
+        await self._events.aclose()
+
+
+async def in_any_order(runs: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """What several generators yield, as it comes, each with its place among them. One that fails ends them all."""
+    if len(runs) == 1:  # as most do; it needs no task for each step
+        async with contextlib.aclosing(runs[0]) as events:
+            async for event in events:
+                yield 0, event
+        return
+    steps: dict[asyncio.Future[T | None], int] = {
+        asyncio.ensure_future(anext(run, None)): index for index, run in enumerate(runs)
+    }
+    try:
+        while steps:
+            done, _ = await asyncio.wait(steps, return_when=asyncio.FIRST_COMPLETED)
+            for step in done:
+                index, said = steps.pop(step), step.result()
+                if said is not None:
+                    steps[asyncio.ensure_future(anext(runs[index], None))] = index
+                    yield index, said
+    finally:
+        await _leave(steps)
+        await asyncio.gather(*(run.aclose() for run in runs))
+
+
+def model_body(name: str) -> Json:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "qmesh"}
+
+
+def json_response(body: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> HttpResponse:
+    return HttpResponse(status, dump_json(body), headers={**NOT_STORED, **(headers or {})})
+
+
+def explain_http_error(error: HttpError) -> HttpResponse:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return json_response(error_body(str(error), kind, error.code), error.status, error.headers)
+
+
+def _json_in(request: HttpRequest) -> Json:
+    try:
+        return parse_json(request.body)
+    except WireError as error:
+        raise HttpError(400, f"the body is not a JSON object: {error}") from None
+
+
+def _check_is_no_other_site(request: HttpRequest) -> None:
+    """Turn away pages of other sites, which a browser on this machine may show, whatever name they have given it."""
+    host, origin = request.headers.get("host", LOOPBACK), request.headers.get("origin")
+    try:
+        name, _ = parse_address(host, DEFAULT_HTTP_PORT)
+    except ValueError:
+        raise HttpError(400, "the Host header is no address") from None
+    if not is_ip_address(name) and name != "localhost" and not name.endswith(".localhost"):
+        raise HttpError(403, f"this gateway is for this machine alone, and not for {printable(name)}")
+    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+        raise HttpError(403, f"pages of {printable(origin)} may not ask here")
+
+
+async def _file_pieces(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
+    """A file's content; the first piece is empty, so that the file is closed whenever this is left."""
+    with file:
+        yield b""
+        while data := await asyncio.to_thread(file.read, ARCHIVE_CHUNK_BYTES):
+            yield data
+
+
+Route = tuple[str, bool, Callable[[Gateway, HttpRequest], Awaitable[HttpResponse]]]
+
+# Path: (method, whether it needs a key, what answers it).
+_ROUTES: Final[dict[str, Route]] = {
+    "/": ("GET", False, Gateway._page),
+    "/health": ("GET", False, Gateway._health),
+    "/mesh": ("GET", True, Gateway._mesh),
+    "/qmesh.pyz": ("GET", True, Gateway._archive),
+    "/v1/models": ("GET", True, Gateway._models),
+    "/v1/models/*": ("GET", True, Gateway._model),
+    CHAT.path: ("POST", True, Gateway._complete),
+    TEXT.path: ("POST", True, Gateway._complete),
+}
 
 
 # ======================================================================================================
@@ -10118,13 +10993,16 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
         announce_worker(worker, terminal, as_json=arguments.json)
         failed = asyncio.create_task(worker.wait())
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        terminal.say("👋 Leaving the mesh...")
         try:
-            await worker.stop()
+            async with gateway_of(arguments, settings) if arguments.gateway else contextlib.nullcontext():
+                await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                terminal.say("👋 Leaving the mesh...")
         finally:
-            failed.cancel()
+            stopped.cancel()
+            try:
+                await worker.stop()
+            finally:
+                failed.cancel()
         if failed.done() and not failed.cancelled():
             failed.result()
     if arguments.json:
@@ -10181,6 +11059,48 @@ def interrupts(stop: asyncio.Event) -> Iterator[None]:
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+# --- gateway ---
+
+
+def run_gateway(arguments: argparse.Namespace, settings: Settings) -> int:
+    return asyncio.run(serve_gateway(arguments, settings))
+
+
+async def serve_gateway(arguments: argparse.Namespace, settings: Settings) -> int:
+    stop = asyncio.Event()
+    with interrupts(stop):
+        async with gateway_of(arguments, settings):
+            await stop.wait()
+            Terminal(shown=not arguments.json).say("👋 Closing the gateway...")
+    if arguments.json:
+        print_json({"event": "stopped"})
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def gateway_of(arguments: argparse.Namespace, settings: Settings) -> AsyncGenerator[None, None]:
+    """A gateway, from when it answers until it is left."""
+    host, port = settings.http
+    keys = read_api_keys(settings.api_key)
+    gateway_options = GatewayOptions(host, port, keys, arguments.wait)
+    async with Client(settings) as client:
+        gateway = Gateway(client, gateway_options)
+        url = await gateway.start()
+        try:
+            if arguments.json:
+                print_json({"event": "ready", "url": url, "mesh": client.meshes[0].to_json()})
+            terminal = Terminal(shown=not arguments.json)
+            terminal.say(f"🚪 Gateway to the {client.meshes[0].title}: {url}/ in a browser")
+            terminal.say(f"   For programs made for OpenAI's API: base_url {url}/v1, {key_advice(keys)}")
+            yield
+        finally:
+            await gateway.stop()
+
+
+def key_advice(keys: Sequence[str]) -> str:
+    return f"and one of {len(keys)} API keys" if len(keys) > 1 else "and the API key" if keys else "any API key"
 
 
 # --- prompt ---
@@ -10560,6 +11480,15 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed ({DEFAULT_TIMEOUT_S:g})")
 
 
+def add_stall(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stall-timeout",
+        dest="stall_s",
+        metavar="S",
+        help=f"give up a worker that is silent for so many seconds ({DEFAULT_STALL_S:g}; at least {MIN_STALL_S:g})",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -10612,7 +11541,43 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
         "--yield", dest="yields", action="store_true", help="hand over all work while others use the processor"
     )
     parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
+    parser.add_argument("--gateway", action="store_true", help="open a gateway as well, as the command `gateway` does")
+    gateway_group(parser)
     add_json(parser)
+    add_network(parser)
+
+
+def gateway_group(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("gateway options")
+    group.add_argument(
+        "--http", metavar="[HOST:]PORT", help=f"listen here (127.0.0.1:{DEFAULT_HTTP_PORT}, or a free port)"
+    )
+    group.add_argument(
+        "--api-key", type=api_key_file, metavar="FILE", help="keys that open it, one a line; needed beyond 127.0.0.1"
+    )
+    group.add_argument(
+        "--wait",
+        type=seconds(0, MAX_TIMEOUT_S),
+        default=DEFAULT_GATEWAY_WAIT_S,
+        metavar="S",
+        help=f"seconds that a request may wait for a worker to take it ({DEFAULT_GATEWAY_WAIT_S:g})",
+    )
+
+
+def api_key_file(text: str) -> str:
+    if not Path(text).expanduser().is_file():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no file; a key in a command can be read by everybody on this machine: put it into one, or "
+            "set QMESH_API_KEY"
+        )
+    return text
+
+
+def gateway_arguments(parser: argparse.ArgumentParser) -> None:
+    gateway_group(parser)
+    add_json(parser)
+    add_timeout(parser)
+    add_stall(parser)
     add_network(parser)
 
 
@@ -10645,12 +11610,7 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_json(parser)
     add_timeout(parser)
-    parser.add_argument(
-        "--stall-timeout",
-        dest="stall_s",
-        metavar="S",
-        help=f"give up a worker that is silent for so many seconds ({DEFAULT_STALL_S:g}; at least {MIN_STALL_S:g})",
-    )
+    add_stall(parser)
     add_network(parser)
 
 
@@ -10706,6 +11666,12 @@ _Command = Callable[[argparse.Namespace, Settings], int]
 _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
+    "gateway": (
+        "Open the mesh to browsers and to programs made for OpenAI's API.",
+        "gateway",
+        gateway_arguments,
+        run_gateway,
+    ),
     "status": ("Show every worker of the mesh.", "status --json", status_arguments, run_status),
     "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
     "init": ("Make a key that closes the mesh to others.", "init lab.key", init_arguments, run_init),
