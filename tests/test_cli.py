@@ -1,4 +1,4 @@
-"""Section 19, the command line: what a person types and sees, and the exit codes that scripts go by."""
+"""The command line: what a person types and sees, and the exit codes that scripts go by."""
 
 from __future__ import annotations
 

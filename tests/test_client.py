@@ -1,4 +1,4 @@
-"""Section 18, Client: real workers, and scripted ones on the real wire that refuse, lie, fall silent and die."""
+"""Client: real workers, and scripted ones on the real wire that refuse, lie, fall silent and die."""
 
 from __future__ import annotations
 

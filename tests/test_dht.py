@@ -1,4 +1,4 @@
-"""Section 9, the DHT engine: many real engines over a virtual network, and strangers who speak by hand."""
+"""The DHT engine: many real engines over a virtual network, and strangers who speak by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 19, Doctor: what is said of a machine and of its peers; tests/test_lan.py has it name real faults."""
+"""Doctor: what is said of a machine and of its peers; tests/test_lan.py has it name real faults."""
 
 from __future__ import annotations
 

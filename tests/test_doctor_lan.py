@@ -1,4 +1,4 @@
-"""Section 19, Doctor, on real LANs with one fault each: it names the right cause, on the machine where it runs."""
+"""Doctor, on real LANs with one fault each: it names the right cause, on the machine where it runs."""
 
 from __future__ import annotations
 

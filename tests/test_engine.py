@@ -1,4 +1,4 @@
-"""Section 14, the engine: the real model's answers, slots, cuts and faults, step by step and in its own thread."""
+"""The engine: the real model's answers, slots, cuts and faults, step by step and in its own thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 18, Client: answers that survive their workers. Scripted workers on the real wire tell one story, and die in
+"""Client: answers that survive their workers. Scripted workers on the real wire tell one story, and die in
 every way; the reader has to hear each word of it once, in order.
 """
 

@@ -1,4 +1,4 @@
-"""Section 11, the fair queue: whose request runs next, and how long until then."""
+"""The fair queue: whose request runs next, and how long until then."""
 
 from __future__ import annotations
 

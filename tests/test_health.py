@@ -1,4 +1,4 @@
-"""Section 10, health and selection: samples to a score and a state, scores to a choice."""
+"""Health and selection: samples to a score and a state, scores to a choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 5: what a mesh is called, what its members share, and how they prove it to each other."""
+"""Keys and certificates: what a mesh is called, what its members share, and how they prove it to each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 7, Lookup: finding the nodes closest to an id."""
+"""Lookup: finding the nodes closest to an id."""
 
 import random
 from collections.abc import Iterable

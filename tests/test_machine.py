@@ -1,4 +1,4 @@
-"""Section 12: one identity per host and instance, files that survive damage, and figures of this machine."""
+"""This machine: one identity per host and instance, files that survive damage, and figures of this machine."""
 
 from __future__ import annotations
 

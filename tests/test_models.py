@@ -1,4 +1,4 @@
-"""Section 13: GGUF headers whole and damaged, which model is meant, where it runs, and fetching it."""
+"""Models: GGUF headers whole and damaged, which model is meant, where it runs, and fetching it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 8, Records and tokens: which workers we vouch for, and who may tell us."""
+"""Records and tokens: which workers we vouch for, and who may tell us."""
 
 import random
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Section 6, Routing table: which nodes are known, in k-buckets."""
+"""Routing table: which nodes are known, in k-buckets."""
 
 import itertools
 import random

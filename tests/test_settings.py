@@ -1,4 +1,4 @@
-"""Section 1: where settings come from, what they refuse, how addresses are read, and bounds that hang together."""
+"""Limits and settings: where settings come from, what they refuse, how addresses are read, bounds that fit together."""
 
 from __future__ import annotations
 

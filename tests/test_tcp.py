@@ -1,4 +1,4 @@
-"""Section 16, TCP shell: connections that greet, break the rules, and carry many requests at once."""
+"""TCP shell: connections that greet, break the rules, and carry many requests at once."""
 
 from __future__ import annotations
 

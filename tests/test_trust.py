@@ -1,4 +1,4 @@
-"""Section 16, TCP shell: who is let in, who is not, and what those may cost who are not trusted yet."""
+"""TCP shell: who is let in, who is not, and what those may cost who are not trusted yet."""
 
 from __future__ import annotations
 

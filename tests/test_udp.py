@@ -1,4 +1,4 @@
-"""Section 15, UDP shell: real nodes on the loopback that find each other, bind, and part."""
+"""UDP shell: real nodes on the loopback that find each other, bind, and part."""
 
 from __future__ import annotations
 

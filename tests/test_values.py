@@ -1,4 +1,4 @@
-"""Sections 2 and 3: errors and what they tell, values and what they refuse, and both through JSON and back."""
+"""Errors and values: what errors tell, what values refuse, and both through JSON and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 4, Wire: datagrams and TCP frames, from bytes to messages and back."""
+"""Wire: datagrams and TCP frames, from bytes to messages and back."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""Section 17, Worker: a real worker process, asked in raw frames; and how it joins tokens."""
+"""Worker: a real worker process, asked in raw frames; and how it joins tokens."""
 
 from __future__ import annotations
 
