@@ -345,7 +345,7 @@ class Settings:
         for name, (flag, variable, parse) in _SETTING_SOURCES.items():
             if flags.get(name) is not None:
                 chosen[name] = _parse_setting(flag, parse, flags[name])
-            elif environ.get(variable, "").strip() or (name == "key" and variable in environ):
+            elif environ.get(variable, "").strip() or (name in ("key", "api_key") and variable in environ):
                 chosen[name] = _parse_setting(variable, parse, environ[variable].strip())
         return cls(**chosen)
 
@@ -410,8 +410,8 @@ def _parse_topic(value: Any) -> str:
 
 
 def _parse_key(value: Any) -> str:
-    if not str(value).strip():  # as of a variable that was to be filled: without a word, the mesh would be open
-        raise ValueError("it is empty, where the mesh's key or a file with it is needed; leave it away for none")
+    if not str(value).strip():  # as of a variable that was to be filled: without a word, what it closes would be open
+        raise ValueError("it is empty, where a key or a file with it is needed; leave it away for none")
     return str(value)
 
 
@@ -498,7 +498,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "model": ("--model", "QMESH_MODEL", _parse_model),
     "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
     "http": ("--http", "QMESH_HTTP", _parse_http),
-    "api_key": ("--api-key", "QMESH_API_KEY", str),
+    "api_key": ("--api-key", "QMESH_API_KEY", _parse_key),
 }
 
 
@@ -10745,7 +10745,7 @@ class Gateway:
         async with self._under_way(asked) as told:
             happened = await self._until_taken(told)
             while (one := await told.next()) is not None:
-                happened.append(one)
+                happened += [one] if isinstance(one[1], Answer) else []
         answers = [event for _, event in sorted(happened, key=lambda one: one[0]) if isinstance(event, Answer)]
         headers = {"X-QMesh-Worker": answers[0].result.worker_id}
         headers |= {"X-QMesh-Failovers": str(sum(answer.failovers for answer in answers))}
@@ -11338,6 +11338,32 @@ def print_check(check: Check) -> None:
             print(f"      to do: {check.remedy.replace('qmesh.py', program_name())}", flush=True)
 
 
+# --- completion ---
+
+COMPLETION: Final = """\
+# For bash: put this into ~/.bashrc. For zsh: into ~/.zshrc, behind `autoload -Uz bashcompinit && bashcompinit`.
+_qmesh() {{
+  local words="{commands}"
+  (( COMP_CWORD > 1 )) && case "${{COMP_WORDS[1]}}" in
+{cases}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+}}
+complete -o bashdefault -o default -F _qmesh {programs}"""
+
+
+def run_completion(arguments: argparse.Namespace, settings: Settings) -> int:
+    cases = []
+    for name, (_, _, add_arguments, _) in _COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        flags = re.findall(r"--[a-z][a-z-]*", parser.format_usage())
+        cases.append(f'    {name}) words="{" ".join(dict.fromkeys(flags))}" ;;')
+    programs = " ".join(dict.fromkeys(("qmesh", "qmesh.py", "qmesh.pyz", program_name())))
+    print(COMPLETION.format(commands=" ".join(_COMMANDS), cases="\n".join(cases), programs=programs))
+    return 0
+
+
 # --- init and seal ---
 
 
@@ -11666,18 +11692,14 @@ _Command = Callable[[argparse.Namespace, Settings], int]
 _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
-    "gateway": (
-        "Open the mesh to browsers and to programs made for OpenAI's API.",
-        "gateway",
-        gateway_arguments,
-        run_gateway,
-    ),
+    "gateway": ("Open the mesh to browsers and OpenAI's clients.", "gateway", gateway_arguments, run_gateway),
     "status": ("Show every worker of the mesh.", "status --json", status_arguments, run_status),
     "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
     "init": ("Make a key that closes the mesh to others.", "init lab.key", init_arguments, run_init),
     "seal": ("Copy this program with a key in it.", "seal lab.pyz --key lab.key", seal_arguments, run_seal),
     "pull": ("Fetch a model.", "pull", pull_arguments, run_pull),
     "models": ("List the models on this machine.", "models", models_arguments, run_models),
+    "completion": ("Print what makes a shell complete commands.", "completion", add_common, run_completion),
     "demo": ("Try it all on this machine alone.", 'demo "Why is the sky blue?"', demo_arguments, run_demo),
 }
 

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -502,6 +503,24 @@ def test_a_state_directory_that_cannot_be_used_is_named(nobody: harness.Mesh, mo
     assert finished.returncode == 2
     assert one_line(finished.stderr).startswith(f"error: the state directory {file}/")
     assert "--state-dir DIR" in finished.stderr
+
+
+# --- Completion ---
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [(["wo"], "worker"), (["prompt", "--max"], "--max-tokens"), (["seal", "--key", "l", "--l"], "--log-level")],
+    ids=" ".join,
+)
+def test_a_shell_completes_commands_and_flags(nobody: harness.Mesh, typed: list[str], offered: str) -> None:
+    words = " ".join(["qmesh.pyz", *typed])
+    script = (
+        f'{nobody.run("completion").stdout}\nCOMP_WORDS=({words}); COMP_CWORD={len(typed)}; _qmesh; echo "$COMPREPLY"'
+    )
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [offered]
 
 
 # --- The README and the help ---

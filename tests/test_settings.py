@@ -23,6 +23,8 @@ SOURCES: dict[str, tuple[Any, Any, str, str, Any, Any]] = {
     "log_level": ("debug", "debug", "QMESH_LOG", "ERROR", "error", "warning"),
     "model": ("a.gguf", "a.gguf", "QMESH_MODEL", "b", "b", None),
     "gpu_layers": (0, 0, "GPU_LAYERS", "-1", -1, None),
+    "http": ("8000", ("127.0.0.1", 8000), "QMESH_HTTP", "[::1]:0", ("::1", 0), ("127.0.0.1", None)),
+    "api_key": ("keys.txt", "keys.txt", "QMESH_API_KEY", "sk-0123456789", "sk-0123456789", None),
 }
 
 # (Flag as it is typed, field, variable, values that neither may have).
@@ -35,6 +37,7 @@ REFUSED: list[tuple[str, str, str, list[str]]] = [
     ("--stall-timeout", "stall_s", "QMESH_STALL_TIMEOUT", ["0", "2.9", "nan", "inf", "x", "86401"]),
     ("--log-level", "log_level", "QMESH_LOG", ["loud", "10", "warn"]),
     ("--gpu-layers", "gpu_layers", "GPU_LAYERS", ["-2", "all", "1.5"]),
+    ("--http", "http", "QMESH_HTTP", ["example.com", "127.0.0.1:x", "65536", ":80", "127.0.0.1:-1"]),
 ]
 REFUSED_ONE_BY_ONE = [(*row[:3], value) for row in REFUSED for value in row[3]]
 
@@ -59,8 +62,8 @@ def test_the_environment_goes_before_the_default(name: str) -> None:
 @pytest.mark.parametrize("blank", ["", "  "])
 def test_a_blank_variable_leaves_the_default(name: str, blank: str) -> None:
     _, _, variable, _, _, default = SOURCES[name]
-    if name == "key":  # what was to close the mesh must not leave it open without a word
-        with pytest.raises(ValueError, match="QMESH_KEY: it is empty"):
+    if name in ("key", "api_key"):  # what was to close the mesh, or a gateway, must not leave it open without a word
+        with pytest.raises(ValueError, match=f"{variable}: it is empty"):
             Settings.resolve({}, {variable: blank})
     else:
         assert getattr(Settings.resolve({}, {variable: blank}), name) == default
@@ -77,11 +80,12 @@ def test_nothing_said_means_the_defaults() -> None:
     assert dataclasses.asdict(Settings.resolve({}, {})) == defaults
 
 
+@pytest.mark.parametrize("name", ["key", "api_key"])
 @pytest.mark.parametrize("key", ["lab.key", qmesh.MeshKey(bytes(range(32))).text])
-def test_no_key_stands_in_what_is_printed_of_settings(key: str) -> None:
+def test_no_key_stands_in_what_is_printed_of_settings(name: str, key: str) -> None:
     """Not even the path: what looks like one may be a key that was mistyped."""
-    for told in (Settings.resolve({"key": key}, {}), Settings.resolve({}, {"QMESH_KEY": key})):
-        assert told.key == key
+    for told in (Settings.resolve({name: key}, {}), Settings.resolve({}, {f"QMESH_{name.upper()}": key})):
+        assert getattr(told, name) == key
         assert key not in repr(told)
         assert "key=" not in repr(told)
 
