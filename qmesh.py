@@ -296,6 +296,15 @@ YIELD_ABOVE: Final = 50.0  # per cent of the processor in use by others: with --
 YIELD_BELOW: Final = 25.0  # and takes work again
 DEFAULT_NICE: Final = 10  # whoever sits at the machine goes first
 
+# --- Metrics ---
+MAX_OUTCOMES: Final = 32  # of requests, as they are counted: three times as many as there are
+MAX_SAMPLES: Final = 3 * MAX_HINTS  # of one metric: each state of every worker that a client can have heard of
+MAX_SAMPLE: Final = 1e300  # more than anybody counts to; a stranger may say more, which no reader takes for a number
+# From a warm slot's first token to a whole answer's deadline, each bound about twice the one before.
+WAIT_BOUNDS_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0)
+# From 500 tokens a second on a good GPU to one in a second on an old laptop; beyond are stalls and failovers.
+TOKEN_BOUNDS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+
 # --- Models ---
 MAX_GGUF_METADATA_BYTES: Final = 256 * 1024 * 1024  # the largest vocabularies take some 20 MB
 MAX_GGUF_ITEMS: Final = 16 * 1024 * 1024  # array elements; the largest vocabularies have under one million
@@ -555,9 +564,11 @@ class Refused(QMeshError):
     exit_code = 4
     retryable = True
 
-    def __init__(self, message: str, code: str = "overloaded") -> None:
+    def __init__(self, message: str, code: str = "overloaded", *, cause: str | None = None) -> None:
+        """cause: what `code` does not tell apart, for whoever counts; it does not cross the wire."""
         super().__init__(message)
         self.reason = code
+        self.cause = cause or code
 
 
 class ModelNotFound(QMeshError):
@@ -3510,10 +3521,344 @@ def expected_waits(remaining_s: Iterable[float], service_s: float, count: int) -
 # 12  Metrics
 #
 # What is counted and measured, in the text format that Prometheus reads (version 0.0.4).
-# Whoever counts keeps plain numbers; they become metrics when somebody asks for them.
+# Rule 1: whoever counts keeps plain numbers; they become metrics when somebody asks for them.
+# Rule 2: what strangers say is cut, escaped and bounded here, so that it can spoil no page.
+# Rule 3: a request that was begun is counted with one outcome, once.
 # ======================================================================================================
 
 METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+DONE: Final = "done"
+OUTCOMES: Final = (DONE, "disconnected", *ERROR_CODES)
+"""How a request may end: "cancelled" by its client's wish, "disconnected" as its connection broke, the rest errors."""
+
+
+class Histogram:
+    """How often a value fell into each of some ranges. bounds: where these end, rising; the last one has no end."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.sum = 0.0
+        self._counts = [0] * (len(bounds) + 1)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect.bisect_left(self.bounds, value)] += times
+        self.sum += value * times
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """Each bound, and how many values were not above it; the last is of all."""
+        return list(zip([*map(str, self.bounds), "+Inf"], itertools.accumulate(self._counts), strict=True))
+
+
+LabelValues = tuple[str, ...]
+METRIC_KINDS: Final = ("counter", "gauge", "histogram")
+_METRIC_NAME: Final = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What one name tells. kind: a "counter", which only grows, a "gauge", or a "histogram", of Histograms.
+
+    samples: a number for each combination of the labels' values, in their order; () where there are no labels.
+    Names are as Prometheus wants them: base units last, and "_total" behind a counter's. Raises ValueError.
+    """
+
+    name: str
+    kind: str
+    about: str
+    labels: tuple[str, ...]
+    samples: Mapping[LabelValues, float | Histogram]
+
+    def __post_init__(self) -> None:
+        if self.kind not in METRIC_KINDS or (self.kind == "counter") != self.name.endswith("_total"):
+            raise ValueError(f"{self.name} is no name for a {self.kind}")
+        if not all(map(_METRIC_NAME.fullmatch, (self.name, *self.labels))):
+            raise ValueError(f"{self.name} or a label of it is no name for Prometheus")
+        if any(len(values) != len(self.labels) for values in self.samples):
+            raise ValueError(f"a sample of {self.name} has not {plural(len(self.labels), 'label')}")
+
+    @classmethod
+    def of(cls, name: str, kind: str, about: str, value: float | Histogram) -> Metric:
+        """One without labels."""
+        return cls(name, kind, about, (), {(): value})
+
+    @classmethod
+    def by(cls, name: str, kind: str, about: str, label: str, values: Mapping[str, float]) -> Metric:
+        """One with one label."""
+        return cls(name, kind, about, (label,), {(key,): value for key, value in values.items()})
+
+
+def metrics_text(metrics: Iterable[Metric]) -> str:
+    """The page that Prometheus reads, in order of the names. Raises ValueError for a name that stands twice.
+
+    >>> print(metrics_text([Metric.by("tea_cups_total", "counter", "Drunk.", "who", {"ann": 2})]), end="")
+    # HELP tea_cups_total Drunk.
+    # TYPE tea_cups_total counter
+    tea_cups_total{who="ann"} 2
+    """
+    ordered = sorted(metrics, key=lambda metric: metric.name)
+    for one, other in itertools.pairwise(ordered):
+        if one.name == other.name:
+            raise ValueError(f"the metric {one.name} stands twice")
+    return "".join(f"{line}\n" for metric in ordered for line in _lines_of(metric))
+
+
+def _lines_of(metric: Metric) -> Iterator[str]:
+    yield f"# HELP {metric.name} {_escaped(metric.about)}"
+    yield f"# TYPE {metric.name} {metric.kind}"
+    shown: dict[str, float | Histogram] = {}  # values may be the same once they are cut: the first one counts then
+    for values in sorted(metric.samples)[:MAX_SAMPLES]:
+        named = zip(metric.labels, map(printable, values), strict=True)
+        shown.setdefault(",".join(f"{label}={_quoted(value)}" for label, value in named), metric.samples[values])
+    for labels, sample in shown.items():
+        if not isinstance(sample, Histogram):
+            yield f"{metric.name}{_in_braces(labels)} {_number_text(sample)}"
+            continue
+        count = 0
+        for bound, count in sample.cumulative():
+            upto = f'{labels},le="{bound}"'.lstrip(",")
+            yield f"{metric.name}_bucket{_in_braces(upto)} {count}"
+        yield f"{metric.name}_sum{_in_braces(labels)} {_number_text(sample.sum)}"
+        yield f"{metric.name}_count{_in_braces(labels)} {count}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n")
+
+
+def _quoted(text: str) -> str:
+    return '"' + _escaped(text).replace('"', '\\"') + '"'
+
+
+def _in_braces(labels: str) -> str:
+    return f"{{{labels}}}" if labels else ""
+
+
+def _number_text(value: float) -> str:
+    return str(min(max(value, -MAX_SAMPLE), MAX_SAMPLE))
+
+
+class RequestTally:
+    """How requests went, of a worker or a client: outcomes, tokens and times. Times are in seconds of one clock.
+
+    What workers say of an answer is their word: a count or a time that nobody can have counts as the most there is.
+    """
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.outcomes = Counter(dict.fromkeys(OUTCOMES, 0))
+        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.first_token_s, self.queue_s, self.whole_s = (Histogram(WAIT_BOUNDS_S) for _ in range(3))
+        self.token_s = Histogram(TOKEN_BOUNDS_S)
+
+    def begin(self, now: float) -> Tallied:
+        """A request begins; what is returned is told how it goes on, and that it ends."""
+        self.begun += 1
+        return Tallied(self, now)
+
+    def metrics(self, prefix: str) -> list[Metric]:
+        """All that was counted, by names that begin with `prefix`."""
+        counters: list[tuple[str, str, float]] = [
+            ("prompt_tokens", "Tokens of the prompts of whole answers.", self.prompt_tokens),
+            ("cached_tokens", "Tokens of these prompts that a slot had in its memory already.", self.cached_tokens),
+            ("generated_tokens", "Tokens of answers, as they came.", self.generated_tokens),
+        ]
+        histograms = [
+            ("time_to_first_token", "From the request to the first token of its answer.", self.first_token_s),
+            ("time_per_token", "From one token to the next, of all answers.", self.token_s),
+            ("queue_time", "For how long whole answers had waited for a slot, as their workers tell.", self.queue_s),
+            ("request_duration", "From the request to the end of its whole answer.", self.whole_s),
+        ]
+        ended = "Requests that ended, by outcome: done, cancelled, disconnected, or the code of an error."
+        running = self.begun - self.outcomes.total()
+        return [
+            Metric.by(f"{prefix}_requests_total", "counter", ended, "outcome", self.outcomes),
+            Metric.of(f"{prefix}_requests_in_progress", "gauge", "Requests that have begun and not ended.", running),
+            *(Metric.of(f"{prefix}_{name}_total", "counter", about, value) for name, about, value in counters),
+            *(Metric.of(f"{prefix}_{name}_seconds", "histogram", about, value) for name, about, value in histograms),
+        ]
+
+
+class Tallied:
+    """One request, on its way into a tally. `end` is called once."""
+
+    __slots__ = ("_begun_at", "_last_at", "_tally")
+
+    def __init__(self, tally: RequestTally, now: float) -> None:
+        self._tally = tally
+        self._begun_at = now
+        self._last_at: float | None = None  # the last token
+
+    def given(self, tokens: int, now: float) -> None:
+        """So many tokens came at once; none is none."""
+        if not tokens:
+            return
+        self._tally.generated_tokens += tokens
+        if self._last_at is None:
+            self._tally.first_token_s.observe(now - self._begun_at)
+        else:
+            self._tally.token_s.observe((now - self._last_at) / tokens, tokens)
+        self._last_at = now
+
+    def end(self, outcome: str, now: float, result: Result | None = None) -> None:
+        """It ended. result: the whole answer, where there is one."""
+        tally = self._tally
+        known = outcome in tally.outcomes or len(tally.outcomes) < MAX_OUTCOMES
+        tally.outcomes[outcome if known else QMeshError.code] += 1
+        if result is not None:
+            tally.prompt_tokens += min(result.usage.get("prompt_tokens", 0), MAX_TOKENS_LIMIT)
+            tally.cached_tokens += min(result.usage.get("cached_tokens", 0), MAX_TOKENS_LIMIT)
+            tally.queue_s.observe(min(max(result.timings.get("queue_ms", 0.0) / 1000, 0.0), MAX_TIMEOUT_S))
+            tally.whole_s.observe(now - self._begun_at)
+
+
+# --- How workers do ---
+
+# Gauge: (what it tells, how a status, as `check_status` accepts it, tells it).
+_LOAD_GAUGES: Final[dict[str, tuple[str, Callable[[Json], float]]]] = {
+    "health_score": ("Health, from 0 to 100: over 60 healthy, under 20 overloaded.", lambda it: it["health"]["score"]),
+    "cpu_used_ratio": ("Share of the processor that others use, from 0 to 1.", lambda it: it["health"]["cpu"] / 100),
+    "memory_used_ratio": ("Share of the memory in use, from 0 to 1.", lambda it: it["health"]["memory"] / 100),
+    "queue_free_ratio": ("Share of the queue that is free, from 0 to 1.", lambda it: it["health"]["queue"] / 100),
+    "slots": ("Requests that can run at once.", lambda it: it["slots"]),
+    "requests_active": ("Requests that run.", lambda it: it["queue"]["active"]),
+    "requests_waiting": ("Requests that wait for a slot.", lambda it: it["queue"]["waiting"]),
+    "tokens_per_second": ("Speed of late, of all answers together.", lambda it: it["speed"]),
+}
+
+
+def load_metrics(prefix: str, labels: tuple[str, ...], statuses: Mapping[LabelValues, Json]) -> list[Metric]:
+    """Gauges of how workers do, by names that begin with `prefix`. statuses: by the values of the labels."""
+    states = {
+        (*values, state.value): int(status["health"]["state"] == state.value)
+        for values, status in statuses.items()
+        for state in HealthState
+    }
+    gauges = [
+        Metric(f"{prefix}_{name}", "gauge", about, labels, {key: tell(status) for key, status in statuses.items()})
+        for name, (about, tell) in _LOAD_GAUGES.items()
+    ]
+    which = "1 for the state that a worker is in, 0 for the others."
+    return [*gauges, Metric(f"{prefix}_state", "gauge", which, (*labels, "state"), states)]
+
+
+SHORT_ID_CHARS: Final = len(NodeId(0).short)
+
+
+def mesh_metrics(statuses: Sequence[Json], unreachable: int = 0) -> list[Metric]:
+    """How every worker of the mesh does, from what `Client.statuses` gives. Labels are a worker's model and the first
+    digits of its id, or all of them where another one begins alike: nobody takes another's place.
+    """
+    ids = [str(status["worker_id"]) for status in statuses]
+    alike = Counter(id_[:SHORT_ID_CHARS] for id_ in ids)
+    by_worker: dict[LabelValues, Json] = {}
+    for id_, status in zip(ids, statuses, strict=True):
+        short, model = id_[:SHORT_ID_CHARS], next((it["name"] for it in status["models"]), "")
+        by_worker[short if alike[short] == 1 else id_, model] = status
+    found = "Workers of the mesh that tell how they do."
+    return [
+        *load_metrics("qmesh_mesh_worker", ("worker", "model"), by_worker),
+        Metric.of("qmesh_mesh_workers", "gauge", found, len(statuses)),
+        Metric.of("qmesh_mesh_workers_unreachable", "gauge", "Workers heard of that do not answer.", unreachable),
+    ]
+
+
+# --- A board for Grafana ---
+
+PANELS_IN_A_ROW: Final = 3
+PANEL_WIDTH: Final = 24 // PANELS_IN_A_ROW  # Grafana's grid has 24 columns
+PANEL_HEIGHT: Final = 8
+
+
+def _per_second(counter: str, label: str = "") -> str:
+    return f"sum{f' by ({label})' if label else ''} (rate({counter}[$__rate_interval]))"
+
+
+def _quantiles(histogram: str) -> dict[str, str]:
+    ranges = _per_second(f"{histogram}_bucket", "le")
+    return {name: f"histogram_quantile({share}, {ranges})" for name, share in (("median", 0.5), ("95 in 100", 0.95))}
+
+
+def _each(gauge: str, label: str = "worker") -> str:
+    """Of each worker, once, also where several gateways tell of it."""
+    return f"max by ({', '.join(dict.fromkeys(('worker', 'model', label)))}) (qmesh_mesh_worker_{gauge})"
+
+
+# Title: (unit in Grafana's words, {legend: what is drawn}).
+_PANELS: Final[dict[str, tuple[str, dict[str, str]]]] = {
+    "Requests that ended": ("reqps", {"{{outcome}}": _per_second("qmesh_gateway_requests_total", "outcome")}),
+    "Time to first token": ("s", _quantiles("qmesh_gateway_time_to_first_token_seconds")),
+    "Time per token": ("s", _quantiles("qmesh_gateway_time_per_token_seconds")),
+    "Tokens per second": (
+        "short",
+        {kind: _per_second(f"qmesh_gateway_{kind}_tokens_total") for kind in ("generated", "prompt", "cached")},
+    ),
+    "Waiting for a slot": ("s", _quantiles("qmesh_gateway_queue_time_seconds")),
+    "Whole answers": ("s", _quantiles("qmesh_gateway_request_duration_seconds")),
+    "Failovers": (
+        "ops",
+        {
+            "answers that moved": _per_second("qmesh_gateway_failovers_total"),
+            "workers lost": _per_second("qmesh_gateway_workers_lost_total"),
+            "waits for a worker": _per_second("qmesh_gateway_waits_total"),
+        },
+    ),
+    "Workers": (
+        "short",
+        {
+            "{{state}}": f"sum by (state) ({_each('state', 'state')})",
+            "unreachable": "max(qmesh_mesh_workers_unreachable)",
+        },
+    ),
+    "Slots": (
+        "short",
+        {
+            "slots": f"sum({_each('slots')})",
+            "running": f"sum({_each('requests_active')})",
+            "waiting": f"sum({_each('requests_waiting')})",
+        },
+    ),
+    "Health of each worker": ("short", {"{{worker}}": _each("health_score")}),
+    "Speed of each worker, tokens per second": ("short", {"{{worker}}": _each("tokens_per_second")}),
+    "Processor used by others": ("percentunit", {"{{worker}}": _each("cpu_used_ratio")}),
+    "Memory used": ("percentunit", {"{{worker}}": _each("memory_used_ratio")}),
+    "Requests under way": ("short", {"{{instance}}": "qmesh_gateway_requests_in_progress"}),
+    "Datagrams dropped": ("ops", {"{{reason}}": _per_second("qmesh_dht_dropped_datagrams_total", "reason")}),
+}
+
+
+def grafana_board() -> Json:
+    """A dashboard of a gateway and its mesh, to be imported into Grafana; which Prometheus, one chooses there."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    panels = [
+        {
+            "id": at + 1,
+            "type": "timeseries",
+            "title": title,
+            "datasource": source,
+            "gridPos": {
+                "x": at % PANELS_IN_A_ROW * PANEL_WIDTH,
+                "y": at // PANELS_IN_A_ROW * PANEL_HEIGHT,
+                "w": PANEL_WIDTH,
+                "h": PANEL_HEIGHT,
+            },
+            "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+            "targets": [
+                {"refId": chr(ord("A") + number), "datasource": source, "legendFormat": legend, "expr": drawn}
+                for number, (legend, drawn) in enumerate(lines.items())
+            ],
+        }
+        for at, (title, (unit, lines)) in enumerate(_PANELS.items())
+    ]
+    chosen = {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus"}
+    return {
+        "uid": "qmesh",
+        "title": "QMesh",
+        "schemaVersion": 39,  # of Grafana 11; later ones read it
+        "time": {"from": "now-1h", "to": "now"},
+        "refresh": "10s",
+        "templating": {"list": [chosen]},
+        "panels": panels,
+    }
 
 
 # ======================================================================================================
@@ -4033,6 +4378,30 @@ def parse_gpu_load(text: str) -> list[GpuLoad]:
             used, total = int(numbers[0] * 2**20), int(numbers[1] * 2**20)
             cards.append(GpuLoad(printable(name), used, total, numbers[2]))
     return cards
+
+
+def gpu_metrics(cards: Sequence[GpuLoad]) -> list[Metric]:
+    """What the cards of this machine do; nothing where there are none."""
+    used, total, busy = dict[LabelValues, float](), dict[LabelValues, float](), dict[LabelValues, float]()
+    for index, card in enumerate(cards):
+        key = str(index), card.name
+        used[key], total[key] = card.memory_used, card.memory_total
+        if card.utilization is not None:
+            busy[key] = card.utilization / 100
+    told = {
+        "memory_used_bytes": ("Memory of a graphics card in use, by all.", used),
+        "memory_bytes": ("Memory that a graphics card has.", total),
+        "used_ratio": ("Share of the time in which a graphics card was busy, from 0 to 1.", busy),
+    }
+    labels = ("gpu", "name")
+    return [Metric(f"qmesh_gpu_{name}", "gauge", about, labels, it) for name, (about, it) in told.items() if it]
+
+
+def build_info(**more: str) -> Metric:
+    """What a process runs, in the labels of a 1, as is usual. more: further labels."""
+    labels = {"version": __version__, "python": platform.python_version(), **more}
+    about = "What runs here: the version of QMesh, of Python, and of a worker its id and model."
+    return Metric("qmesh_build_info", "gauge", about, tuple(labels), {tuple(labels.values()): 1})
 
 
 async def read_gpu_load() -> list[GpuLoad]:
@@ -6005,6 +6374,25 @@ class UdpNode:
             "deaf": self._listener.failure if self._listener is not None else None,
         }
 
+    def metrics(self) -> list[Metric]:
+        """What `report` tells, for Prometheus."""
+        report, made = self.report(), Counter[str]()
+        for engine in self._all:
+            made.update(engine.sent)
+        passed = [
+            Metric.of(f"qmesh_dht_{way}_{what}_total", "counter", f"{about} over UDP.", report[way].get(what, 0))
+            for way in ("sent", "received")
+            for what, about in (("datagrams", f"Datagrams {way}"), ("bytes", f"Bytes {way}"))
+        ]
+        why = "Datagrams that were not taken in, by reason."
+        return [
+            *passed,
+            Metric.by("qmesh_dht_dropped_datagrams_total", "counter", why, "reason", report["dropped"]),
+            Metric.by("qmesh_dht_messages_total", "counter", "Messages for other nodes, by type.", "type", made),
+            Metric.of("qmesh_dht_peers", "gauge", "Nodes that are known.", report["peers"]),
+            Metric.of("qmesh_dht_deaf", "gauge", "1 where beacons cannot be heard.", int(report["deaf"] is not None)),
+        ]
+
     @property
     def engine(self) -> DhtEngine:
         """That of the mesh whose key is in force."""
@@ -7151,14 +7539,16 @@ Member = Address | str
 class Request:
     """What a worker knows of a request that its engine works on.
 
-    session: where its client listens. deadline: by the loop's clock. ticket: the engine's. given: the pieces of its
-    answer from behind `job.given` on, heard or not. told: something was said of it since that was looked at last.
+    session: where its client listens. deadline: by the loop's clock. ticket: the engine's. tallied: where it counts.
+    given: the pieces of its answer from behind `job.given` on, heard or not. told: something was said of it since that
+    was looked at last.
     """
 
     job: Job
     session: Session
     deadline: float
     ticket: int
+    tallied: Tallied
     given: list[Token] = field(default_factory=list)
     told: bool = False
 
@@ -7199,17 +7589,30 @@ def question_of(job: Job) -> bytes:
     return hashlib.sha256(dump_json(replace(job, resume=None, timeout_s=MAX_TIMEOUT_S).to_json())).digest()
 
 
+REFUSALS: Final = (
+    *("queue_full", "overloaded", "yielding", "draining", "connection_full"),
+    *("model_not_found", "invalid_request"),
+)
+"""Why a worker does not take a request, as it counts them."""
+
+
 class RequestTable:
     """The requests of a worker: those that run or wait in its engine, and what it keeps of those that have left it.
 
     A request leaves the engine when it has ended, and when its client's connection breaks. Its answer is kept for a
     while, so that a client that comes back hears the rest, and nothing is computed twice.
+
+    tally: of those that were taken, each counted once, when it leaves the engine. refused: those that were not.
+    resumed: those whose client had tokens already, known "here" or begun "elsewhere".
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
         self.idle = asyncio.Event()
         self.idle.set()
         self.capacity = capacity
+        self.tally = RequestTally()
+        self.refused = Counter(dict.fromkeys(REFUSALS, 0))
+        self.resumed = Counter({"here": 0, "elsewhere": 0})
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._running: dict[int, Request] = {}
@@ -7223,10 +7626,13 @@ class RequestTable:
     def begin(self, session: Session, job: Job) -> None:
         """Have the engine run a job, from where it is known here. Raises Refused when there is no room."""
         if len(self) >= self.capacity and not self._make_room(session.member):
-            raise Refused(f"this worker's queue is full ({self.capacity} requests)")
-        known = self._known_rest(job)
+            raise Refused(f"this worker's queue is full ({self.capacity} requests)", cause="queue_full")
+        known, now = self._known_rest(job), self._loop.time()
+        if job.given:
+            self.resumed["here" if job.request_id in self._kept else "elsewhere"] += 1
         self._next_ticket += 1
-        request = Request(job, session, self._loop.time() + job.timeout_s, self._next_ticket, list(known))
+        tallied = self.tally.begin(now)
+        request = Request(job, session, now + job.timeout_s, self._next_ticket, tallied, list(known))
         self._running[request.ticket] = request
         self.idle.clear()
         session.follow(request)
@@ -7243,8 +7649,12 @@ class RequestTable:
 
     def go_on(self, session: Session, job: Job) -> bool:
         """Whether a job is a request that is under way here, or was answered: its client is told what it has missed."""
-        if job.resume is None:
+        if job.resume is None or not self._tell_missed(session, job):
             return False
+        self.resumed["here"] += 1
+        return True
+
+    def _tell_missed(self, session: Session, job: Job) -> bool:
         for request in self._running.values():
             if request.job.request_id == job.request_id and question_of(request.job) == question_of(job):
                 return self._hand_to(request, session, job)
@@ -7285,20 +7695,20 @@ class RequestTable:
 
     # --- Leaving ---
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, outcome: str = "cancelled") -> None:
         """Stop working for a request; nothing more is said of it."""
-        if self._left_engine(request):
+        if self._left_engine(request, outcome):
             self._engine.cancel(request.ticket)
 
     def leave(self, request: Request) -> None:
         """The connection of a request's client broke: stop working for it, and keep what it was given."""
-        self.cancel(request)
+        self.cancel(request, "disconnected")
         if request.given:
             self._keep(request, None)
 
     def end(self, request: Request, error: QMeshError) -> None:
         """End a request that is under way with an error, and tell its client."""
-        self.cancel(request)
+        self.cancel(request, error_code(error))
         request.session.forget(request)
         request.say(error)
         request.session.speak()
@@ -7308,8 +7718,10 @@ class RequestTable:
         for request in list(self._running.values()):
             self.end(request, error)
 
-    def _left_engine(self, request: Request) -> bool:
+    def _left_engine(self, request: Request, outcome: str, result: Result | None = None) -> bool:
         known = self._running.pop(request.ticket, None) is not None
+        if known:
+            request.tallied.end(outcome, self._loop.time(), result)
         if not self._running:
             self.idle.set()
         return known
@@ -7339,22 +7751,43 @@ class RequestTable:
 
     def on_events(self, events: Iterable[EngineEvent]) -> None:
         """Take in what the engine says, and pass it on to the clients."""
-        spoken: set[Session] = set()
+        spoken, now = set[Session](), self._loop.time()
         for ticket, said in events:
             request = self._running.get(ticket)
             if request is None:
                 continue  # cancelled meanwhile
             if isinstance(said, Token):
                 request.given.append(said)
-            elif isinstance(said, (Result, QMeshError)):
-                self._left_engine(request)
+                request.tallied.given(len(said.tokens), now)
+            elif isinstance(said, QMeshError):
+                self._left_engine(request, error_code(said))
                 request.session.forget(request)
-            if isinstance(said, Result):
+            elif isinstance(said, Result):
+                self._left_engine(request, DONE, said)
+                request.session.forget(request)
                 self._keep(request, said)
             request.say(said)
             spoken.add(request.session)
         for session in spoken:
             session.speak()
+
+    # --- What was counted ---
+
+    def count_refusal(self, error: QMeshError) -> None:
+        """A request was not taken."""
+        self.refused[error.cause if isinstance(error, Refused) else error_code(error)] += 1
+
+    def metrics(self) -> list[Metric]:
+        refused = "Requests that were not taken, by reason."
+        resumed = "Requests whose client had tokens already: kept here for it, or begun elsewhere (a failover)."
+        kept = "Requests that have left the engine, kept for a client that comes back."
+        return [
+            *self.tally.metrics("qmesh_worker"),
+            Metric.by("qmesh_worker_refused_requests_total", "counter", refused, "reason", self.refused),
+            Metric.by("qmesh_worker_resumed_requests_total", "counter", resumed, "begun", self.resumed),
+            Metric.of("qmesh_worker_kept_requests", "gauge", kept, len(self._kept)),
+            Metric.of("qmesh_worker_queue_capacity", "gauge", "Requests that may run or wait at once.", self.capacity),
+        ]
 
 
 def _rest_behind(
@@ -7593,6 +8026,21 @@ class Worker:
             "uptime_s": round(time.monotonic() - self._started, 1),
         }
 
+    def metrics(self) -> list[Metric]:
+        """What this worker has to tell Prometheus."""
+        status, model = self.status(), self.engine.plan.model
+        dropped = status["network"]["connections_dropped"]
+        why, age = "Connections not taken or hung up on, by reason.", "For how long this worker has been there."
+        return [
+            build_info(worker=self.worker_id.short, model=model.name, quantization=model.quantization),
+            *load_metrics("qmesh_worker", (), {(): status}),
+            *self.requests.metrics(),
+            *self.node.metrics(),
+            *gpu_metrics(self._gpus),
+            Metric.by("qmesh_worker_dropped_connections_total", "counter", why, "reason", dropped),
+            Metric.of("qmesh_worker_uptime_seconds", "gauge", age, status["uptime_s"]),
+        ]
+
     async def dial_back(self, keys: MeshKeys, host: str, udp: int, tcp: int) -> Json:
         """Ping and dial two ports of a member's host: the ids of who answered there, None where nobody did."""
         async with self._dial_backs:
@@ -7620,7 +8068,7 @@ class Worker:
         if self.draining:
             raise Refused("this worker is being shut down", "draining")
         if self._window.yielding:
-            raise Refused("this machine's owner needs it")
+            raise Refused("this machine's owner needs it", cause="yielding")
         if self.health().state is HealthState.OVERLOADED:
             raise Refused(f"this worker is overloaded (health {self.health().score:.0f})")
 
@@ -7779,9 +8227,11 @@ class Session:
             if request_id in self._requests:
                 raise InvalidRequest(f"the request_id {request_id} is in use already")
             if len(self._requests) >= MAX_REQUESTS_PER_CONNECTION:
-                raise Refused(f"{MAX_REQUESTS_PER_CONNECTION} requests are under way on this connection")
+                why = f"{MAX_REQUESTS_PER_CONNECTION} requests are under way on this connection"
+                raise Refused(why, cause="connection_full")
             self._worker.admit(self, job)
         except QMeshError as error:
+            self._worker.requests.count_refusal(error)
             self._outbox.append((request_id, error))
         self.speak()
 
@@ -7900,6 +8350,53 @@ class Waiting:
 
 
 Progressed = Discovered | Selected | Queued | Token | Lost | Waiting | Answer
+
+
+class ClientTally(RequestTally):
+    """How the requests went that a client made, and what became of workers on the way; see `counted`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.workers_lost = self.failovers = self.waits = 0
+
+    def metrics(self, prefix: str) -> list[Metric]:
+        lost = "Workers that were lost while they were at work on a request."
+        moved = "How often answers that came whole had moved to another worker."
+        waits = "How often a request found no worker that would take it, and waited."
+        return [
+            *super().metrics(prefix),
+            Metric.of(f"{prefix}_workers_lost_total", "counter", lost, self.workers_lost),
+            Metric.of(f"{prefix}_failovers_total", "counter", moved, self.failovers),
+            Metric.of(f"{prefix}_waits_total", "counter", waits, self.waits),
+        ]
+
+
+async def counted(
+    events: AsyncGenerator[Progressed, None], tally: ClientTally, clock: Callable[[], float] = time.monotonic
+) -> AsyncGenerator[Progressed, None]:
+    """The events of `Client.run`, passed on and counted. Who leaves early closes this (`contextlib.aclosing`), which
+    counts as cancelled, and closes `events`.
+    """
+    tallied, outcome, result = tally.begin(clock()), "cancelled", None
+    try:
+        async with contextlib.aclosing(events):
+            async for event in events:
+                if isinstance(event, Token):
+                    tallied.given(len(event.tokens), clock())
+                elif isinstance(event, Answer):
+                    outcome, result = DONE, event.result
+                    tally.failovers += event.failovers
+                tally.workers_lost += isinstance(event, Lost)
+                tally.waits += isinstance(event, Waiting)
+                yield event
+    except QMeshError as error:
+        outcome = error_code(error)
+        raise
+    except Exception:
+        outcome = QMeshError.code
+        raise
+    finally:
+        tallied.end(outcome, clock(), result)
 
 
 @dataclass(slots=True)
