@@ -148,6 +148,7 @@ MAX_TOPIC_BYTES: Final = 255  # a name for people
 DEFAULT_PORT: Final = 47475  # preferred for UDP and TCP; a free port is taken when it is not to be had
 CLIENT_PORT: Final = 47476  # a client's, for UDP: firewalls can let answers to beacons in; a free one if it is taken
 LOOPBACK: Final = "127.0.0.1"
+DEFAULT_METRICS_PORT: Final = 9475  # of a worker that tells them
 DEFAULT_HTTP_PORT: Final = 8080  # of a gateway; a free port is taken when it is not to be had
 BEACON_PORT: Final = 47474  # apart from the service port, so that every process of a machine can share it
 BEACON_GROUP: Final = "239.192.77.77"  # organisation-local multicast scope (RFC 2365): never routed outside
@@ -327,6 +328,7 @@ class Settings:
     key: the path of a file with the mesh's key, or the key as text; None takes the one that is sealed into the
     program, and where there is none the mesh is open.
     http: where a gateway listens; of its port, None takes DEFAULT_HTTP_PORT, or a free one where that is taken.
+    metrics: where a worker tells its metrics, if it is to.
     api_key: the path of a file with those that open a gateway, or one as text.
     """
 
@@ -342,6 +344,7 @@ class Settings:
     model: str | None = None
     gpu_layers: int | None = None
     http: tuple[str, int | None] = (LOOPBACK, None)
+    metrics: tuple[str, int] | None = None
     api_key: str | None = field(default=None, repr=False)
 
     @classmethod
@@ -484,12 +487,12 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
     return host, default_port if port is None else _parse_port(port)
 
 
-def _parse_http(value: Any) -> tuple[str, int]:
+def _parse_listen(usual: int, value: Any) -> tuple[str, int]:
     """ "HOST:PORT", "HOST" or "PORT"; the host is an IP address of this machine, or its name for itself."""
     text = str(value).strip()
     if text.isdigit():
         return LOOPBACK, _parse_port(text)
-    host, port = parse_address(text, DEFAULT_HTTP_PORT)
+    host, port = parse_address(text, usual)
     return _parse_host(LOOPBACK if host == "localhost" else host), port
 
 
@@ -506,7 +509,8 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
     "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
     "model": ("--model", "QMESH_MODEL", _parse_model),
     "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
-    "http": ("--http", "QMESH_HTTP", _parse_http),
+    "http": ("--http", "QMESH_HTTP", functools.partial(_parse_listen, DEFAULT_HTTP_PORT)),
+    "metrics": ("--metrics", "QMESH_METRICS", functools.partial(_parse_listen, DEFAULT_METRICS_PORT)),
     "api_key": ("--api-key", "QMESH_API_KEY", _parse_key),
 }
 
@@ -6606,9 +6610,9 @@ def bind_one(kind: socket.SocketKind, host: str, port: int) -> socket.socket:
 def bind_failure(host: str, port: int, error: OSError) -> str:
     place = format_address((host or "*", port))
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} is taken ({place}); leave --port away to take a free one"
+        return f"port {port} is taken ({place}); name another one, or 0 for a free one"
     if error.errno == errno.EADDRNOTAVAIL:
-        return f"{host} is no address of this machine; --host takes one that is"
+        return f"{host} is no address of this machine; name one that is"
     return f"{place} cannot be bound: {error.strerror or error}"
 
 
@@ -11097,6 +11101,7 @@ class Gateway:
         self._keys = [key.encode() for key in options.keys]
         self._server = HttpServer(self.answer, admit=self._admit, explain=explain_http_error)
         self._view = MeshView(client)
+        self._tally = ClientTally()
         self._jobs = 0  # under way
         self._tasks = OwnedTasks()
 
@@ -11168,6 +11173,16 @@ class Gateway:
     async def _mesh(self, request: HttpRequest) -> HttpResponse:
         return json_response(await self._view.look())
 
+    async def _metrics(self, request: HttpRequest) -> HttpResponse:
+        view = await self._view.look()
+        mesh = mesh_metrics(view["workers"], len(view["unreachable"]))
+        return metrics_response(
+            [build_info(), *self._tally.metrics("qmesh_gateway"), *mesh, *self._client.node.metrics()]
+        )
+
+    async def _board(self, request: HttpRequest) -> HttpResponse:
+        return json_response(grafana_board())
+
     async def _archive(self, request: HttpRequest) -> HttpResponse:
         """The program itself, for the next machine."""
         archive = running_archive()
@@ -11210,7 +11225,7 @@ class Gateway:
     async def _under_way(self, asked: CompletionRequest) -> AsyncGenerator[Steps[Told], None]:
         """What happens to the jobs of a request, until it is left."""
         self._jobs += len(asked.jobs)
-        runs = [self._client.run(job, worker=asked.worker) for job in asked.jobs]
+        runs = [counted(self._client.run(job, worker=asked.worker), self._tally) for job in asked.jobs]
         try:
             async with contextlib.aclosing(Steps(in_any_order(runs))) as told:
                 yield told
@@ -11371,6 +11386,10 @@ def json_response(body: Json, status: int = 200, headers: Mapping[str, str] | No
     return HttpResponse(status, dump_json(body), headers={**NOT_STORED, **(headers or {})})
 
 
+def metrics_response(metrics: Iterable[Metric]) -> HttpResponse:
+    return HttpResponse(200, metrics_text(metrics).encode(), METRICS_TYPE, NOT_STORED)
+
+
 def explain_http_error(error: HttpError) -> HttpResponse:
     kind = "invalid_request_error" if error.status < 500 else "server_error"
     return json_response(error_body(str(error), kind, error.code), error.status, error.headers)
@@ -11404,6 +11423,26 @@ async def _file_pieces(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
             yield data
 
 
+@contextlib.asynccontextmanager
+async def metrics_page(tell: Callable[[], list[Metric]], host: str, port: int) -> AsyncGenerator[str, None]:
+    """A server of /metrics alone, which holds figures and nothing that anybody said; yields its URL.
+
+    Raises UsageError where it cannot listen there.
+    """
+
+    async def answer(request: HttpRequest) -> HttpResponse:
+        if request.method not in ("GET", "HEAD") or request.path != "/metrics":
+            raise HttpError(404, "there is /metrics here, and nothing else")
+        return metrics_response(tell())
+
+    server = HttpServer(answer)
+    address = await server.start(host, port, DEFAULT_METRICS_PORT)
+    try:
+        yield f"http://{format_address(address)}/metrics"
+    finally:
+        await server.stop()
+
+
 Route = tuple[str, bool, Callable[[Gateway, HttpRequest], Awaitable[HttpResponse]]]
 
 # Path: (method, whether it needs a key, what answers it).
@@ -11411,6 +11450,8 @@ _ROUTES: Final[dict[str, Route]] = {
     "/": ("GET", False, Gateway._page),
     "/health": ("GET", False, Gateway._health),
     "/mesh": ("GET", True, Gateway._mesh),
+    "/metrics": ("GET", True, Gateway._metrics),
+    "/grafana.json": ("GET", True, Gateway._board),
     "/qmesh.pyz": ("GET", True, Gateway._archive),
     "/v1/models": ("GET", True, Gateway._models),
     "/v1/models/*": ("GET", True, Gateway._model),
@@ -11491,7 +11532,12 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
         failed = asyncio.create_task(worker.wait())
         stopped = asyncio.create_task(stop.wait())
         try:
-            async with gateway_of(arguments, settings) if arguments.gateway else contextlib.nullcontext():
+            async with contextlib.AsyncExitStack() as beside:
+                if settings.metrics is not None:
+                    url = await beside.enter_async_context(metrics_page(worker.metrics, *settings.metrics))
+                    terminal.say(f"📈 Metrics at {url}")
+                if arguments.gateway:
+                    await beside.enter_async_context(gateway_of(arguments, settings))
                 await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
                 terminal.say("👋 Leaving the mesh...")
         finally:
@@ -12064,6 +12110,7 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
         "--yield", dest="yields", action="store_true", help="hand over all work while others use the processor"
     )
     parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
+    parser.add_argument("--metrics", metavar="[HOST:]PORT", help=f"tell Prometheus here ({DEFAULT_METRICS_PORT})")
     parser.add_argument("--gateway", action="store_true", help="open a gateway as well, as the command `gateway` does")
     gateway_group(parser)
     add_json(parser)

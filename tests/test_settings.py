@@ -24,6 +24,7 @@ SOURCES: dict[str, tuple[Any, Any, str, str, Any, Any]] = {
     "model": ("a.gguf", "a.gguf", "QMESH_MODEL", "b", "b", None),
     "gpu_layers": (0, 0, "GPU_LAYERS", "-1", -1, None),
     "http": ("8000", ("127.0.0.1", 8000), "QMESH_HTTP", "[::1]:0", ("::1", 0), ("127.0.0.1", None)),
+    "metrics": ("localhost", ("127.0.0.1", 9475), "QMESH_METRICS", "0.0.0.0:1", ("0.0.0.0", 1), None),
     "api_key": ("keys.txt", "keys.txt", "QMESH_API_KEY", "sk-0123456789", "sk-0123456789", None),
 }
 
