@@ -11479,13 +11479,17 @@ examples:
   qmesh.pyz pull                                fetch a small model
   qmesh.pyz worker                              serve it on this machine
   qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
-  qmesh.pyz status                              see every worker
+  qmesh.pyz status --watch                      see every worker, live
+  qmesh.pyz chat                                a conversation
+  qmesh.pyz gateway                             the mesh in a browser, and for OpenAI's clients
+  qmesh.pyz batch questions.jsonl -o out.jsonl  a file of questions
   qmesh.pyz doctor                              find out why machines do not find each other
   qmesh.pyz init lab.key                        make a key that closes the mesh to others
   qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
 
 Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
-QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_LOG, GPU_LAYERS. Flags go before them.
+QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_HTTP, QMESH_API_KEY, QMESH_METRICS, QMESH_LOG, GPU_LAYERS.
+Flags go before them.
 
 exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
 """
