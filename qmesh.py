@@ -11006,11 +11006,1254 @@ class HttpServer:
 # One page, whole in itself: it loads nothing from anywhere else, so that it works without the internet.
 # ======================================================================================================
 
-PAGE: Final = ""
+PAGE: Final = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
+<meta name="referrer" content="no-referrer">
+<title>QMesh</title>
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'
+ fill='%233056d3' stroke='%233056d3' stroke-width='2'><path d='M12 5 5 18h14z' fill='none'/>
+<circle cx='12' cy='5' r='3'/><circle cx='5' cy='18' r='3'/><circle cx='19' cy='18' r='3'/></svg>">
+<style>
+:root {
+  --page: #f6f6f3; --sheet: #fff; --sunk: #eeeeea; --line: #dddcd6; --edge: #8b8a84; --text: #1c1e22; --soft: #5a5e66;
+  --accent: #3056d3; --on-accent: #fff; --tint: #e7ecfb; --good: #14713f; --fair: #8a5200; --bad: #b3261e;
+  --shadow: 0 1px 2px #0000000a, 0 6px 24px #0000000d; color-scheme: light;
+}
+:root[data-theme="dark"] {
+  --page: #101216; --sheet: #181b21; --sunk: #20242b; --line: #2c3139; --edge: #6d7480; --text: #e8eaee;
+    --soft: #a3a9b5;
+  --accent: #9db4ff; --on-accent: #0e1220; --tint: #222b45; --good: #57cc91; --fair: #e5ad50; --bad: #ff9489;
+  --shadow: 0 1px 2px #0006, 0 6px 24px #0005; color-scheme: dark;
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body {
+  margin: 0; height: 100vh; height: 100dvh; display: grid; grid-template: auto auto 1fr / 1fr 21rem; overflow: hidden;
+  background: var(--page); color: var(--text); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+}
+h1, h2, h3, p, ul, ol, dl, dd, pre, blockquote, table { margin: 0; }
+button, input, textarea, select, summary { font: inherit; color: inherit; }
+code, pre { font: .875em/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+::placeholder { color: var(--soft); opacity: 1; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.soft { color: var(--soft); }
+
+button, summary { cursor: pointer; border-radius: 8px; }
+button { border: 1px solid transparent; background: none; padding: .3rem .65rem; }
+button:hover, summary:hover { background: var(--sunk); }
+button.plain { border-color: var(--line); background: var(--sheet); font-size: .875rem; }
+button.plain:hover { border-color: var(--edge); }
+button.main { background: var(--accent); color: var(--on-accent); font-weight: 600; padding: .4rem 1.1rem; }
+button.main:hover { filter: brightness(1.08); }
+button:disabled { opacity: .5; cursor: default; }
+svg.icon {
+  width: 1.15rem; height: 1.15rem; vertical-align: -.22rem; fill: none; stroke: currentColor; stroke-width: 1.75;
+  stroke-linecap: round; stroke-linejoin: round;
+}
+input, textarea, select {
+  border: 1px solid var(--edge); border-radius: 8px; background: var(--sheet); padding: .4rem .6rem; min-width: 0;
+}
+
+header { grid-column: 1 / -1; display: flex; align-items: center; gap: .25rem; padding: .55rem 1rem;
+  border-bottom: 1px solid var(--line); }
+header h1 { font-size: 1.05rem; letter-spacing: -.01em; margin-right: auto; display: flex; gap: .5rem; }
+header h1 svg { width: 1.5rem; fill: var(--accent); stroke: var(--accent); stroke-width: 1.75; }
+header button, header summary { font-size: .875rem; padding: .3rem .6rem; }
+#settings-open.on::after { content: "on"; margin-left: .4rem; font-size: .75rem; color: var(--accent);
+  font-weight: 600; }
+.menu { position: relative; }
+.menu summary { list-style: none; }
+.menu summary::-webkit-details-marker { display: none; }
+.menu div { position: absolute; right: 0; top: 2.2rem; z-index: 5; display: grid; padding: .3rem; min-width: 9rem;
+  background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; box-shadow: var(--shadow); }
+.menu div button { text-align: left; }
+#gate { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center;
+  padding: .6rem 1rem;
+  background: var(--tint); border-bottom: 1px solid var(--line); font-size: .9375rem; }
+#gate label:has([type="checkbox"]) { display: flex; gap: .4rem; align-items: center; }
+#mesh-bar { display: none; }
+
+main { grid-row: 3; min-height: 0; min-width: 0; display: flex; flex-direction: column; position: relative; }
+#talk { flex: 1; overflow-y: auto; overscroll-behavior: contain; padding: 1.5rem 1.25rem; }
+#talk:focus-visible { outline-offset: -3px; }
+.column { max-width: 46rem; margin: 0 auto; }
+.turn { margin-bottom: 1.75rem; overflow-wrap: anywhere; }
+.question { display: flex; flex-direction: column; align-items: flex-end; }
+.question .said { background: var(--tint); border-radius: 16px 16px 4px 16px; padding: .6rem .95rem; max-width: 88%;
+  white-space: pre-wrap; }
+.foot { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; margin-top: .4rem; font-size: .8125rem;
+  color: var(--soft); font-variant-numeric: tabular-nums; }
+.foot span { margin-right: .4rem; }
+.foot button { padding: .1rem .45rem; }
+.foot button:hover { color: var(--text); }
+.progress, .note { color: var(--soft); font-size: .9375rem; }
+.progress::before { content: ""; display: inline-block; width: .5rem; height: .5rem; margin-right: .6rem;
+  border-radius: 50%;
+  background: var(--accent); }
+.note { border-left: 3px solid var(--fair); padding-left: .7rem; margin-top: .75rem; font-size: .875rem; }
+.problem { border: 1px solid var(--line); border-left: 3px solid var(--bad); border-radius: 10px;
+  background: var(--sheet);
+  padding: .75rem 1rem; margin-top: .75rem; font-size: .9375rem; display: grid; gap: .6rem; }
+.problem div { display: flex; flex-wrap: wrap; gap: .5rem; }
+.command { display: flex; gap: .5rem; align-items: flex-start; background: var(--sunk); border-radius: 8px;
+  padding: .45rem .5rem .45rem .7rem; }
+.command code { flex: 1; min-width: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+.command button { font-size: .8125rem; padding: .05rem .45rem; }
+
+.text > * + * { margin-top: .75rem; }
+.text p, .text li, .text blockquote { white-space: pre-wrap; }
+.text h2, .text h3, .text h4 { font-size: 1.05rem; line-height: 1.35; margin-top: 1.1rem; }
+.text h2 { font-size: 1.2rem; }
+.text ul, .text ol { padding-left: 1.6rem; }
+.text li + li, .text li > ul, .text li > ol { margin-top: .2rem; }
+.text blockquote { border-left: 3px solid var(--line); padding-left: .9rem; color: var(--soft); }
+.text hr { border: 0; border-top: 1px solid var(--line); }
+.text a { color: var(--accent); }
+.text code { background: var(--sunk); border-radius: 5px; padding: .1em .3em; }
+.code { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.code div { display: flex; justify-content: space-between; align-items: center; padding: .15rem .4rem .15rem .85rem;
+  background: var(--sunk); font-size: .8125rem; color: var(--soft); }
+.code div button { padding: .05rem .45rem; }
+.code pre { overflow-x: auto; padding: .75rem .85rem; }
+.code code { background: none; padding: 0; white-space: pre; overflow-wrap: normal; }
+.table { overflow-x: auto; }
+.table table { border-collapse: collapse; font-size: .9375rem; }
+.table th, .table td { border: 1px solid var(--line); padding: .3rem .6rem; text-align: left; }
+
+#welcome { padding-top: 9vh; text-align: center; display: grid; gap: .6rem; justify-items: center; }
+#welcome h2 { font-size: 1.7rem; letter-spacing: -.02em; line-height: 1.25; }
+#welcome > p { max-width: 34rem; }
+#examples { display: flex; flex-wrap: wrap; gap: .5rem; justify-content: center; margin-top: 1rem; }
+#latest { position: absolute; left: 50%; translate: -50%; bottom: 100%; margin-bottom: .5rem; box-shadow: var(--shadow);
+  border-radius: 99px; }
+
+#composer { position: relative; padding: 0 1.25rem max(.7rem, env(safe-area-inset-bottom)); }
+#box { background: var(--sheet); border: 1px solid var(--edge); border-radius: 16px; box-shadow: var(--shadow);
+  padding: .3rem .55rem .5rem; }
+#box:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
+#box textarea { display: block; width: 100%; border: 0; background: none; outline: 0; resize: none;
+  padding: .55rem .5rem;
+  max-height: 38vh; }
+#editing { display: flex; justify-content: space-between; align-items: center; font-size: .875rem; color: var(--soft);
+  padding: .2rem .2rem 0 .5rem; }
+.row { display: flex; align-items: center; gap: .4rem; }
+.row select { border-color: transparent; background: var(--sunk); font-size: .875rem; padding: .3rem .4rem;
+  max-width: 13rem;
+  text-overflow: ellipsis; }
+.row select:hover { border-color: var(--edge); }
+.row .main { margin-left: auto; }
+#hint { font-size: .78rem; color: var(--soft); text-align: center; margin-top: .4rem; }
+
+#mesh { grid-row: 3; border-left: 1px solid var(--line); overflow-y: auto; padding: 1rem; min-height: 0; }
+#mesh > * + * { margin-top: .8rem; }
+#mesh-head { display: flex; justify-content: space-between; align-items: baseline; }
+#mesh-close { display: none; }
+h2 { font-size: 1rem; }
+#mesh-said { font-size: .875rem; }
+#map { width: 100%; height: 7.5rem; display: block; }
+#map line { stroke: var(--line); stroke-width: 1.5; }
+#map line.live { stroke: var(--accent); stroke-width: 2; stroke-dasharray: 5 5; }
+#map circle { fill: var(--soft); stroke: var(--page); stroke-width: 3; }
+#map circle.here { fill: var(--accent); }
+#map .healthy { fill: var(--good); }
+#map .busy { fill: var(--fair); }
+#map .overloaded, #map .silent { fill: var(--bad); }
+#cards { list-style: none; padding: 0; display: grid; gap: .7rem; }
+.card { background: var(--sheet); border: 1px solid var(--line); border-radius: 12px; padding: .7rem .85rem;
+  font-size: .875rem;
+  line-height: 1.45; }
+.card.live { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
+.card.silent { border-style: dashed; }
+#cards.stale { opacity: .75; }
+.card .top { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap; }
+.card .id { font-weight: 650; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.card .state { font-weight: 600; }
+.card .state::before { content: ""; display: inline-block; width: .55rem; height: .55rem; border-radius: 50%;
+  margin-right: .4rem;
+  background: currentColor; }
+.healthy .state { color: var(--good); }
+.busy .state { color: var(--fair); }
+.overloaded .state, .silent .state { color: var(--bad); }
+.card .now { margin-left: auto; background: var(--accent); color: var(--on-accent); border-radius: 99px;
+  padding: 0 .55rem;
+  font-size: .75rem; font-weight: 600; }
+.card .model { margin-top: .3rem; overflow-wrap: anywhere; unicode-bidi: isolate; }
+.card dl { display: grid; grid-template-columns: auto 1fr auto; gap: .1rem .6rem; align-items: center; margin: .35rem 0;
+  font-variant-numeric: tabular-nums; }
+.card dt { color: var(--soft); }
+.bar { height: 5px; border-radius: 9px; background: var(--sunk); overflow: hidden; }
+.bar i { display: block; height: 100%; width: 0; border-radius: 9px; background: var(--edge); transition: width .6s; }
+.card .where { color: var(--soft); font-size: .8125rem; overflow-wrap: anywhere; }
+.card button { margin: .5rem 0 .1rem; width: 100%; padding: .15rem .5rem; }
+.card button[aria-pressed="true"] { background: var(--tint); border-color: var(--accent); }
+#join { font-size: .875rem; border-top: 1px solid var(--line); padding-top: .7rem; }
+#join summary { font-weight: 600; padding: .2rem .3rem; margin: 0 -.3rem; }
+#join > * + * { margin-top: .5rem; }
+
+dialog { width: min(32rem, calc(100vw - 2rem)); border: 1px solid var(--line); border-radius: 16px; padding: 1.25rem;
+  background: var(--sheet); color: var(--text); box-shadow: var(--shadow); }
+dialog::backdrop { background: #0007; }
+dialog > * + * { margin-top: .9rem; }
+dialog .row { justify-content: space-between; }
+dialog label { display: grid; gap: .25rem; font-weight: 600; font-size: .9375rem; }
+dialog label span { font-weight: 400; color: var(--soft); font-size: .875rem; }
+dialog textarea { resize: vertical; }
+dialog label :is(input, textarea) { font-weight: 400; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; }
+
+@media (prefers-reduced-motion: no-preference) {
+  .progress::before { animation: breathe 1.4s ease-in-out infinite; }
+  #map line.live { animation: flow .7s linear infinite; }
+  #mesh.open { animation: rise .18s ease-out; }
+}
+@media (prefers-reduced-motion: reduce) { .bar i { transition: none; } }
+@keyframes breathe { 50% { opacity: .25; } }
+@keyframes flow { to { stroke-dashoffset: -10; } }
+@keyframes rise { from { translate: 0 1rem; opacity: 0; } }
+
+@media (max-width: 56rem) {
+  body { grid-template: auto auto auto 1fr / minmax(0, 1fr); }
+  header { padding: .4rem .5rem .4rem .8rem; gap: 0; }
+  header button span, header summary span { position: absolute; width: 1px; height: 1px; overflow: hidden;
+    clip-path: inset(50%); }
+  header button, header summary { padding: .5rem .6rem; }
+  #mesh-bar { grid-row: 3; display: flex; justify-content: space-between; gap: .5rem; padding: .45rem .9rem;
+    text-align: left;
+    border: 0; border-bottom: 1px solid var(--line); border-radius: 0; font-size: .875rem; background: var(--sheet); }
+  main { grid-row: 4; }
+  #mesh { display: none; }
+  #mesh.open { display: block; position: fixed; inset: 0; z-index: 9; border: 0; background: var(--page); }
+  #mesh-close { display: block; }
+  #talk { padding: 1.1rem .9rem; }
+  #composer { padding: 0 .6rem max(.6rem, env(safe-area-inset-bottom)); }
+  #welcome { padding-top: 4vh; }
+  #hint { display: none; }
+  .row select { max-width: 32vw; }
+}
+</style>
+</head>
+<body>
+<svg hidden>
+  <symbol id="i-new" viewBox="0 0 24 24"><path d="M12 5v14M5 12h14"/></symbol>
+  <symbol id="i-save" viewBox="0 0 24 24"><path d="M12 4v11m-5-5 5 5 5-5M5 20h14"/></symbol>
+  <symbol id="i-set" viewBox="0 0 24 24"><path d="M4 8h9m5 0h2M4 16h2m5 0h9"/><circle cx="15.5" cy="8" r="2.5"/>
+    <circle cx="8.5" cy="16" r="2.5"/></symbol>
+  <symbol id="i-theme" viewBox="0 0 24 24"><circle cx="12" cy="12" r="8"/><path d="M12 4a8 8 0 0 0 0 16z"
+    fill="currentColor"/></symbol>
+</svg>
+<header>
+  <h1><svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 5 5 18h14z" fill="none"/><circle cx="12" cy="5" r="2.4"/>
+    <circle cx="5" cy="18" r="2.4"/><circle cx="19" cy="18" r="2.4"/></svg>QMesh</h1>
+  <button id="fresh" title="New conversation"><svg class="icon" aria-hidden="true"><use href="#i-new"/></svg>
+    <span>New conversation</span></button>
+  <details class="menu" id="export"><summary title="Export the conversation"><svg class="icon" aria-hidden="true">
+    <use href="#i-save"/></svg> <span>Export</span></summary>
+    <div><button id="export-text">As text</button><button id="export-json">As JSON</button></div></details>
+  <button id="settings-open" title="Settings" aria-haspopup="dialog"><svg class="icon" aria-hidden="true">
+    <use href="#i-set"/></svg> <span>Settings</span></button>
+  <button id="theme"><svg class="icon" aria-hidden="true"><use href="#i-theme"/></svg>
+    <span id="theme-name"></span></button>
+</header>
+<form id="gate" hidden>
+  <span id="gate-said">This gateway wants an API key. Whoever runs it can tell you.</span>
+  <label><span class="quiet">API key</span>
+    <input id="key" type="password" autocomplete="off" placeholder="API key"></label>
+  <label><input id="key-keep" type="checkbox"> keep it in this browser</label>
+  <button class="main">Use it</button>
+</form>
+<button id="mesh-bar" aria-expanded="false" aria-controls="mesh"><span id="mesh-brief">Looking at the mesh...</span>
+  <span class="soft">Show</span></button>
+<main>
+  <section id="talk" tabindex="0" aria-label="Conversation">
+    <div class="column" id="turns" role="log"></div>
+    <div class="column" id="welcome">
+      <h2>Ask the machines around you</h2>
+      <p class="soft">Your question goes to the machine of this mesh that has the most time for it. If that one is
+        switched off half-way, another finishes the sentence.</p>
+      <div id="examples"></div>
+      <button class="plain" id="restore" hidden>Bring back the last conversation</button>
+    </div>
+    <noscript><p class="column">This page needs JavaScript. From a terminal, <code>qmesh.pyz prompt "..."</code> does
+      the same.</p></noscript>
+  </section>
+  <form id="composer">
+    <button class="plain" type="button" id="latest" hidden>To the latest</button>
+    <div class="column">
+      <div id="box">
+        <div id="editing" hidden><span>Editing your last question: its answer will be replaced.</span>
+          <button type="button" id="edit-cancel">Cancel</button></div>
+        <label class="quiet" for="question">Your question</label>
+        <textarea id="question" rows="1" placeholder="Ask anything" aria-describedby="hint" dir="auto"></textarea>
+        <div class="row">
+          <label class="quiet" for="model">Model</label><select id="model" title="Model"></select>
+          <label class="quiet" for="worker">Worker</label><select id="worker" title="Worker"></select>
+          <button class="main" id="send">Send</button>
+          <button class="main" type="button" id="stop" hidden>Stop</button>
+        </div>
+      </div>
+      <p id="hint">Enter sends, Shift+Enter starts a new line, Esc stops. Answers may be wrong.</p>
+    </div>
+  </form>
+</main>
+<aside id="mesh" aria-labelledby="mesh-title">
+  <div id="mesh-head"><h2 id="mesh-title">The mesh</h2><button class="plain" id="mesh-close">Close</button></div>
+  <p id="mesh-said" class="soft">Looking at the mesh...</p>
+  <svg id="map" viewBox="0 0 280 120" aria-hidden="true"></svg>
+  <ul id="cards"></ul>
+  <details id="join"><summary>Add a machine</summary>
+    <p>On another machine of this network, with Python 3.11 or newer:</p>
+    <p class="command"><code id="join-command"></code></p>
+    <p class="soft" id="join-said"></p></details>
+</aside>
+<dialog id="settings" aria-labelledby="settings-title">
+  <div class="row"><h2 id="settings-title">Settings</h2><button class="plain" id="settings-close">Close</button></div>
+  <label>System prompt <span>Goes before every conversation: who the model shall be, and how it shall answer.</span>
+    <textarea id="system" rows="4" placeholder="You are a patient teacher." dir="auto"></textarea></label>
+  <div class="pair">
+    <label>Temperature <span>0 strict, 1 lively</span>
+      <input id="temperature" type="number" min="0" max="2" step="0.1" placeholder="as usual"></label>
+    <label>Longest answer <span>in tokens</span>
+      <input id="max-tokens" type="number" min="1" step="1" placeholder="as usual"></label>
+  </div>
+  <p class="soft">The conversation and these settings stay in this browser.</p>
+</dialog>
+<p class="quiet" id="say" role="status"></p>
+<script>
+"use strict";
+
+// Bounds. Times in milliseconds, sizes in characters.
+const POLL = 2000; // health moves in seconds
+const POLL_HIDDEN = 30000; // nobody looks
+const POLL_MOST = 30000; // between two looks at a gateway that does not answer
+const POLL_DEADLINE = 15000; // the gateway itself asks every worker, and gives up earlier
+const FIRST_SIGN = 600000; // the gateway waits for a worker as long as it was told to, a minute usually
+const SILENCE = 60000; // while an answer is under way the gateway gives a sign of life every ten seconds
+const WAIT_WORD = 4000; // after which the reader is told that no worker has begun
+const MOST_LINE = 1 << 20; // of a stream; a token takes some hundred
+const MOST_KEPT = 2e6; // of a conversation: browsers give a site 5 MB, two bytes for each
+const MOST_CARDS = 100;
+const MOST_DRAWN = 24; // nodes on the map, before they touch
+const NEAR_END = 80; // pixels from the end in which the view follows the answer
+const COPIED = 1500; // how long a button says so
+const DEPTH = 4; // of marks within marks, and of lists within lists
+const DEFAULT_TOPIC = "qmesh-inference";
+const EXAMPLES = ["Why is the sky blue?", "Write three quiz questions about fractions",
+  "Explain what a mesh network is"];
+
+// --- Small helpers ---
+
+const $ = (id) => document.getElementById(id);
+
+function el(tag, properties, ...children) {
+  const node = document.createElement(tag);
+  node.append(...children.filter((child) => child != null)); // before dir="auto", which weighs each child that comes
+  for (const [name, value] of Object.entries(properties ?? {})) {
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  return node;
+}
+
+/** Makes the children of `place` anew when `key`, all that they depend on, has changed. */
+function renew(place, key, make) {
+  if (place.source === key) return;
+  place.source = key;
+  place.replaceChildren(...make());
+}
+
+function put(node, text) { // leaves it alone when nothing changes, for those who select or listen
+  if (node.textContent !== text) node.textContent = text;
+}
+
+const button = (label, onclick, className = "") => el("button", { type: "button", className, onclick }, label);
+const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const brief = (id) => id.slice(0, 6);
+const number = (value) => (Number.isFinite(value) ? value : 0);
+const text = (value) => (typeof value === "string" ? value : "");
+const list = (value) => (Array.isArray(value) ? value : []);
+
+function load(name, otherwise, where = "localStorage") {
+  try {
+    return JSON.parse(window[where].getItem("qmesh." + name)) ?? otherwise;
+  } catch {
+    return otherwise; // storage may be forbidden
+  }
+}
+
+function save(name, value, where = "localStorage") {
+  try {
+    if (value === null) window[where].removeItem("qmesh." + name);
+    else window[where].setItem("qmesh." + name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+async function copy(what) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(what);
+  const area = el("textarea", { value: what, className: "quiet" }); // over http from elsewhere there is no clipboard
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+function copyButton(what) {
+  const made = button("Copy", async () => {
+    const done = await copy(what()).then(() => "Copied", () => "Could not copy");
+    made.textContent = done;
+    $("say").textContent = done;
+    setTimeout(() => { made.textContent = "Copy"; }, COPIED);
+  });
+  return made;
+}
+
+const command = (what) => el("p", { className: "command" }, el("code", {}, what), copyButton(() => what));
+
+// --- Markdown, as far as answers use it: text in, nodes out, never markup in between ---
+
+const ITEM = /^(\s{0,20})(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
+const FENCE = /^\s*(`{3,}|~{3,})\s*([\w+#.-]{0,30})/;
+const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
+const QUOTE = /^ {0,3}> ?/;
+const MARKS = [/\\[\\`*_[\]#]/, /`+|\*\*|__|\*|_/, /\[([^\][\n]{1,300})\]\((https?:\/\/[^\s()<>]{1,1000})\)/,
+  /https?:\/\/[^\s<>"'`)\]]{1,1000}/];
+const MARK = new RegExp(MARKS.map((mark) => mark.source).join("|"), "gi");
+
+const isDivider = (line = "") => /^[\s:|-]+$/.test(line) && line.includes("|") && line.includes("-");
+const beginsBlock = (line) => [ITEM, HEADING, FENCE, RULE, QUOTE].some((pattern) => pattern.test(line));
+
+/** Whether a line goes on with the list before it: an item, or lines of one; a blank line, if such follows. */
+function isOfList(lines, at) {
+  const line = lines[at], next = lines[at + 1] ?? "";
+  if (!line.trim()) return ITEM.test(next) || (/^\s+\S/.test(next) && !FENCE.test(next));
+  if (ITEM.test(line)) return !RULE.test(line);
+  return !beginsBlock(line) && (/^\s/.test(line) || lines[at - 1].trim() !== "");
+}
+
+/** Cuts text into blocks. Each has its kind and its lines. */
+function blocksOf(whole) {
+  const lines = whole.split("\n"), blocks = [];
+  for (let at = 0; at < lines.length;) {
+    const start = at, line = lines[at++];
+    const upTo = (holds) => { while (at < lines.length && holds(lines[at])) at++; };
+    let kind = "paragraph";
+    if (!line.trim()) continue;
+    if (FENCE.test(line)) {
+      const fence = FENCE.exec(line)[1];
+      const closes = (other) => other.trim().startsWith(fence) && !other.trim().replaceAll(fence[0], "");
+      kind = "code";
+      upTo((other) => !closes(other));
+      at++;
+    } else if (HEADING.test(line)) {
+      kind = "heading";
+    } else if (RULE.test(line)) {
+      kind = "rule";
+    } else if (QUOTE.test(line)) {
+      kind = "quote";
+      upTo((other) => QUOTE.test(other));
+    } else if (ITEM.test(line)) {
+      kind = "list";
+      upTo(() => isOfList(lines, at));
+    } else if (line.includes("|") && isDivider(lines[at])) {
+      kind = "table";
+      upTo((other) => other.includes("|"));
+    } else {
+      upTo((other) => other.trim() && !beginsBlock(other));
+    }
+    blocks.push({ kind, lines: lines.slice(start, at) });
+  }
+  return blocks;
+}
+
+const BLOCKS = {
+  paragraph: (lines) => el("p", { dir: "auto" }, ...inline(lines.join("\n"))),
+  heading: ([line]) => {
+    const [, marks, title] = HEADING.exec(line);
+    return el("h" + Math.min(4, marks.length + 1), { dir: "auto" }, ...inline(title.replace(/\s#{1,6}\s*$/, "")));
+  },
+  rule: () => el("hr"),
+  quote: (lines) => el("blockquote", { dir: "auto" },
+    ...inline(lines.map((line) => line.replace(QUOTE, "")).join("\n"))),
+  code: (lines) => {
+    const margin = /^\s*/.exec(lines[0])[0].length; // of a block inside a list
+    const inner = lines.slice(1, isClosed(lines) ? -1 : undefined);
+    const code = inner.map((line) => line.slice(0, margin).trim() + line.slice(margin)).join("\n");
+    return el("div", { className: "code" },
+      el("div", {}, el("span", {}, FENCE.exec(lines[0])[2] || "text"), copyButton(() => code)),
+      el("pre", { tabIndex: 0 }, el("code", {}, code)));
+  },
+  table: (lines) => {
+    const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|");
+    const row = (tag) => (line) => el("tr", {}, ...cells(line).map((cell) => el(tag, {}, ...inline(cell.trim()))));
+    const head = el("thead", {}, row("th")(lines[0])), body = el("tbody", {}, ...lines.slice(2).map(row("td")));
+    return el("div", { className: "table", tabIndex: 0 }, el("table", {}, head, body));
+  },
+  list: (lines) => {
+    const open = []; // the lists that an item may belong to, the innermost last
+    for (const [indent, ordinal, what] of itemsOf(lines)) {
+      while (open.length > 1 && indent < open.at(-1).indent) open.pop();
+      if (!open.length || (indent > open.at(-1).indent + 1 && open.length < DEPTH)) {
+        const node = ordinal ? el("ol", { start: Number(ordinal) }) : el("ul");
+        open.at(-1)?.node.lastChild.append(node);
+        open.push({ indent, node });
+      }
+      open.at(-1).node.append(el("li", { dir: "auto" }, ...inline(what)));
+    }
+    return open[0].node;
+  },
+};
+
+const isClosed = (lines) => lines.length > 1 && lines.at(-1).trim().startsWith(FENCE.exec(lines[0])[1]);
+
+function itemsOf(lines) {
+  const items = [];
+  for (const line of lines) {
+    const found = ITEM.exec(line);
+    if (found) items.push([found[1].length, found[2], found[3]]);
+    else if (line.trim()) items.at(-1)[2] += "\n" + line.trim();
+  }
+  return items;
+}
+
+/** The nodes of a line of text. Time grows with its length alone: a mark without an end is looked for once. */
+function inline(whole, depth = 0) {
+  const nodes = [], endless = new Set(), marks = new RegExp(MARK);
+  let done = 0, found;
+  const add = (until, node, next) => { nodes.push(whole.slice(done, until), node); done = marks.lastIndex = next; };
+  while ((found = marks.exec(whole))) {
+    const [mark, label, address] = found, after = found.index + mark.length;
+    if (mark[0] === "\\") add(found.index, mark[1], after);
+    else if (address) add(found.index, anchor(address, label), after);
+    else if (/^h/i.test(mark)) {
+      const bare = mark.replace(/[.,;:!?]+$/, "");
+      add(found.index, anchor(bare, bare), found.index + bare.length);
+    } else if (!endless.has(mark) && depth < DEPTH && opens(whole, found.index, mark)) {
+      const end = whole.indexOf(mark, after + 1);
+      const inner = whole.slice(after, end);
+      if (end < 0) endless.add(mark);
+      else if (mark[0] === "`") add(found.index, el("code", {}, inner), end + mark.length);
+      else if (closes(whole, end, mark)) {
+        add(found.index, el(mark.length > 1 ? "strong" : "em", {}, ...inline(inner, depth + 1)), end + mark.length);
+      }
+    }
+  }
+  return [...nodes, whole.slice(done)].filter((node) => node !== "");
+}
+
+const opens = (whole, at, mark) => mark[0] === "`" ||
+  (/\S/.test(whole[at + mark.length] ?? " ") && !(mark[0] === "_" && /\w/.test(whole[at - 1] ?? " ")));
+const closes = (whole, at, mark) => /\S/.test(whole[at - 1]) &&
+  !(mark[0] === "_" && /\w/.test(whole[at + mark.length] ?? " "));
+const anchor = (href, label) => el("a", { href, target: "_blank", rel: "noopener noreferrer" }, label);
+
+/** Shows text as blocks in `place`, and leaves alone those that are there already: what was selected stays so. */
+function showText(place, whole) {
+  let there = place.firstElementChild;
+  for (const { kind, lines } of blocksOf(whole)) {
+    const key = kind + lines.join("\n"), next = there?.nextElementSibling ?? null;
+    if (there?.source !== key) {
+      const node = BLOCKS[kind](lines);
+      node.source = key;
+      if (there) there.replaceWith(node);
+      else place.append(node);
+    }
+    there = next;
+  }
+  while (there) {
+    const next = there.nextElementSibling;
+    there.remove();
+    there = next;
+  }
+}
+
+// --- Asking the gateway ---
+
+/** Something went wrong that the user can do something about; `kind` says what. */
+class Problem extends Error {
+  constructor(kind, message) {
+    super(message);
+    this.kind = kind;
+  }
+}
+
+function request(path, options) {
+  const key = load("key", null, "sessionStorage") ?? load("key", null);
+  return fetch(path, { cache: "no-store", ...options, headers: {
+    ...(options.body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) } });
+}
+
+async function problemIn(response) {
+  const body = await response.json().catch(() => ({}));
+  return problemOf(body?.error, response.status);
+}
+
+function problemOf(error, status = 0) {
+  const said = text(error?.message), code = text(error?.code);
+  if (status === 401) return new Problem("key",
+    "The gateway wants an API key. Enter it above, and the question goes out again.");
+  if (error?.param === "worker") return new Problem("worker", said || "That worker is not in the mesh.");
+  if (error?.param === "model") return new Problem("model", said || "No worker has that model.");
+  if (code === "no_worker") return new Problem("none", "No worker answers. Start one on any machine of this network:");
+  if (status === 429 || code === "overloaded") {
+    return new Problem("busy", "Every worker is at its limit. Wait a moment and try again, or add a machine.");
+  }
+  return new Problem("other", said || `The gateway answered with status ${status} and no reason. Try again.`);
+}
+
+const GONE = `The gateway at ${location.host} does not answer. See whether \`qmesh.pyz gateway\` still runs there, and `
+  + "whether this machine is on its network; then try again.";
+
+/** The lines of a stream, as they come. */
+async function* linesOf(body, onSign) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      onSign();
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      if (rest.length > MOST_LINE) throw new Problem("other", "The gateway sent a line without an end. Try again.");
+      for (const line of lines) yield line.replace(/\r$/, "");
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // it may have ended
+  }
+}
+
+// --- The conversation ---
+
+const settings = { model: "", worker: "", system: "", temperature: "", maxTokens: "", theme: "",
+  ...load("settings", {}) };
+let turns = kept("conversation"); // questions and answers in turn: {role, content, ...}
+let running = null; // the answer under way: {answer, stop, started, ...}
+let editing = false; // the last question is being changed
+const views = new Map(); // of an answer, the nodes that change while it comes
+
+function kept(name) {
+  const isTurn = (turn) => ["user", "assistant"].includes(turn?.role) && typeof turn.content === "string";
+  return list(load(name, [])).filter(isTurn);
+}
+
+function keep() {
+  const fits = JSON.stringify(turns).length <= MOST_KEPT && save("conversation", turns);
+  if (!fits) save("conversation", null);
+  put($("hint"), fits ? HINT : "This conversation is too long to be kept here: export it before you close the page.");
+}
+
+const HINT = $("hint").textContent;
+
+/** What is sent: all that was said. Questions without an answer are joined, for models that want turns to alternate. */
+function messages(until) {
+  const said = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
+  for (const { role, content } of turns.slice(0, until)) {
+    if (!content) continue;
+    if (said.at(-1)?.role === role) said.at(-1).content += "\n\n" + content;
+    else said.push({ role, content });
+  }
+  return said;
+}
+
+function requestBody() {
+  const body = { messages: messages(turns.length - 1), stream: true, stream_options: { include_usage: true } };
+  if (settings.model) body.model = settings.model;
+  if (settings.worker) body.worker = settings.worker;
+  if (settings.temperature !== "") body.temperature = Number(settings.temperature);
+  if (settings.maxTokens !== "") body.max_tokens = Number(settings.maxTokens);
+  return JSON.stringify(body);
+}
+
+function send() {
+  const question = $("question").value.trim();
+  if (!question || running) return;
+  if (editing) turns.splice(turns.findLastIndex((turn) => turn.role === "user"));
+  setEditing(false);
+  $("question").value = "";
+  grow();
+  turns.push({ role: "user", content: question });
+  answer();
+}
+
+function again() {
+  if (running) return;
+  if (turns.at(-1)?.role === "assistant") turns.pop();
+  if (turns.at(-1)?.role === "user") answer();
+}
+
+async function answer() {
+  const made = { role: "assistant", content: "", notes: [], end: "", worker: "" };
+  const run = running = { answer: made, stop: new AbortController(), stopped: false, watch: 0,
+    started: performance.now(), first: 0, last: 0, pieces: 0, usage: 0, progress: "Looking for a worker..." };
+  turns.push(made);
+  drawTurns();
+  toLatest();
+  keep();
+  $("say").textContent = "Asked.";
+  try {
+    await follow(run);
+    made.end = "done";
+  } catch (error) {
+    made.end = run.stopped ? "stopped" : "failed";
+    if (!run.stopped) made.problem = explain(error, made);
+  }
+  clearTimeout(run.watch);
+  running = null;
+  measure(run);
+  drawTurns();
+  keep();
+  drawMesh();
+  const said = { done: "The answer is complete.", stopped: "Stopped.", failed: made.problem?.message };
+  $("say").textContent = said[made.end];
+  if (made.problem?.kind === "key") askForKey(true);
+}
+
+function explain(error, made) {
+  const partly = made.content ? " What came until then is kept." : "";
+  if (error instanceof Problem) return { kind: error.kind, message: error.message + partly };
+  if (error.name === "AbortError") {
+    return { kind: "gone", message: "Nothing came from the gateway for a long time. Try again." + partly };
+  }
+  return { kind: "gone", message: (made.content ? "The connection to the gateway broke. Try again." : GONE) + partly };
+}
+
+/** Sends the conversation and follows the stream to its end. */
+async function follow(run) {
+  const within = (limit) => {
+    clearTimeout(run.watch);
+    run.watch = setTimeout(() => run.stop.abort(), limit);
+  };
+  within(FIRST_SIGN);
+  const word = setTimeout(() => {
+    run.progress = "No worker has begun yet; they are asked again and again...";
+    drawSoon();
+  }, WAIT_WORD);
+  const options = { method: "POST", body: requestBody(), signal: run.stop.signal };
+  const response = await request("v1/chat/completions", options).finally(() => clearTimeout(word));
+  if (!response.ok) throw await problemIn(response);
+  for await (const line of linesOf(response.body, () => within(SILENCE))) {
+    if (line === "data: [DONE]") return;
+    if (line.startsWith("data:")) onPiece(run, JSON.parse(line.slice(5)));
+    else if (line.startsWith(": qmesh ")) onNews(run, JSON.parse(line.slice(8)));
+  }
+  throw new Problem("gone", "The connection broke before the answer was complete. Try again.");
+}
+
+function onPiece(run, piece) {
+  if (piece.error) throw problemOf(piece.error);
+  if (piece.usage) run.usage = number(piece.usage.completion_tokens);
+  const choice = list(piece.choices)[0], more = text(choice?.delta?.content);
+  if (choice?.finish_reason === "length") run.answer.cut = true;
+  if (piece.model) run.answer.model = text(piece.model);
+  if (!more) return;
+  run.last = performance.now();
+  run.first ||= run.last;
+  run.pieces++;
+  run.answer.content += more;
+  drawSoon();
+}
+
+/** What happens on the way, told in comments of the stream. */
+function onNews(run, news) {
+  const { answer: made } = run, who = brief(text(news.worker_id));
+  if (news.event === "selected") {
+    made.worker = text(news.worker_id);
+    const lost = made.notes.at(-1);
+    if (lost && !lost.next) lost.next = made.worker;
+    run.progress = `Worker ${who} is reading the question...`;
+  } else if (news.event === "queued") {
+    const before = number(news.position), wait = Math.ceil(number(news.wait_s));
+    run.progress = `In line at worker ${brief(made.worker)}: ${before ? before + " before you" : "you are next"}`
+      + (wait ? `, about ${wait} s...` : "...");
+  } else if (news.event === "waiting") {
+    run.progress = `No worker is free now; they are asked again and again. (${text(news.reason)})`;
+  } else if (news.event === "lost") {
+    const again = made.notes.at(-1)?.lost === news.worker_id && !made.notes.at(-1).next; // it was tried once more
+    if (again) made.notes.pop();
+    made.notes.push({ lost: text(news.worker_id), tokens: number(news.tokens), next: "" });
+    made.worker = "";
+    run.progress = "Looking for another worker...";
+    $("say").textContent = noteText(made.notes.at(-1));
+  }
+  drawSoon();
+  drawMesh();
+}
+
+function noteText({ lost, tokens, next }) {
+  const after = tokens ? `after ${plural(tokens, "token")}` : "before its first token";
+  return `Worker ${brief(lost)} was lost ${after}${next ? `; ${brief(next)} went on.` : "."}`;
+}
+
+function measure(run) {
+  const { answer: made } = run;
+  made.tokens = run.usage || run.pieces;
+  if (!made.tokens) return;
+  made.seconds = (performance.now() - run.started) / 1000;
+  const writing = (run.last - run.first) / 1000;
+  made.speed = made.tokens > 1 && writing > 0 ? (made.tokens - 1) / writing : 0;
+}
+
+function stop() {
+  if (!running) return;
+  running.stopped = true;
+  running.stop.abort();
+}
+
+// --- Showing the conversation ---
+
+function drawTurns() {
+  views.clear();
+  const viewOf = (turn, index) => turn.role === "user" ? questionView(turn, index) : answerView(turn);
+  $("turns").replaceChildren(...turns.map(viewOf));
+  $("welcome").hidden = turns.length > 0;
+  $("restore").hidden = kept("previous").length === 0;
+  $("send").hidden = running !== null;
+  $("stop").hidden = running === null;
+  if (follows) toLatest();
+}
+
+function questionView(turn, index) {
+  const isLast = !running && index === turns.findLastIndex(({ role }) => role === "user");
+  const foot = el("div", { className: "foot" }, isLast ? button("Edit", startEditing) : null);
+  if (isLast && index === turns.length - 1) foot.append(button("Send again", again));
+  const said = el("div", { className: "said", dir: "auto" }, turn.content);
+  return el("article", { className: "turn question", "aria-label": "Your question" }, said, isLast ? foot : null);
+}
+
+function answerView(turn) {
+  const view = { text: el("div", { className: "text" }), progress: el("p", { className: "progress" }),
+    notes: el("div"), foot: el("div", { className: "foot" }) };
+  const properties = { className: "turn answer", "aria-label": "Answer", "aria-busy": turn === running?.answer };
+  const article = el("article", properties, view.text, view.notes, view.progress, problemView(turn), view.foot);
+  views.set(turn, view);
+  drawAnswer(turn);
+  return article;
+}
+
+function drawAnswer(turn) {
+  const view = views.get(turn), isRunning = turn === running?.answer;
+  showText(view.text, turn.content);
+  const notes = list(turn.notes).map(noteText);
+  renew(view.notes, notes.join("\n"), () => notes.map((note) => el("p", { className: "note" }, note)));
+  view.progress.hidden = !isRunning || (turn.content !== "" && turn.worker !== "");
+  if (isRunning) put(view.progress, running.progress);
+  if (!isRunning) view.foot.replaceChildren(...footOf(turn));
+  else put(view.foot, turn.worker && turn.content ? `Worker ${brief(turn.worker)} is writing...` : "");
+}
+
+function footOf(turn) {
+  const facts = [
+    turn.worker && `worker ${brief(turn.worker)}`,
+    turn.speed && `${turn.speed.toFixed(1)} tokens/s`,
+    turn.tokens && plural(turn.tokens, "token"),
+    turn.seconds && `${turn.seconds.toFixed(1)} s`,
+    turn.model,
+    turn.cut && "cut at the longest answer",
+    { stopped: "stopped by you", "": "cut when the page was closed" }[turn.end],
+  ];
+  const nodes = facts.filter(Boolean).map((fact) => el("span", {}, fact));
+  if (turn.content) nodes.push(copyButton(() => turn.content));
+  if (turn === turns.at(-1) && !running && !turn.problem) nodes.push(button("Try again", again));
+  return nodes;
+}
+
+function problemView(turn) {
+  const problem = turn.problem;
+  if (!problem) return null;
+  const actions = el("div"), isLast = turn === turns.at(-1) && !running;
+  const retryWith = (name) => () => { choose(name, ""); again(); };
+  if (isLast && problem.kind === "worker") actions.append(button("Ask any worker", retryWith("worker"), "plain"));
+  if (isLast && problem.kind === "model") actions.append(button("Ask any model", retryWith("model"), "plain"));
+  if (isLast) actions.append(button("Try again", again, "plain"));
+  return el("div", { className: "problem" }, el("p", {}, text(problem.message)),
+    problem.kind === "none" ? command("python3 qmesh.pyz worker" + joinFlags()) : null, actions);
+}
+
+let frame = 0;
+function drawSoon() {
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    if (!running || !views.has(running.answer)) return;
+    drawAnswer(running.answer);
+    if (follows) toLatest();
+  });
+}
+
+let follows = true; // the end is in view, and stays so
+function onScroll() {
+  const { scrollTop, scrollHeight, clientHeight } = $("talk");
+  follows = scrollHeight - scrollTop - clientHeight < NEAR_END;
+  $("latest").hidden = follows;
+}
+
+function toLatest() {
+  $("talk").scrollTop = $("talk").scrollHeight;
+  follows = true;
+  $("latest").hidden = true;
+}
+
+// --- What one does with a conversation ---
+
+function startEditing() {
+  $("question").value = turns.findLast((turn) => turn.role === "user").content;
+  setEditing(true);
+  grow();
+  $("question").focus();
+}
+
+function setEditing(now) {
+  if (editing && !now) $("question").value = "";
+  editing = now;
+  $("editing").hidden = !now;
+  grow();
+}
+
+function startAfresh() {
+  stop();
+  if (turns.length) save("previous", turns);
+  turns = [];
+  setEditing(false);
+  keep();
+  drawTurns();
+  $("question").focus();
+}
+
+function restore() {
+  turns = kept("previous");
+  save("previous", null);
+  keep();
+  drawTurns();
+  toLatest();
+}
+
+function exportAs(kind) {
+  const answered = (turn) => turn.worker ? ` (worker ${brief(turn.worker)})` : "";
+  const asText = () => turns.map((turn) => turn.role === "user" ? `Question\n\n${turn.content}\n` :
+    `Answer${answered(turn)}\n\n${turn.content}\n`).join("\n");
+  const asJson = () => JSON.stringify(
+    { exported: new Date().toISOString(), system: settings.system, messages: turns }, null, 2);
+  const href = URL.createObjectURL(kind === "json" ? new Blob([asJson()], { type: "application/json" })
+    : new Blob([asText()], { type: "text/plain;charset=utf-8" }));
+  el("a", { href, download: `qmesh-conversation.${kind === "json" ? "json" : "txt"}` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), COPIED);
+  $("export").open = false;
+}
+
+function grow() {
+  const area = $("question");
+  area.style.height = "auto";
+  area.style.height = area.scrollHeight + "px";
+}
+
+// --- The mesh ---
+
+let mesh = { workers: [], silent: [], topic: DEFAULT_TOPIC, open: true };
+let trouble = "Looking at the mesh..."; // why the picture is not of now
+let polling = false, pollTimer = 0, pollDelay = POLL;
+const cards = new Map();
+
+/** What the gateway says of the mesh. Workers are strangers: each figure and name may be anything. */
+function meshOf(body) {
+  const said = list(body.workers).slice(0, MOST_CARDS).map((worker) => ({
+    id: text(worker.worker_id),
+    state: ["healthy", "busy", "overloaded"].find((state) => state === worker.health?.state) ?? "busy",
+    score: Math.round(number(worker.health?.score)),
+    cpu: number(worker.health?.cpu), memory: number(worker.health?.memory),
+    active: number(worker.queue?.active), waiting: number(worker.queue?.waiting), slots: number(worker.slots),
+    speed: number(worker.speed), models: list(worker.models).map((model) => text(model?.name)).filter(Boolean),
+    gpus: list(worker.gpu?.cards).map((card) => text(card?.name)
+      + (Number.isFinite(card?.utilization) ? ` ${Math.round(card.utilization)} %` : "")),
+    address: list(worker.address).join(":"),
+  }));
+  const silent = list(body.unreachable).slice(0, MOST_CARDS).map((worker) => ({
+    id: text(worker.worker_id), state: "silent", error: text(worker.error), address: list(worker.address).join(":"),
+  }));
+  const { topic, open } = body.mesh ?? {};
+  return { workers: said, silent, topic: text(topic) || DEFAULT_TOPIC, open: open !== false, more:
+    Math.max(0, list(body.workers).length - MOST_CARDS) };
+}
+
+async function poll() {
+  if (polling) return;
+  polling = true;
+  clearTimeout(pollTimer);
+  try {
+    const response = await request("mesh", { signal: AbortSignal.timeout(POLL_DEADLINE) });
+    if (!response.ok) throw await problemIn(response);
+    mesh = meshOf(await response.json());
+    trouble = "";
+    pollDelay = POLL;
+    $("gate").hidden = true;
+  } catch (error) {
+    if (error.kind === "key") askForKey(false);
+    trouble = error.kind === "key" ? "The gateway shows the mesh to those who have its API key." :
+      error instanceof Problem ? error.message : GONE.replace("then try again", "this page looks again by itself");
+    pollDelay = Math.min(POLL_MOST, 2 * pollDelay);
+  }
+  polling = false;
+  drawMesh();
+  pollTimer = setTimeout(poll, document.hidden ? POLL_HIDDEN : pollDelay);
+}
+
+function drawMesh() {
+  const { workers, silent } = mesh, all = [...workers, ...silent], live = running?.answer.worker ?? "";
+  const busy = workers.reduce((sum, worker) => sum + worker.active, 0);
+  const slots = workers.reduce((sum, worker) => sum + worker.slots, 0);
+  const title = mesh.topic === DEFAULT_TOPIC ? "" : ` in '${mesh.topic}'`;
+  const said = workers.length ? `${plural(workers.length, "worker")}${title}, ${busy} of ${plural(slots, "slot")} busy`
+    + (mesh.more ? `; ${mesh.more} more are not shown` : "") : "No worker in the mesh yet: add a machine.";
+  put($("mesh-said"), trouble || said);
+  put($("mesh-brief"), trouble ? trouble.split(". ")[0] : live ? `Worker ${brief(live)} is answering` : said);
+  $("cards").classList.toggle("stale", trouble !== "");
+  if (!trouble && !workers.length && !cards.size) $("join").open = true;
+  const ids = new Set(all.map((worker) => worker.id));
+  for (const [id, card] of cards) {
+    if (ids.has(id)) continue;
+    card.root.remove();
+    cards.delete(id);
+  }
+  all.forEach((worker, index) => {
+    const card = cards.get(worker.id) ?? newCard(worker.id), there = $("cards").children[index];
+    if (there !== card.root) $("cards").insertBefore(card.root, there ?? null);
+    fill(card, worker, live);
+  });
+  drawMap(all.slice(0, MOST_DRAWN), live);
+  drawChoices();
+  drawJoin();
+}
+
+function newCard(id) {
+  const part = (tag, className) => el(tag, { className });
+  const meter = (name) => ({ bar: el("i"), said: el("dd"), name: el("dt", {}, name) });
+  const card = { id: part("span", "id"), state: part("span", "state"), now: part("span", "now"),
+    model: part("p", "model"), where: part("p", "where"), figures: el("dl"),
+    cpu: meter("CPU"), memory: meter("Memory"), queue: meter("Slots") };
+  for (const { name, bar, said } of [card.cpu, card.memory, card.queue]) {
+    card.figures.append(name, el("div", { className: "bar", "aria-hidden": "true" }, bar), said);
+  }
+  card.choose = button("Ask this one", () => choose("worker", settings.worker === id ? "" : id), "plain");
+  const top = el("div", { className: "top" }, card.id, card.state, card.now);
+  card.root = el("li", {}, top, card.model, card.figures, card.where, card.choose);
+  cards.set(id, card);
+  return card;
+}
+
+function fill(card, worker, live) {
+  const isLive = worker.id === live, isSilent = worker.state === "silent", isChosen = settings.worker === worker.id;
+  const meter = ({ bar, said }, share, words) => { bar.style.width = `${Math.min(100, share)}%`; put(said, words); };
+  card.root.className = `card ${worker.state}${isLive ? " live" : ""}`;
+  put(card.id, brief(worker.id));
+  put(card.state, isSilent ? "does not answer" : `${worker.state} ${worker.score}`);
+  put(card.now, isLive ? "answering" : "");
+  card.now.hidden = !isLive;
+  card.figures.hidden = card.choose.hidden = isSilent;
+  put(card.model, isSilent ? worker.error : worker.models.join(", "));
+  put(card.where, [worker.speed ? `${worker.speed.toFixed(1)} tokens/s` : "", worker.address, ...(worker.gpus ?? [])]
+    .filter(Boolean).join(", "));
+  card.choose.setAttribute("aria-pressed", isChosen);
+  put(card.choose, isChosen ? "Asked alone; ask any again" : "Ask this one");
+  if (isSilent) return;
+  meter(card.cpu, worker.cpu, `${Math.round(worker.cpu)} %`);
+  meter(card.memory, worker.memory, `${Math.round(worker.memory)} %`);
+  meter(card.queue, worker.slots ? 100 * worker.active / worker.slots : 0,
+    `${worker.active}/${worker.slots}${worker.waiting ? `, ${worker.waiting} waiting` : ""}`);
+}
+
+/** The mesh as a picture: this page in the middle, the workers around it, a line that flows from who answers. */
+function drawMap(all, live) {
+  const shape = (tag, properties) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(properties)) node.setAttribute(name, value);
+    return node;
+  };
+  const spots = all.map((worker, index) => {
+    const turn = 2 * Math.PI * index / all.length;
+    return { worker, x: 140 + 118 * Math.cos(turn), y: 60 + 46 * Math.sin(turn) };
+  });
+  const lines = spots.map(({ worker, x, y }) => shape("line", { x1: x, y1: y, x2: 140, y2: 60,
+    class: worker.id === live ? "live" : "" }));
+  const dots = spots.map(({ worker, x, y }) => shape("circle", { cx: x, cy: y, r: worker.id === live ? 10 : 8,
+    class: worker.state }));
+  $("map").toggleAttribute("hidden", !all.length);
+  renew($("map"), JSON.stringify([all.map(({ id, state }) => id + state), live]),
+    () => [...lines, ...dots, shape("circle", { cx: 140, cy: 60, r: 11, class: "here" })]);
+}
+
+function drawChoices() {
+  const models = [...new Set(mesh.workers.flatMap((worker) => worker.models))].sort();
+  const suited = mesh.workers.filter((worker) => !settings.model || worker.models.includes(settings.model));
+  const named = (id) => `Worker ${brief(id)}`;
+  fillSelect($("model"), settings.model, "Any model", models, String);
+  fillSelect($("worker"), settings.worker, "Any worker", suited.map(({ id }) => id), named);
+}
+
+function fillSelect(select, chosen, any, values, labelOf) {
+  const options = [["", any], ...values.map((value) => [value, labelOf(value)])];
+  if (chosen && !values.includes(chosen)) options.push([chosen, `${labelOf(chosen)}, not here now`]);
+  renew(select, JSON.stringify(options), () => options.map(([value, label]) => el("option", { value }, label)));
+  select.value = chosen;
+}
+
+/** Takes a model or a worker, and lets go of one that does not go with it. */
+function choose(name, value) {
+  const other = name === "model" ? "worker" : "model";
+  settings[name] = value;
+  const worker = mesh.workers.find(({ id }) => id === settings.worker);
+  if (worker && settings.model && !worker.models.includes(settings.model)) settings[other] = "";
+  save("settings", settings);
+  drawMesh();
+}
+
+const joinFlags = () => mesh.topic === DEFAULT_TOPIC ? "" : ` --topic '${mesh.topic.replaceAll("'", "'\\''")}'`;
+
+function drawJoin() {
+  const isLocal = /^(localhost|127\.|\[::1\])/.test(location.hostname);
+  const key = keyIsUsed() ? "-H 'Authorization: Bearer API-KEY' " : "";
+  const fetched = isLocal ? "" : `curl ${key}-fO ${location.origin}/qmesh.pyz && `;
+  put($("join-command"), `${fetched}python3 qmesh.pyz worker${joinFlags()}`);
+  put($("join-said"), [
+    isLocal ? "Copy qmesh.pyz there first; a gateway that listens beyond this machine hands it out." : "",
+    mesh.open ? "" : "This mesh is closed: a file without its key needs --key FILE.",
+    "If packages or a model are missing, it says what to do.",
+  ].filter(Boolean).join(" "));
+}
+
+// --- The API key ---
+
+const keyIsUsed = () => (load("key", null, "sessionStorage") ?? load("key", null)) !== null;
+
+function askForKey(isWaitedFor) {
+  const isNew = $("gate").hidden || isWaitedFor;
+  $("gate").hidden = false;
+  put($("gate-said"), keyIsUsed() ? "The gateway does not take this API key. Enter another one." :
+    "This gateway wants an API key. Whoever runs it can tell you.");
+  if (isNew) $("key").focus();
+}
+
+function takeKey(event) {
+  event.preventDefault();
+  const key = $("key").value.trim(), keeps = $("key-keep").checked;
+  if (!/^[!-~]+$/.test(key)) {
+    put($("gate-said"), "An API key has no spaces and no accents. Enter it as it was given to you.");
+    return;
+  }
+  save("key", keeps ? null : key, "sessionStorage");
+  save("key", keeps ? key : null);
+  $("key").value = "";
+  pollDelay = POLL;
+  poll();
+  if (turns.at(-1)?.problem?.kind === "key") again();
+}
+
+// --- Theme, settings and keys ---
+
+const THEMES = { "": "Auto", light: "Light", dark: "Dark" };
+const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+
+function drawTheme() {
+  document.documentElement.dataset.theme = settings.theme || (prefersDark.matches ? "dark" : "light");
+  put($("theme-name"), THEMES[settings.theme] ?? "Auto");
+  $("theme").title = `Colours: ${THEMES[settings.theme] ?? "Auto"}`;
+}
+
+function bindSetting(id, name) {
+  $(id).value = settings[name];
+  $(id).oninput = () => {
+    if (!$(id).validity.valid) return; // the browser says why
+    settings[name] = $(id).value;
+    save("settings", settings);
+    $("settings-open").classList.toggle("on", settings.system.trim() !== "");
+  };
+}
+
+function openMesh(now) {
+  $("mesh").classList.toggle("open", now);
+  $("mesh-bar").setAttribute("aria-expanded", now);
+  document.querySelector("main").inert = document.querySelector("header").inert = now;
+  $(now ? "mesh-close" : "mesh-bar").focus();
+}
+
+function onKey(event) {
+  if (event.key !== "Escape" || $("settings").open) return;
+  if ($("export").open) $("export").open = false;
+  else if ($("mesh").classList.contains("open")) openMesh(false);
+  else if (running) stop();
+  else if (editing) setEditing(false);
+}
+
+$("question").onkeydown = (event) => {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+};
+$("question").oninput = grow;
+$("composer").onsubmit = (event) => { event.preventDefault(); send(); };
+$("stop").onclick = stop;
+$("edit-cancel").onclick = () => setEditing(false);
+$("latest").onclick = toLatest;
+$("talk").onscroll = onScroll;
+$("fresh").onclick = startAfresh;
+$("restore").onclick = restore;
+$("export-text").onclick = () => exportAs("text");
+$("export-json").onclick = () => exportAs("json");
+$("settings-open").onclick = () => $("settings").showModal();
+$("settings-close").onclick = () => $("settings").close();
+$("settings").onclick = (event) => { if (event.target === $("settings")) $("settings").close(); };
+$("theme").onclick = () => {
+  const names = Object.keys(THEMES);
+  settings.theme = names[(names.indexOf(settings.theme) + 1) % names.length];
+  save("settings", settings);
+  drawTheme();
+};
+$("gate").onsubmit = takeKey;
+$("model").onchange = () => choose("model", $("model").value);
+$("worker").onchange = () => choose("worker", $("worker").value);
+$("mesh-bar").onclick = () => openMesh(true);
+$("mesh-close").onclick = () => openMesh(false);
+$("examples").append(...EXAMPLES.map((example) => button(example, () => {
+  $("question").value = example;
+  send();
+}, "plain")));
+document.querySelector("#join .command").append(copyButton(() => $("join-command").textContent));
+document.addEventListener("keydown", onKey);
+document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
+document.addEventListener("click", ({ target }) => { if (!$("export").contains(target)) $("export").open = false; });
+addEventListener("pagehide", () => { if (running) keep(); });
+prefersDark.onchange = drawTheme;
+bindSetting("system", "system");
+bindSetting("temperature", "temperature");
+bindSetting("max-tokens", "maxTokens");
+$("settings-open").classList.toggle("on", settings.system.trim() !== "");
+
+drawTheme();
+drawTurns();
+toLatest();
+drawMesh();
+poll();
+$("question").focus();
+</script>
+</body>
+</html>
+"""
 
 
+@functools.cache
 def page_policy() -> str:
-    return "default-src 'none'"
+    """The page's Content-Security-Policy: its own script and style, known by their hashes, and nothing else."""
+    hashes = {}
+    for tag in ("script", "style"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", PAGE, re.DOTALL)
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    own = "; ".join(f"{tag}-src 'sha256-{value}'" for tag, value in hashes.items())
+    rest = "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    return f"default-src 'none'; {own}; {rest}"
 
 
 # ======================================================================================================
