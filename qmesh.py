@@ -90,6 +90,7 @@ import sys
 import tempfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -9280,6 +9281,10 @@ async def _leave(steps: dict[asyncio.Future[Any], Any]) -> None:
     steps.clear()
 
 
+NOT_OPEN: Final = "the client is not open: use it inside `with qmesh.BlockingClient() as mesh:`"
+SIGNAL_POLL_S: Final = 0.2  # Windows looks for Ctrl-C between two waits only
+
+
 class BlockingClient:
     """`Client` for programs without asyncio; its network lives in a thread of its own:
 
@@ -9318,7 +9323,7 @@ class BlockingClient:
         """Do something in the client's thread. Who interrupts it, as by Ctrl-C, waits until it has been left."""
         if self._loop is None:
             work.close()
-            raise UsageError("the client is not open: use it inside `with qmesh.BlockingClient() as mesh:`")
+            raise UsageError(NOT_OPEN)
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         task = asyncio.run_coroutine_threadsafe(_settle(work, done), self._loop)
         try:
@@ -9343,6 +9348,12 @@ class BlockingClient:
             return self._client.stream(prompt, **options)
 
         return BlockingTextPieces(self._run(begin()), self._run)
+
+    def run(self, job: Job, **options: Any) -> BlockingEvents:
+        """As `Client.run`: `for event in mesh.run(job)`."""
+        if self._loop is None:
+            raise UsageError(NOT_OPEN)
+        return BlockingEvents(self._client, job, options, self._loop)
 
     def ask(self, prompt: str | Sequence[Message | Json] | Job, **options: Any) -> Answer:
         """As `Client.ask`."""
@@ -9403,6 +9414,48 @@ class BlockingTextPieces:
 
     def close(self) -> None:
         self._run_there(self._pieces.aclose())
+
+
+class BlockingEvents:
+    """What happens to a job, as `Client.run` yields it. `stop` ends it early; it may be called from everywhere, and
+    from a signal's handler too.
+    """
+
+    def __init__(self, client: Client, job: Job, options: Mapping[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+        self._heard: queue.SimpleQueue[Progressed | None] = queue.SimpleQueue()  # no more than a job has events
+        self._stopped = False
+
+        async def listen() -> None:
+            async with contextlib.aclosing(client.run(job, **options)) as events:
+                async for event in events:
+                    self._heard.put(event)
+
+        self._work = asyncio.run_coroutine_threadsafe(listen(), loop)
+        self._work.add_done_callback(lambda _: self._heard.put(None))
+
+    def stop(self) -> None:
+        """Leave the job: its worker is told, and nothing more is heard of it."""
+        self._stopped = True
+        self._work.cancel()
+
+    def __iter__(self) -> Iterator[Progressed]:
+        return self
+
+    def __next__(self) -> Progressed:
+        event = self._next()
+        if event is not None:
+            return event
+        self._heard.put(None)  # whoever asks again is told the same
+        if self._work.cancelled() and not self._stopped:
+            raise WorkerLost(CLIENT_CLOSED)
+        if not self._work.cancelled():
+            self._work.result()
+        raise StopIteration
+
+    def _next(self) -> Progressed | None:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._heard.get(timeout=SIGNAL_POLL_S)
 
 
 # ======================================================================================================
@@ -10044,6 +10097,66 @@ WAITS_BEFORE_WORD: Final = 3  # pauses, which together take about two seconds
 BAR_CHARS: Final = 30
 
 
+BOLD: Final = "1"
+DIM: Final = "2"
+
+
+def styled(text: str, style: str, *, colour: bool) -> str:
+    """A text as a terminal shows it in a style: a number of ECMA-48's SGR, or "" for none."""
+    return f"\x1b[{style}m{text}\x1b[0m" if colour and style else text
+
+
+def takes_escapes(stream: IO[str]) -> bool:
+    """Whether what a stream shows can be steered: it is a terminal, and no dumb one."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and _enable_escapes()
+
+
+def takes_colour(stream: IO[str]) -> bool:
+    """See https://no-color.org"""
+    return not os.environ.get("NO_COLOR") and takes_escapes(stream)
+
+
+def _enable_escapes() -> bool:
+    """Have the console of Windows understand escape sequences; other terminals do so from the start."""
+    if sys.platform == "win32":
+        kernel, mode, virtual_terminal = ctypes.windll.kernel32, ctypes.c_uint32(), 4
+        console = kernel.CreateFileW("CONOUT$", 0xC0000000, 3, None, 3, 0, None)  # read and write, shared, as it is
+        told = kernel.GetConsoleMode(console, ctypes.byref(mode))
+        done = told and kernel.SetConsoleMode(console, mode.value | virtual_terminal)
+        kernel.CloseHandle(console)
+        return bool(done)
+    return True
+
+
+def screen_size() -> os.terminal_size:
+    """The columns and lines of the terminal that stdout is, as it is now; of a usual one where it does not tell."""
+    with contextlib.suppress(OSError, ValueError):
+        size = os.get_terminal_size(sys.stdout.fileno())
+        if size.columns and size.lines:
+            return size
+    return shutil.get_terminal_size()
+
+
+@contextlib.contextmanager
+def unechoed() -> Iterator[None]:
+    """Meanwhile a terminal does not show what is typed, which would stand in the middle of what is written there."""
+    termios: Any = None  # on Windows there is none
+    with contextlib.suppress(ImportError):
+        termios = importlib.import_module("termios") if sys.stdin.isatty() else None
+    if termios is None:
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    local_modes = 3  # its place in what termios(3) calls c_iflag, c_oflag, c_cflag, c_lflag, ...
+    silent = [*before[:local_modes], before[local_modes] & ~termios.ECHO, *before[local_modes + 1 :]]
+    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
 class Terminal:
     """What a person sees on stderr; silent where nobody looks, unless told otherwise."""
 
@@ -10054,6 +10167,10 @@ class Terminal:
     def say(self, line: str, *, end: str = "\n") -> None:
         self.end_progress()
         self._write(line + end)
+
+    def remark(self, line: str) -> None:
+        """Say something that should not draw the eye."""
+        self.say(styled(line, DIM, colour=takes_colour(sys.stderr)))
 
     def _write(self, text: str) -> None:
         if self._shown:
@@ -10112,6 +10229,9 @@ def without_controls(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+# --- Answers ---
+
+
 class AnswerPrinter:
     """Prints what happens to a job: progress to stderr, the answer to stdout."""
 
@@ -10123,21 +10243,22 @@ class AnswerPrinter:
         self._line_open = False
         self._leaving: Lost | None = None  # until another goes on; the same one may be found again
         self._lost: list[Lost] = []
+        self._at_work = ""  # the id of the worker; what a result says of it is that worker's word alone
         self._waits = 0
 
     def on_event(self, event: Progressed) -> None:
-        say = self._terminal.say
         if isinstance(event, Discovered):
-            say(f"🌐 Discovered {plural(event.workers, 'worker')}")
+            self._tell_of_step(f"🌐 Discovered {plural(event.workers, 'worker')}")
         elif isinstance(event, Selected):
             self._lost += [self._leaving] if self._leaving is not None else []
-            self._leaving = None
+            self._leaving, self._at_work = None, event.worker_id
             if not self._begun:  # in the middle of a text nothing else is said
-                say(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
-                say("📤 Sending prompt...")
+                self._tell_of_step(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
+                self._tell_of_step("📤 Sending prompt...")
         elif isinstance(event, Queued):
             if not self._begun:
-                say(f"⏳ In the queue: {event.position} before this one, about {event.wait_s:.0f} s")
+                waits = f"{event.position} before this one, about {event.wait_s:.0f} s"
+                self._terminal.say(f"⏳ In the queue: {waits}")
         elif isinstance(event, Waiting):
             self._tell_of_wait(event)
         elif isinstance(event, Lost):
@@ -10148,7 +10269,13 @@ class AnswerPrinter:
             self._print("" if self._stream else event.result.text)
             self.end()
             self._tell_of_lost(event)
-            say(f"⏱️  Total time: {event.total_ms / 1000:.1f}s")
+            self._sum_up(event)
+
+    def _tell_of_step(self, line: str, *, end: str = "\n") -> None:
+        self._terminal.say(line, end=end)
+
+    def _sum_up(self, answer: Answer) -> None:
+        self._terminal.say(f"⏱️  Total time: {answer.total_ms / 1000:.1f}s")
 
     def _tell_of_wait(self, event: Waiting) -> None:
         """Once, and only when it takes longer than a reader takes for a pause; in the middle of a text too."""
@@ -10160,13 +10287,13 @@ class AnswerPrinter:
         """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
         if answer.failovers and self._show:
             lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
-            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {answer.result.worker_id[:6]} went on"
+            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {self._at_work[:6]} went on"
             print(line, file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
         if not self._begun:
             self._begun = True
-            self._terminal.say("📥 Response: ", end="")
+            self._tell_of_step("📥 Response: ", end="")
         if text and self._show:
             sys.stdout.write(without_controls(text) if sys.stdout.isatty() else text)
             sys.stdout.flush()
@@ -10179,11 +10306,46 @@ class AnswerPrinter:
         self._line_open = False
 
 
+class TurnPrinter(AnswerPrinter):
+    """The same for one answer of a conversation: no word of the usual steps, and one dim line when it is whole."""
+
+    def __init__(self, terminal: Terminal, job: Job) -> None:
+        super().__init__(terminal, stream=True, show=True)
+        self._job = job
+
+    def _tell_of_step(self, line: str, *, end: str = "\n") -> None:
+        pass
+
+    def _sum_up(self, answer: Answer) -> None:
+        told = answer.to_json()
+        tokens, speed = told["usage"].get("completion_tokens", 0), told["timings"]["tokens_per_s"]
+        parts = [f"worker {self._at_work[:6]}", plural(tokens, "token"), f"{speed:.0f} tokens/s"]
+        if answer.result.finish_reason == "length":
+            asked_for_more = tokens < self._job.params.max_tokens
+            parts.append("cut: the context is full (/forget N, /new)" if asked_for_more else "cut by --max-tokens")
+        self._terminal.remark(" · ".join(parts))
+
+
+# --- Tables of workers ---
+
+STATUS_HEADER: Final = (
+    "WORKER",
+    "STATE",
+    "SCORE",
+    "CPU",
+    "MEMORY",
+    "ACTIVE",
+    "WAITING",
+    "TOKENS/S",
+    "MODEL",
+    "ADDRESS",
+)
+
+
 def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]) -> None:
-    header = ("WORKER", "STATE", "SCORE", "CPU", "MEMORY", "ACTIVE", "WAITING", "TOKENS/S", "MODEL", "ADDRESS")
     rows = [status_row(status) for status in workers]
     if rows:
-        print(table(header, rows))
+        print(table(STATUS_HEADER, rows))
         print(f"{plural(len(rows), 'worker')} in the {mesh.title}")
     for status in workers:
         theirs = status["mesh"].get("fingerprint") if isinstance(status.get("mesh"), dict) else None
@@ -10207,6 +10369,580 @@ def status_row(status: Json) -> tuple[str, ...]:
         ", ".join(printable(model["name"]) for model in status["models"]),
         format_address((status["address"][0], status["address"][1])),
     )
+
+
+LOAD: Final = "SLOTS IN USE"  # the header of the sparklines: it says what they show
+LOAD_SAMPLES: Final = 30  # a minute at the usual period
+# What stays on a narrow screen, the most telling first; and how narrow a column may be made.
+KEPT_FIRST: Final = (
+    *("WORKER", "STATE", LOAD, "ACTIVE", "TOKENS/S", "MODEL"),
+    *("WAITING", "SCORE", "CPU", "MEMORY", "ADDRESS"),
+)
+NARROWEST: Final = {"MODEL": 12, LOAD: len(LOAD)}
+COLUMN_GAP: Final = 2
+STATE_COLOURS: Final = {"healthy": "32", "busy": "33", "overloaded": "31"}  # green, yellow, red
+
+
+def cells(text: str) -> int:
+    """How many columns of a screen a text takes: none for a mark upon the letter before it, two for a wide one.
+
+    >>> cells("abc"), cells("\\u65e5\\u672c"), cells("e\\u0301")
+    (3, 4, 1)
+    """
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def cut(text: str, width: int) -> str:
+    """A text in at most so many columns of a screen, with a sign where something is missing.
+
+    >>> cut("SmolLM2-135M", 8)
+    'SmolLM2…'
+    """
+    if cells(text) <= width:
+        return text
+    while text and cells(text) >= width:
+        text = text[:-1]
+    return text + "…"[:width]
+
+
+def fitted_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, colour: bool) -> list[str]:
+    """The lines of a table of workers, none wider than `width`: columns shrink, and the least telling are left out."""
+    full = {name: max(cells(row[at]) for row in (header, *rows)) for at, name in enumerate(header)}
+    widths = {name: min(full[name], NARROWEST.get(name, full[name])) for name in KEPT_FIRST if name in full}
+    while len(widths) > 1 and sum(widths.values()) + COLUMN_GAP * (len(widths) - 1) > width:
+        widths.popitem()
+    widths = {name: min(room, width) for name, room in widths.items()}
+    spare = width - sum(widths.values()) - COLUMN_GAP * (len(widths) - 1)
+    for name in filter(widths.__contains__, NARROWEST):
+        more = max(0, min(spare, full[name] - widths[name]))
+        widths[name] += more
+        spare -= more
+    gap = " " * COLUMN_GAP
+    lines = [gap.join(_padded(name, widths[name]) for name in header if name in widths)]
+    for row in rows:
+        shown = []
+        for name, text in zip(header, row, strict=True):
+            if name in widths:
+                text = text[-widths[name] :] if name == LOAD else text  # of which the newest samples are on the right
+                style = STATE_COLOURS.get(text, "") if name == "STATE" else ""
+                shown.append(styled(_padded(text, widths[name]), style, colour=colour))
+        lines.append(gap.join(shown))
+    return [line.rstrip() for line in lines]
+
+
+def _padded(text: str, width: int) -> str:
+    text = cut(text, width)
+    return text + " " * (width - cells(text))
+
+
+# --- Watching ---
+
+NEWS_S: Final = 60.0  # for which it is told who came and who went
+MAX_NEWS: Final = 5  # lines of it
+SPARKS: Final = "▁▂▃▄▅▆▇█"
+LEAST_ROWS: Final = 3  # workers that are shown before anything is said below them
+UNBOUNDED: Final = sys.maxsize  # columns or lines, where no screen has to hold them
+
+
+class MeshHistory:
+    """What somebody who watches the mesh has seen so far: how busy each worker was, who came and who went."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, deque[float | None]] = {}
+        self._news: deque[tuple[float, str]] = deque(maxlen=MAX_NEWS)
+        self._answering: set[str] | None = None
+
+    def take(self, workers: Sequence[Json], silent: Sequence[Json], now: float) -> None:
+        """Note what a look at the mesh has shown: what `Client.statuses` gave, and when."""
+        busy = {status["worker_id"]: _slots_in_use(status) for status in workers}
+        before, self._samples = self._samples, {}  # of whom nothing is heard any more, nothing is kept
+        for worker_id in (*busy, *(status["worker_id"] for status in silent)):
+            samples = before.get(worker_id, deque[float | None](maxlen=LOAD_SAMPLES))
+            samples.append(busy.get(worker_id))
+            self._samples[worker_id] = samples
+        if self._answering is not None:
+            came, left = sorted(busy.keys() - self._answering), sorted(self._answering - busy.keys())
+            self._news.extend((now, f"{worker_id[:6]} came") for worker_id in came)
+            self._news.extend((now, f"{worker_id[:6]} left") for worker_id in left)
+        self._answering = set(busy)
+
+    def load(self, worker_id: str) -> str:
+        """A worker's slots in use, look by look, the newest last; a gap where it did not answer."""
+        samples, steps = self._samples.get(worker_id, ()), len(SPARKS) - 1
+        marks = [" " if sample is None else SPARKS[math.ceil(steps * sample)] for sample in samples]
+        return "".join(marks).rjust(LOAD_SAMPLES)  # so that what stands in one column was at one time
+
+    def news(self, now: float) -> list[str]:
+        """Who came and who went lately, the last first."""
+        return [f"{now - at:.0f} s ago: {what}" for at, what in reversed(self._news) if now - at <= NEWS_S]
+
+
+def _slots_in_use(status: Json) -> float:
+    held = status["queue"]
+    return float(min(1.0, (held["active"] + held["waiting"]) / max(1, status["slots"])))
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at the mesh: what `Client.statuses` gave, and when. title: the mesh's. period_s: until the next one."""
+
+    title: str
+    workers: Sequence[Json]
+    silent: Sequence[Json]
+    now: float
+    period_s: float
+
+
+def watch_lines(look: Look, history: MeshHistory, width: int, height: int, *, colour: bool) -> list[str]:
+    """What the screen shows: no more than `height` lines of at most `width` columns."""
+    top = [styled(line, BOLD, colour=colour) for line in _totals(look, width)]
+    below = [f"{status['worker_id'][:6]} does not answer: {status['error']}" for status in look.silent]
+    below = [cut(printable(line, MAX_ERROR_CHARS), width) for line in (*below, *history.news(look.now))]
+    table, room = worker_table(look.workers, width, history=history, colour=colour), height - len(top)
+    below = below[: max(0, room - min(len(table), 1 + LEAST_ROWS))]
+    room -= len(below)
+    if len(table) > room:
+        kept = max(1, room - 1)  # the header is one of them
+        more = f"... and {plural(len(table) - kept, 'more worker')}"
+        table = [*table[:kept], cut(more, width)]
+    return [*top, *table, *below][:height]
+
+
+def worker_table(
+    workers: Sequence[Json], width: int, *, colour: bool, history: MeshHistory | None = None, marked: str = ""
+) -> list[str]:
+    """The lines of a table of workers that fits a screen; none where there is no worker. marked: one's id."""
+    at = STATUS_HEADER.index("TOKENS/S")
+    header, rows = list(STATUS_HEADER), [list(status_row(status)) for status in workers]
+    if history is not None:
+        header.insert(at, LOAD)
+        for row, status in zip(rows, workers, strict=True):
+            row.insert(at, history.load(status["worker_id"]))
+    for row, status in zip(rows, workers, strict=True):
+        row[0] += "*" if status["worker_id"] == marked else ""
+    first, *others = fitted_table(header, rows, width, colour=colour)
+    return [styled(first, DIM, colour=colour), *others] if others else []
+
+
+def _totals(look: Look, width: int) -> list[str]:
+    """The first lines: all workers together; on one line where there is room."""
+    mesh, period = printable(look.title, MAX_ERROR_CHARS), f"every {look.period_s:g} s"
+    if not look.workers:
+        return [cut(f"No worker answers in the {mesh}; looking again {period}", width)]
+    slots = sum(status["slots"] for status in look.workers)
+    busy, waiting = (sum(status["queue"][name] for status in look.workers) for name in ("active", "waiting"))
+    speed = sum(status["speed"] for status in look.workers)
+    who = f"{plural(len(look.workers), 'worker')} in the {mesh}, {period}"
+    load = f"{busy} of {plural(slots, 'slot')} in use, {waiting} waiting, {speed:.0f} tokens/s"
+    line = f"{who}: {load}"
+    return [line] if cells(line) <= width else [cut(who, width), cut(load, width)]
+
+
+class Screen:
+    """The whole terminal, drawn again and again in its place; what was on it before comes back at the end."""
+
+    _ENTER: ClassVar = "\x1b[?1049h\x1b[?25l\x1b[?7l"  # another screen, no cursor, and no line goes on in the next one
+    _LEAVE: ClassVar = "\x1b[?7h\x1b[?25h\x1b[?1049l"
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    @classmethod
+    @contextlib.contextmanager
+    def on(cls, stream: IO[str]) -> Iterator[Screen]:
+        """Have a terminal for a while, whatever ends it."""
+        screen = cls(stream)
+        with unechoed():
+            try:
+                screen._write(cls._ENTER)
+                yield screen
+            finally:
+                screen._write(cls._LEAVE)
+
+    def draw(self, lines: Sequence[str], height: int) -> None:
+        """Over what is there, at once, so that nothing flickers; and clear what is left of it.
+
+        A line is cleared before it is written: behind one that fills the screen that would take its last letter.
+        """
+        rest = "\n\x1b[J" if len(lines) < height else ""
+        self._write("\x1b[H" + "\n".join(f"\x1b[K{line}" for line in lines) + rest)
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+# --- A conversation ---
+
+HISTORY_FILE: Final = "chat-history"
+MAX_HISTORY: Final = 1000  # entries; the file holds up to twice as many before it is cut
+MAX_ENTRY_CHARS: Final = 10_000  # what is longer was pasted, and nobody looks for it with the arrow keys
+CHAT_COMMAND: Final = re.compile(r"/(\w+!?)(?:\s+(.*))?", re.DOTALL)
+CHAT_PROMPT: Final = "> "
+MORE_PROMPT: Final = "... "
+ANY: Final = "any"  # what takes a choice of a model or a worker back
+WORKER_DIGITS: Final = "[0-9a-f]{6,64}"  # of a worker's id, from the first one on
+
+
+@dataclass(slots=True)
+class Turn:
+    """A question and its answer. cut: the answer was stopped, or lost, before its end. worker_id: who gave it last."""
+
+    question: str
+    answer: str
+    model: str
+    worker_id: str
+    cut: bool
+
+
+class Conversation:
+    """What was said so far. pending: a question that has no answer yet, which is kept until another one is asked."""
+
+    def __init__(self, system: str | None) -> None:
+        self.system = system
+        self.turns: list[Turn] = []
+        self.pending: str | None = None
+
+    def messages(self) -> list[Message]:
+        """What a worker is asked."""
+        said = [Message("system", self.system)] if self.system else []
+        for turn in self.turns:
+            said += [Message("user", turn.question), Message("assistant", turn.answer)]
+        return said + ([Message("user", self.pending)] if self.pending is not None else [])
+
+    def answered(self, answer: str, *, model: str, worker_id: str, cut: bool) -> None:
+        """Of an answer that was cut before its first word nothing is kept, and its question goes on pending."""
+        if self.pending is not None and (answer.strip() or not cut):
+            self.turns.append(Turn(self.pending, answer, model, worker_id, cut))
+            self.pending = None
+
+    def ask_again(self) -> bool:
+        """Make the last question the pending one; False where nothing was asked."""
+        if self.pending is None and self.turns:
+            self.pending = self.turns.pop().question
+        return self.pending is not None
+
+    def forget(self, count: int) -> int:
+        """Drop the oldest turns; returns how many they were."""
+        dropped = min(count, len(self.turns))
+        del self.turns[:dropped]
+        return dropped
+
+    @property
+    def holder(self) -> str:
+        """The worker that has the context; "" where none has."""
+        return self.turns[-1].worker_id if self.turns else ""
+
+    def to_json(self) -> list[Json]:
+        """Messages, as `new_job` and programs for OpenAI's API take them; those that were cut say so."""
+        said: list[Json] = [{"role": "system", "content": self.system}] if self.system else []
+        for turn in self.turns:
+            said.append({"role": "user", "content": turn.question})
+            said.append({"role": "assistant", "content": turn.answer} | ({"cut": True} if turn.cut else {}))
+        return said
+
+    def to_markdown(self) -> str:
+        parts = [f"**Instructions:** {self.system}"] if self.system else []
+        for turn in self.turns:
+            who = f"## {printable(turn.model) or 'Answer'} (worker {turn.worker_id[:6]})"
+            parts += ["## You", turn.question.strip(), who, turn.answer.strip()]
+            parts += ["*(cut here)*"] if turn.cut else []
+        return "\n\n".join(parts) + "\n"
+
+    def save(self, path: Path, *, replace_it: bool) -> None:
+        """Write Markdown where the name ends in .md, JSON elsewhere; for this user alone. Raises UsageError."""
+        text = self.to_markdown() if path.suffix.lower() == ".md" else json.dumps(self.to_json(), indent=2) + "\n"
+        try:
+            if path.exists() and not replace_it:
+                raise UsageError(f"{path} is there already: `/save! {path}` overwrites it")
+            write_atomically(path, text.encode())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written ({error.strerror or error})") from None
+
+
+class TypedLines:
+    """What a person types, with editing and a history where Python has `readline`; or the lines that a pipe brings.
+
+    history: a file that keeps what was typed, of this user alone; None for none.
+    """
+
+    def __init__(self, history: Path | None) -> None:
+        self.interactive = sys.stdin.isatty()
+        self._edits = self.interactive and sys.stdout.isatty()
+        self._readline: Any = None
+        self._history = history
+        if self._edits:
+            with contextlib.suppress(ImportError):  # Windows has none; its console edits lines itself
+                self._readline = importlib.import_module("readline")
+        if self._readline is not None:
+            self._readline.set_auto_history(False)  # what is kept are whole turns, not their lines
+            self._readline.parse_and_bind("set enable-bracketed-paste on")  # lines that are pasted make one turn
+            for entry in self._remembered():
+                self._readline.add_history(entry)
+
+    def read(self) -> str | None:
+        """The next turn or command: a line, and those after it as long as they end in a backslash. None at the end."""
+        lines: list[str] = []
+        while (line := self._line(MORE_PROMPT if lines else CHAT_PROMPT)) is not None:
+            lines.append(line.removesuffix("\\"))
+            if not line.endswith("\\"):
+                break
+        if line is None and not lines:
+            return None
+        text = "\n".join(lines)
+        if self._readline is not None and text.strip() and len(text) <= MAX_ENTRY_CHARS:
+            self._readline.add_history(text)
+            self._remember(text)
+        return text
+
+    def _line(self, prompt: str) -> str | None:
+        if not self.interactive:
+            line = sys.stdin.readline()
+            return line.rstrip("\r\n") if line else None
+        if not self._edits:  # `input` would write the prompt where the answers go
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+        try:
+            return input(prompt if self._edits else "")
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+
+    def _remembered(self) -> list[str]:
+        """The last entries of the file; it is cut when it has grown long."""
+        if self._history is None:
+            return []
+        entries = []
+        with contextlib.suppress(OSError):
+            lines = self._history.read_text("utf-8", errors="replace").splitlines()
+            for line in lines[-MAX_HISTORY:]:
+                with contextlib.suppress(ValueError):
+                    entries.append(str(json.loads(line)))
+            if len(lines) > 2 * MAX_HISTORY:
+                write_atomically(self._history, "".join(f"{line}\n" for line in lines[-MAX_HISTORY:]).encode())
+        return entries
+
+    def _remember(self, text: str) -> None:
+        """Add a line of JSON, so that a turn of many lines is one. A place that cannot be written costs only that."""
+        if self._history is None:
+            return
+        try:
+            self._history.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._history, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(handle, "a", encoding="utf-8") as file:
+                file.write(json.dumps(text) + "\n")
+        except OSError as error:
+            log.info("what is typed is not remembered: %s", error)
+
+
+@dataclass(slots=True)
+class Asking:
+    """How a conversation's questions are asked: see `new_job` and `Client.run`; /model and /worker change it."""
+
+    model: str | None
+    worker: str | None
+    timeout_s: float
+    sampling: Mapping[str, Any]
+
+
+class Chat:
+    """A conversation over one open client: reads turns and commands, prints answers, and leaves for no error of the
+    mesh. Ctrl-C stops an answer, or clears the line; twice in a row it leaves.
+    """
+
+    def __init__(self, mesh: BlockingClient, talk: Conversation, asking: Asking, lines: TypedLines) -> None:
+        self._mesh = mesh
+        self._talk = talk
+        self._asking = asking
+        self._lines = lines
+        self._terminal = Terminal(shown=lines.interactive and sys.stderr.isatty())
+        self._failed = 0
+        self._leaving = False
+
+    def run(self) -> int:
+        """The exit code: that of the last question or command that failed, where nobody sat there to see it."""
+        interrupted = False
+        while not self._leaving:
+            try:
+                text = self._lines.read()
+                if text is None:
+                    break
+                self._heed(text)
+                interrupted = False
+            except KeyboardInterrupt:
+                if not self._lines.interactive:
+                    raise
+                self._terminal.say("")
+                if interrupted:
+                    break
+                interrupted = True
+                self._terminal.remark("Ctrl-C again, or Ctrl-D, leaves")
+            except QMeshError as error:
+                self._complain(error)
+        return 0 if self._lines.interactive else self._failed
+
+    def _heed(self, text: str) -> None:
+        command = CHAT_COMMAND.fullmatch(text.strip())
+        if command is not None:
+            known = _CHAT_COMMANDS.get(command[1])
+            if known is None:
+                raise UsageError(f"there is no command /{printable(command[1])}; to ask about it, begin with //")
+            known[2](self, (command[2] or "").strip())
+        elif text.strip():
+            self._talk.pending = text[1:] if text.startswith("//") else text
+            self._ask()
+
+    def _ask(self) -> None:
+        asking, talk = self._asking, self._talk
+        job = new_job(talk.messages(), model=asking.model, timeout_s=asking.timeout_s, **asking.sampling)
+        printer, text, model, worker_id = TurnPrinter(self._terminal, job), list[str](), "", ""
+        events = self._mesh.run(job, worker=asking.worker)
+        try:
+            with self._attended(events):
+                for event in events:
+                    if isinstance(event, Selected):
+                        model, worker_id = event.model, event.worker_id
+                    elif isinstance(event, Token):
+                        text.append(event.text)
+                    elif isinstance(event, Answer):
+                        result = event.result
+                        talk.answered(result.text, model=result.model, worker_id=worker_id, cut=False)
+                    printer.on_event(event)
+        except QMeshError as error:
+            printer.end()
+            self._complain(error)
+        finally:
+            events.stop()
+            printer.end()
+            if talk.pending is not None:
+                talk.answered("".join(text), model=model, worker_id=worker_id, cut=True)
+                kept = "the question" if talk.pending is not None else "what was written"
+                self._terminal.remark(f"no whole answer; {kept} is kept, and /retry asks again")
+
+    @contextlib.contextmanager
+    def _attended(self, events: BlockingEvents) -> Iterator[None]:
+        """While an answer is written: Ctrl-C stops it, and nothing else that is typed shows before it has ended."""
+        if self._lines.interactive:
+            with interrupts_call(events.stop), unechoed():
+                yield
+        else:
+            yield
+
+    def _complain(self, error: QMeshError) -> None:
+        self._failed = error.exit_code
+        advice = error.remedy.replace("qmesh.py", program_name())
+        if error_code(error) == "context_exceeded":
+            advice = "/forget N drops the oldest N turns, /new all of them; then /retry asks again"
+        elif isinstance(error, ModelNotFound):
+            advice = f"/model lists them; `/model {ANY}` asks whichever there is"
+        elif isinstance(error, NoWorkerFound) and self._asking.worker is not None:
+            advice = f"`/worker {ANY}` leaves it to the mesh who answers"
+        elif isinstance(error, UsageError):
+            advice = "/help lists the commands"
+        print(f"error: {error}", f"  {advice}", sep="\n", file=sys.stderr, flush=True)
+
+    # --- Commands ---
+
+    def _help(self, _: str) -> None:
+        rows = [(f"/{name}{takes}", what) for name, (takes, what, _) in _CHAT_COMMANDS.items()]
+        _tell(table(("COMMAND", "WHAT IT DOES"), rows))
+        _tell("A line that ends in a backslash goes on in the next one. Ctrl-C stops an answer, Ctrl-D leaves.")
+
+    def _model(self, name: str) -> None:
+        counts = Counter(str(model["name"]) for status in self._mesh.statuses() for model in status["models"])
+        if name and name != ANY and not any(model_key(known) == model_key(name) for known in counts):
+            known = ", ".join(map(printable, sorted(counts))) or "none"
+            raise ModelNotFound(f"no worker has the model {printable(name)}; the mesh has: {known}")
+        if name:
+            self._asking.model = None if name == ANY else name
+        asked = self._asking.model
+        for known, count in sorted(counts.items()):
+            mark = "*" if asked is not None and model_key(known) == model_key(asked) else " "
+            _tell(f"{mark} {printable(known)}  ({plural(count, 'worker')})")
+        _tell(f"asking {f'for {asked}' if asked else 'for whichever there is'}")
+
+    def _worker(self, worker_id: str) -> None:
+        if worker_id and worker_id != ANY and not re.fullmatch(WORKER_DIGITS, worker_id):
+            raise UsageError("a worker is named by 6 or more of its id's first digits, as /status shows them")
+        if worker_id:
+            self._asking.worker = None if worker_id == ANY else worker_id
+        asked = self._asking.worker
+        _tell(f"asking {f'worker {asked}' if asked else 'whichever worker is best'}")
+
+    def _status(self, _: str) -> None:
+        workers, holder = self._mesh.statuses(), self._talk.holder
+        for line in worker_table(workers, screen_size().columns, colour=takes_colour(sys.stderr), marked=holder):
+            _tell(line)
+        if any(status["worker_id"] == holder for status in workers):
+            _tell("* holds this conversation")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._talk.system = None if text == "-" else text
+        _tell(self._talk.system or "no instructions; `/system TEXT` sets them, `/system -` clears them")
+
+    def _save(self, name: str, *, replace_it: bool = False) -> None:
+        if not name:
+            raise UsageError("a file is needed: /save FILE")
+        path = Path(name).expanduser()
+        self._talk.save(path, replace_it=replace_it)
+        _tell(f"saved {plural(len(self._talk.turns), 'turn')} to {path}")
+
+    def _save_over(self, name: str) -> None:
+        self._save(name, replace_it=True)
+
+    def _new(self, _: str) -> None:
+        self._talk.pending = None
+        self._say_forgotten(self._talk.forget(len(self._talk.turns)))
+
+    def _forget(self, count: str) -> None:
+        if not re.fullmatch("[1-9][0-9]{0,5}", count):
+            raise UsageError("a number of turns is needed: /forget N")
+        self._say_forgotten(self._talk.forget(int(count)))
+
+    def _say_forgotten(self, dropped: int) -> None:
+        _tell(f"forgot {plural(dropped, 'turn')}; {plural(len(self._talk.turns), 'turn')} left")
+
+    def _retry(self, _: str) -> None:
+        if not self._talk.ask_again():
+            raise UsageError("nothing was asked yet")
+        self._ask()
+
+    def _quit(self, _: str) -> None:
+        self._leaving = True
+
+
+# Name: (what it takes, what it does, how).
+_CHAT_COMMANDS: Final[dict[str, tuple[str, str, Callable[[Chat, str], None]]]] = {
+    "new": ("", "forget what was said, and begin anew", Chat._new),
+    "retry": ("", "ask the last question again", Chat._retry),
+    "forget": (" N", "forget the oldest N turns, as when the context is full", Chat._forget),
+    "system": (" [TEXT]", "show or set the instructions before it all; - clears them", Chat._system),
+    "model": (" [NAME]", f"list the models of the mesh, or ask for one; {ANY} asks for none", Chat._model),
+    "worker": (" [ID]", f"show or set the worker to ask; {ANY} leaves it to the mesh", Chat._worker),
+    "status": ("", "show the workers, and which one holds this conversation", Chat._status),
+    "save": (" FILE", "write it all to a new file: Markdown where it ends in .md, else JSON", Chat._save),
+    "save!": (" FILE", "the same, over what is there", Chat._save_over),
+    "help": ("", "show this", Chat._help),
+    "quit": ("", "leave, as Ctrl-D does", Chat._quit),
+}
+
+
+def _tell(line: str) -> None:
+    """What a command of the conversation was asked for; also where nobody sits."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def interrupts_call(stop: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile Ctrl-C calls `stop` and raises nothing; for the main thread, as others hear of no signals."""
+    before = signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ======================================================================================================
@@ -12716,16 +13452,18 @@ EXIT_INTERRUPTED: Final = 130
 DEMO_WORKERS: Final = 2
 DEMO_START_TIMEOUT_S: Final = 120.0  # for loading the model from a slow disk
 DEMO_STOP_TIMEOUT_S: Final = 10.0
+WATCH_S: Final = 2.0  # between two looks at the mesh: each asks every worker
+MIN_WATCH_S: Final = 0.5
 
 EPILOG: Final = """\
 examples:
   qmesh.pyz pull                                fetch a small model
   qmesh.pyz worker                              serve it on this machine
   qmesh.pyz prompt "Why is the sky blue?"       ask from any machine of the network
+  qmesh.pyz chat                                talk, turn by turn
+  qmesh.pyz batch questions.jsonl -o out.jsonl  ask a file of questions
+  qmesh.pyz gateway                             open the mesh to browsers and OpenAI's clients
   qmesh.pyz status --watch                      see every worker, live
-  qmesh.pyz chat                                a conversation
-  qmesh.pyz gateway                             the mesh in a browser, and for OpenAI's clients
-  qmesh.pyz batch questions.jsonl -o out.jsonl  a file of questions
   qmesh.pyz doctor                              find out why machines do not find each other
   qmesh.pyz init lab.key                        make a key that closes the mesh to others
   qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
@@ -12893,22 +13631,66 @@ def key_advice(keys: Sequence[str]) -> str:
     return f"and one of {len(keys)} API keys" if len(keys) > 1 else "and the API key" if keys else "any API key"
 
 
+class Resizes:
+    """Tells when the terminal's size has changed."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def note(self) -> None:
+        self._changed.set()
+
+    async def within(self, seconds: float) -> bool:
+        """Wait for so long; True at once when the size changes."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                return await self._changed.wait()
+        return False
+
+
+@contextlib.contextmanager
+def resizes() -> Iterator[Resizes]:
+    """News of the terminal's size; where the system sends none (Windows), whoever draws looks at it each time."""
+    told = Resizes()
+    number = getattr(signal, "SIGWINCH", None)
+    if number is None or sys.platform == "win32":
+        yield told
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(number, told.note)
+    try:
+        yield told
+    finally:
+        loop.remove_signal_handler(number)
+
+
 # --- prompt ---
 
 
 def make_job(arguments: argparse.Namespace, settings: Settings) -> Job:
     """The job that the arguments describe. Raises UsageError."""
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
-    names = [f.name for f in fields(Sampling)]
-    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    if arguments.json_schema is not None:
-        chosen["json_schema"] = read_schema(Path(arguments.json_schema))
+    chosen = chosen_sampling(arguments)
     try:
         return new_job(
             text, system=arguments.system or None, model=settings.model, timeout_s=settings.timeout_s, **chosen
         )
     except InvalidRequest as error:
         raise UsageError(str(error)) from None
+
+
+def chosen_sampling(arguments: argparse.Namespace) -> Json:
+    """The fields of `Sampling` that the arguments give. Raises UsageError."""
+    names = [f.name for f in fields(Sampling)]
+    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    if arguments.json_schema is not None:
+        chosen["json_schema"] = read_schema(Path(arguments.json_schema))
+    try:
+        Sampling.from_json(chosen)
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+    return chosen
 
 
 def read_schema(path: Path) -> Json:
@@ -12950,6 +13732,20 @@ async def ask(
     raise WorkerLost("the answer has no end")
 
 
+# --- chat ---
+
+
+def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
+    asking = Asking(settings.model, arguments.worker, settings.timeout_s, chosen_sampling(arguments))
+    state = StateDirectory.of_client(host_state_dir(settings.state_dir, os.environ))
+    with BlockingClient(settings) as mesh:  # whose thread hears of workers while this one waits for what is typed
+        lines = TypedLines(None if arguments.no_history else state.path / HISTORY_FILE)
+        if lines.interactive:
+            greeting = f"💬 Talking to the {read_mesh_keys(settings)[0].title}; /help lists commands, Ctrl-D leaves"
+            Terminal(shown=sys.stderr.isatty()).say(greeting)
+        return Chat(mesh, Conversation(arguments.system or None), asking, lines).run()
+
+
 # --- status ---
 
 
@@ -12960,17 +13756,72 @@ async def ask_all(settings: Settings) -> tuple[list[Json], list[Json], Json, Mes
 
 
 def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.watch is not None:
+        return asyncio.run(watch_status(settings, arguments.watch, as_json=arguments.json))
     started = time.monotonic()
     workers, silent, network, mesh = asyncio.run(ask_all(settings))
-    elapsed_ms = round(1000 * (time.monotonic() - started), 1)
     if arguments.json:
-        answer = {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh.to_json()}
-        print_json(answer | {"elapsed_ms": elapsed_ms})
+        print_json(status_body(workers, silent, network, mesh, started))
     else:
         print_status(mesh, workers, silent)
     if not workers and not arguments.json:
         raise NoWorkerFound(f"{plural(len(silent), 'worker')} heard of, and none that answers")
     return 0 if workers else NoWorkerFound.exit_code
+
+
+def status_body(workers: Sequence[Json], silent: Sequence[Json], network: Json, mesh: MeshKeys, started: float) -> Json:
+    elapsed_ms = round(1000 * (time.monotonic() - started), 1)
+    answer = {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh.to_json()}
+    return answer | {"elapsed_ms": elapsed_ms}
+
+
+async def watch_status(settings: Settings, period_s: float, *, as_json: bool) -> int:
+    """Show how the workers do, again and again, until a signal comes."""
+    stop = asyncio.Event()
+    with interrupts(stop):
+        async with Client(settings) as mesh:
+            stopped = asyncio.create_task(stop.wait())
+            watching = asyncio.create_task(keep_watching(mesh, period_s, as_json=as_json))
+            await asyncio.wait({stopped, watching}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (stopped, watching):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+    return 0
+
+
+async def keep_watching(mesh: Client, period_s: float, *, as_json: bool) -> None:
+    history, loop, title = MeshHistory(), asyncio.get_running_loop(), mesh.meshes[0].title
+    with contextlib.ExitStack() as shown:
+        on_screen = not as_json and takes_escapes(sys.stdout)
+        resized = shown.enter_context(resizes())
+        screen = shown.enter_context(Screen.on(sys.stdout)) if on_screen else None
+        look = Look(title, (), (), loop.time(), period_s)
+        draw_look(screen, look, history)
+        with contextlib.suppress(NoWorkerFound):  # those who come later are seen when they come
+            await mesh.discover(everything=True)
+        while True:
+            started, next_at = time.monotonic(), loop.time() + period_s
+            workers, silent = await mesh.statuses()
+            look = Look(title, workers, silent, loop.time(), period_s)
+            history.take(workers, silent, look.now)
+            if as_json:
+                body = status_body(workers, silent, mesh.node.report(), mesh.meshes[0], started)
+                print_json({"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | body)
+            elif screen is None:
+                print(datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
+                print(*watch_lines(look, history, UNBOUNDED, UNBOUNDED, colour=False), "", sep="\n", flush=True)
+            mesh.look_again()
+            draw_look(screen, look, history)
+            while await resized.within(next_at - loop.time()):
+                draw_look(screen, look, history)
+
+
+def draw_look(screen: Screen | None, look: Look, history: MeshHistory) -> None:
+    if screen is not None:
+        size = screen_size()
+        lines = watch_lines(look, history, size.columns, size.lines, colour=takes_colour(sys.stdout))
+        screen.draw(lines, size.lines)
 
 
 # --- pull and models ---
@@ -13398,9 +14249,14 @@ def gateway_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
 
 
+def question_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", metavar="TEXT", help="the prompt; - reads standard input")
+    sampling_arguments(parser)
+    parser.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+
+
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Sampling()
-    parser.add_argument("text", metavar="TEXT", help="the prompt; - reads standard input")
     parser.add_argument("--model", metavar="NAME", help="only workers with this model")
     parser.add_argument("--system", metavar="TEXT", help="instructions before the prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help=f"at most so many ({defaults.max_tokens})")
@@ -13412,11 +14268,10 @@ def sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample-seed", dest="seed", type=int, metavar="N", help="the same seed, the same answer")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this; repeatable")
     parser.add_argument("--json-schema", metavar="FILE", help="make the answer match this schema")
-    parser.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
 
 
 def prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    sampling_arguments(parser)
+    question_arguments(parser)
     parser.add_argument(
         "--hedge",
         type=seconds(0, MAX_TIMEOUT_S),
@@ -13431,13 +14286,36 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
 
 
-def demo_arguments(parser: argparse.ArgumentParser) -> None:
+def chat_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
+    parser.add_argument("--worker", type=worker_digits, metavar="ID", help="ask this one; 6 or more digits of its id")
+    parser.add_argument("--no-history", action="store_true", help="keep no file of what is typed")
+    add_timeout(parser)
+    add_stall(parser)
+    add_network(parser)
+
+
+def worker_digits(text: str) -> str:
+    if not re.fullmatch(WORKER_DIGITS, text.lower()):
+        raise argparse.ArgumentTypeError(f"6 or more of the first digits of a worker's id are needed, not {text!r}")
+    return text.lower()
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    question_arguments(parser)
     add_timeout(parser)
     add_common(parser)
 
 
 def status_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--watch",
+        type=seconds(MIN_WATCH_S, MAX_TIMEOUT_S),
+        nargs="?",
+        const=WATCH_S,
+        metavar="S",
+        help=f"go on, and look again every S seconds ({WATCH_S:g}), until Ctrl-C",
+    )
     add_json(parser)
     add_timeout(parser)
     add_network(parser)
@@ -13483,8 +14361,9 @@ _Command = Callable[[argparse.Namespace, Settings], int]
 _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
+    "chat": ("Talk with the mesh, turn by turn.", 'chat --system "Be brief."', chat_arguments, run_chat),
     "gateway": ("Open the mesh to browsers and OpenAI's clients.", "gateway", gateway_arguments, run_gateway),
-    "status": ("Show every worker of the mesh.", "status --json", status_arguments, run_status),
+    "status": ("Show every worker of the mesh.", "status --watch", status_arguments, run_status),
     "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
     "init": ("Make a key that closes the mesh to others.", "init lab.key", init_arguments, run_init),
     "seal": ("Copy this program with a key in it.", "seal lab.pyz --key lab.key", seal_arguments, run_seal),

@@ -528,7 +528,7 @@ def test_a_shell_completes_commands_and_flags(nobody: harness.Mesh, typed: list[
 
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody: harness.Mesh) -> None:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
-    assert commands == ["worker", "prompt", "status", "doctor", "init", "seal", "pull", "models", "demo"]
+    assert commands == ["worker", "prompt", "chat", "status", "doctor", "init", "seal", "pull", "models", "demo"]
     for command in commands:
         shown = nobody.run(command, "--help").stdout
         assert "example:\n  qmesh.py " + command in shown
