@@ -108,6 +108,8 @@ __all__ = [
     "Answer",
     "BlockingClient",
     "Client",
+    "EmbedJob",
+    "Embeddings",
     "HealthReport",
     "Job",
     "Lost",
@@ -249,6 +251,11 @@ MAX_STOP_CHARS: Final = 256
 MAX_SEED: Final = 2**32 - 2  # llama.cpp takes one more as a wish for a random one
 MAX_TOKENS_LIMIT: Final = 1_000_000  # the context binds first; this keeps arithmetic sane
 DEFAULT_MAX_TOKENS: Final = 512
+MAX_DIMENSIONS: Final = 8192  # of an embedding; the largest models of today have 4,096
+MAX_EMBED_TEXTS: Final = 64  # of one request: their vectors at their largest take 2.8 MB of a frame in base64
+MAX_EMBED_CHARS: Final = 512 * 1024  # of one request's texts together: at most 3 MB of a frame, as JSON writes them
+MAX_EMBED_INPUTS: Final = 2048  # texts of one call, as OpenAI's API has it; a client sends them as several requests
+EMBED_REQUESTS: Final = 4  # of one call, under way at once: they keep a worker's slots busy, or several workers
 STATUS_CANDIDATES: Final = 3  # asked for fresh status before a choice; then more, until one has a slot free
 STATUS_ENOUGH: Final = 20  # took requests, and had no slot free: the shortest line of so many is as short as any
 SCORE_TIE: Final = 2.0  # points; a one-second sample is not more exact, so closer scores are ties
@@ -261,6 +268,7 @@ REATTACH_TRY_S: Final = 0.3  # when a connection breaks, its worker is tried aga
 KEPT_S: Final = 60.0  # a worker keeps a request, and what it answered, for a client whose connection broke
 MAX_KEPT: Final = 256  # such requests
 MAX_KEPT_TOKENS: Final = 32 * 1024  # of all that are kept: some 6 MB
+KEPT_TOKEN_BYTES: Final = 192  # of memory that a kept token takes; vectors count by it
 PATIENCE_S: Final = 60.0  # for which a begun answer waits for a worker, where none is there that can go on
 AVOID_FIRST_S: Final = 5.0  # a worker that failed is asked after all others for this long, then twice as long ...
 AVOID_MAX_S: Final = 80.0
@@ -281,6 +289,7 @@ QUEUE_PER_SLOT: Final = 4  # requests running and waiting; a person at the end o
 MAX_QUEUE: Final = 4096
 MAX_SLOTS: Final = 64
 DEFAULT_CONTEXT: Final = 4096  # tokens per slot, when the model and the memory allow
+DEFAULT_EMBED_CONTEXT: Final = 2048  # tokens of a text to embed: it is evaluated in one step, which takes memory
 MIN_CONTEXT: Final = 256
 MIN_CHUNK_TOKENS: Final = 16  # of prompt in one step, however slow the machine: less is all overhead
 FIRST_CHUNK_TOKENS: Final = 64  # while its speed is not known
@@ -577,7 +586,7 @@ class Refused(QMeshError):
 
 
 class ModelNotFound(QMeshError):
-    """Name one of those that exist, or leave the model away to take any."""
+    """Name one of those that exist, leave the model away to take any, or start a worker with one that can do it."""
 
     code = "model_not_found"
     exit_code = 5
@@ -915,7 +924,7 @@ _SAMPLING_RANGES: Final[dict[str, tuple[float, float]]] = {
 @dataclass(frozen=True, slots=True)
 class Resume:
     """That a request goes on: the ids of the tokens that its client has, and the fingerprint (in hexadecimal) of the
-    model that they are of; "" where there are none.
+    model that they are of; "" where any will do.
     """
 
     tokens: tuple[int, ...] = ()
@@ -932,6 +941,37 @@ class Resume:
         return cls(tuple(_count("resume.tokens", token) for token in tokens), fingerprint)
 
 
+WRITES: Final = "text"
+EMBEDS: Final = "embedding"
+MODEL_KINDS: Final = (WRITES, EMBEDS)
+"""What a model is made for, and what a request asks for."""
+
+_DOES: Final = {WRITES: "writes text", EMBEDS: "gives embeddings"}
+_DOES_NOT: Final = {WRITES: "writes no text", EMBEDS: "gives no embeddings"}
+_WHO_DOES: Final = {
+    WRITES: "a model that writes, such as SmolLM2 or Qwen3",
+    EMBEDS: "an embedding model, such as nomic-embed-text or bge-small",
+}
+
+
+def cannot_do(model: str, kind: str) -> str:
+    """Why a model of the other kind is of no use to a request of this one."""
+    other = WRITES if kind == EMBEDS else EMBEDS
+    return f"{model} {_DOES[other]} and {_DOES_NOT[kind]}; ask a worker with {_WHO_DOES[kind]}"
+
+
+def nobody_does(kind: str, models: str) -> str:
+    """That of these models, all of which workers have, none is of this kind."""
+    return f"no worker {_DOES[kind]}; the mesh has: {models}; start one with {_WHO_DOES[kind]}"
+
+
+def _check_request(request_id: str, timeout_s: float) -> None:
+    if not 0 < len(request_id) <= MAX_ID_CHARS:
+        raise InvalidRequest(f"request_id must have 1 to {MAX_ID_CHARS} characters")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise InvalidRequest(f"timeout_s must be more than 0 and at most {MAX_TIMEOUT_S:g}")
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request for inference, as a client makes it and a worker runs it.
@@ -941,6 +981,8 @@ class Job:
     resume: set when this worker or another one has begun already; the answer goes on behind its tokens.
     timeout_s: what is left of the client's patience when the request is sent.
     """
+
+    kind: ClassVar[str] = WRITES
 
     request_id: str
     messages: tuple[Message, ...] = ()
@@ -952,8 +994,7 @@ class Job:
     timeout_s: float = DEFAULT_TIMEOUT_S
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.request_id) <= MAX_ID_CHARS:
-            raise InvalidRequest(f"request_id must have 1 to {MAX_ID_CHARS} characters")
+        _check_request(self.request_id, self.timeout_s)
         if (self.prompt is None) == (not self.messages):
             raise InvalidRequest("either messages or prompt is needed, and not both")
         if self.prompt is not None and not self.prompt.strip():
@@ -964,8 +1005,6 @@ class Job:
             raise InvalidRequest(f"at most {MAX_MESSAGES} messages, not {len(self.messages)}")
         if self.session is not None and not 0 < len(self.session) <= MAX_ID_CHARS:
             raise InvalidRequest(f"session must have 1 to {MAX_ID_CHARS} characters")
-        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
-            raise InvalidRequest(f"timeout_s must be more than 0 and at most {MAX_TIMEOUT_S:g}")
 
     def to_json(self) -> Json:
         body: Json = {"type": "prompt", "request_id": self.request_id, "params": self.params.to_json()}
@@ -1010,6 +1049,56 @@ def _message(index: int, value: Any) -> Message:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbedJob:
+    """One request for embeddings: a vector for each text, such that texts alike in meaning have vectors alike.
+
+    model, timeout_s: as in `Job`. resume: set when it was sent before, or when its vectors are to go with others; as
+    no token is given on the way, it tells no more than which model has to make them.
+    """
+
+    kind: ClassVar[str] = EMBEDS
+    given: ClassVar[tuple[int, ...]] = ()
+
+    request_id: str
+    texts: tuple[str, ...]
+    model: str | None = None
+    resume: Resume | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        _check_request(self.request_id, self.timeout_s)
+        if not 0 < len(self.texts) <= MAX_EMBED_TEXTS:
+            raise InvalidRequest(f"texts must be 1 to {MAX_EMBED_TEXTS}, not {len(self.texts)}")
+        if not all(self.texts):
+            raise InvalidRequest(f"texts[{self.texts.index('')}] is empty")
+        chars = sum(map(len, self.texts))
+        if chars > MAX_EMBED_CHARS:
+            raise InvalidRequest(f"at most {MAX_EMBED_CHARS:,} characters of texts fit one request, not {chars:,}")
+
+    def to_json(self) -> Json:
+        body: Json = {"type": "embed", "request_id": self.request_id, "texts": list(self.texts)}
+        if self.resume is not None:
+            body["resume"] = self.resume.to_json()
+        if self.model is not None:
+            body["model"] = self.model
+        return {**body, "timeout_s": self.timeout_s}
+
+    @classmethod
+    def from_json(cls, body: Json) -> EmbedJob:
+        """Raises InvalidRequest, naming the field."""
+        return cls(
+            request_id=_text("request_id", body.get("request_id")),
+            texts=tuple(_text(f"texts[{at}]", text) for at, text in enumerate(_list("texts", body.get("texts")))),
+            model=_text("model", body["model"]) if "model" in body else None,
+            resume=Resume.from_json(body["resume"]) if "resume" in body else None,
+            timeout_s=_number("timeout_s", body.get("timeout_s", DEFAULT_TIMEOUT_S)),
+        )
+
+
+AnyJob = Job | EmbedJob
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A piece of the answer: the ids of its tokens, numbered from `seq` on, and their whole characters.
 
@@ -1035,6 +1124,7 @@ class Token:
 
 
 FINISH_REASONS: Final = ("stop", "length")
+FLOAT_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -1066,6 +1156,64 @@ class Result:
             return cls(usage=usage, timings=timings, **{name: _text(name, body.get(name)) for name in names})
         except InvalidRequest as error:
             raise WireError(f"a result that makes no sense ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """The embeddings of some texts, in their order, each of length 1: the product of two is their likeness.
+
+    data: the vectors' numbers one after the other, as 32-bit floating-point numbers, little-endian; `dimensions` of
+    them each. usage: prompt_tokens. worker_id: who made them, or the first of them. fingerprint: the model's, in
+    hexadecimal; only what the same model made can be compared.
+    """
+
+    data: bytes = field(repr=False)
+    dimensions: int
+    usage: Mapping[str, int]
+    model: str
+    worker_id: str
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if not 0 < self.dimensions <= MAX_DIMENSIONS:
+            raise InvalidRequest(f"dimensions must be from 1 to {MAX_DIMENSIONS}, not {self.dimensions}")
+        if not self.data or len(self.data) % (FLOAT_BYTES * self.dimensions):
+            raise InvalidRequest(f"vectors must hold whole vectors, not {len(self.data)} bytes")
+        if not all(map(math.isfinite, self._numbers())):
+            raise InvalidRequest("vectors must hold finite numbers")
+
+    def __len__(self) -> int:
+        return len(self.data) // (FLOAT_BYTES * self.dimensions)
+
+    def _numbers(self) -> list[float]:
+        return list(struct.unpack(f"<{len(self.data) // FLOAT_BYTES}f", self.data))
+
+    @property
+    def vectors(self) -> list[list[float]]:
+        numbers = self._numbers()
+        return [numbers[at : at + self.dimensions] for at in range(0, len(numbers), self.dimensions)]
+
+    def to_json(self, request_id: str) -> Json:
+        body: Json = {"type": "embedding_result", "request_id": request_id}
+        body["vectors"] = base64.b64encode(self.data).decode()
+        return {**body, **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "data"}}
+
+    @classmethod
+    def from_json(cls, body: Json) -> Embeddings:
+        try:
+            usage = _object("usage", body.get("usage"))
+            return cls(
+                data=base64.b64decode(_text("vectors", body.get("vectors")).encode(), validate=True),
+                dimensions=_integer("dimensions", body.get("dimensions")),
+                usage={_text("usage", name): _count("usage", value) for name, value in usage.items()},
+                **{name: _text(name, body.get(name)) for name in ("model", "worker_id", "fingerprint")},
+            )
+        except (InvalidRequest, binascii.Error) as error:
+            raise WireError(f"embeddings that make no sense ({error})") from None
+
+
+Outcome = Result | Embeddings
+"""What a request ends with, if it ends well."""
 
 
 def check_status(body: Json) -> None:
@@ -1155,10 +1303,12 @@ FRAMES: Final = frozenset(
         "status",
         "status_response",
         "prompt",
+        "embed",
         "inference_queued",
         "inference_alive",
         "inference_token",
         "inference_result",
+        "embedding_result",
         "inference_error",
         "cancel",
         "dial_back",
@@ -3704,15 +3854,16 @@ class Tallied:
             self._tally.token_s.observe((now - self._last_at) / tokens, tokens)
         self._last_at = now
 
-    def end(self, outcome: str, now: float, result: Result | None = None) -> None:
-        """It ended. result: the whole answer, where there is one."""
+    def end(self, outcome: str, now: float, result: Outcome | None = None) -> None:
+        """It ended. result: the whole answer, or the embeddings, where there are any."""
         tally = self._tally
         known = outcome in tally.outcomes or len(tally.outcomes) < MAX_OUTCOMES
         tally.outcomes[outcome if known else QMeshError.code] += 1
         if result is not None:
             tally.prompt_tokens += min(result.usage.get("prompt_tokens", 0), MAX_TOKENS_LIMIT)
             tally.cached_tokens += min(result.usage.get("cached_tokens", 0), MAX_TOKENS_LIMIT)
-            tally.queue_s.observe(min(max(result.timings.get("queue_ms", 0.0) / 1000, 0.0), MAX_TIMEOUT_S))
+            if isinstance(result, Result):
+                tally.queue_s.observe(min(max(result.timings.get("queue_ms", 0.0) / 1000, 0.0), MAX_TIMEOUT_S))
             tally.whole_s.observe(now - self._begun_at)
 
 
@@ -4446,6 +4597,8 @@ GGUF_MAGIC: Final = b"GGUF"
 GGUF_VERSIONS: Final = (2, 3)
 GGUF_ALIGNMENT: Final = 32
 MAX_TENSOR_DIMENSIONS: Final = 8
+POOLING_NONE: Final = 0
+POOLINGS: Final = (1, 2, 3)  # the mean of all tokens, the first (CLS), the last
 _GGUF_SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGUF_STRING: Final = 8
 _GGUF_ARRAY: Final = 9
@@ -4503,7 +4656,8 @@ class ModelFile:
     """A GGUF file that can be served, as its header describes it.
 
     size: bytes of the file. context_length: tokens it was trained for. kv_bytes: of key and value cache for
-    one token at 16 bits; 0 when the header does not tell. fingerprint: of header and sampled tensor data.
+    one token at 16 bits, and of what else it takes meanwhile; 0 when the header does not tell. fingerprint: of header
+    and sampled tensor data. kind: one of MODEL_KINDS, or "other"; see `_kind_of`.
     """
 
     path: Path
@@ -4515,6 +4669,7 @@ class ModelFile:
     layers: int
     kv_bytes: int
     fingerprint: bytes
+    kind: str = WRITES
 
     def to_json(self) -> Json:
         body = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -4637,6 +4792,14 @@ def _describe_model(path: Path, size: int, reader: GgufReader, fingerprint: byte
     kv_heads = figure("attention.head_count_kv", heads)
     kv_width = kv_heads * (figure("attention.key_length", width) + figure("attention.value_length", width))
     layers = figure("block_count")
+    kind = _kind_of(metadata, architecture)
+    kv_bytes = layers * kv_width * 2
+    if kind == EMBEDS and metadata.get(f"{architecture}.attention.causal", True):
+        # llama.cpp chooses among all tokens behind each of a text's, though nobody asks, and keeps that twice.
+        vocabulary = next(
+            (shape[-1] for name, shape, _, _ in reader.tensors if name == "token_embd.weight" and shape), 0
+        )
+        kv_bytes += 2 * FLOAT_BYTES * vocabulary
     kinds = Counter(kind for _, _, kind, _ in reader.tensors).most_common(1)
     commonest = _TENSOR_TYPES.get(kinds[0][0], ("unknown", 1, 0))[0] if kinds else "unknown"
     return ModelFile(
@@ -4647,9 +4810,25 @@ def _describe_model(path: Path, size: int, reader: GgufReader, fingerprint: byte
         quantization=_FILE_TYPES.get(metadata.get("general.file_type", -1), commonest),
         context_length=figure("context_length"),
         layers=layers,
-        kv_bytes=layers * kv_width * 2,
+        kv_bytes=kv_bytes,
         fingerprint=fingerprint,
+        kind=kind,
     )
+
+
+def _kind_of(metadata: Mapping[str, Any], architecture: str) -> str:
+    """What a model is made for, by its header.
+
+    A model made for embeddings names how its tokens' vectors become one: `<arch>.pooling_type` (enum
+    llama_pooling_type in llama.h; llama_context's constructor takes it from there where nobody sets another). RANK is
+    a reranker's, which gives a score. Who reads in both directions (`<arch>.attention.causal` false), as encoders do,
+    cannot go on with a text; without a pooling it gives no vector for a text either.
+    """
+    pooling = metadata.get(f"{architecture}.pooling_type", POOLING_NONE)
+    if pooling in POOLINGS:
+        return EMBEDS
+    reads_on = metadata.get(f"{architecture}.attention.causal", True)
+    return WRITES if pooling == POOLING_NONE and reads_on else "other"
 
 
 def _fingerprint(file: IO[bytes], data_start: int, size: int) -> bytes:
@@ -4997,6 +5176,7 @@ class _Download:
 # Rule 3: a slot belongs to one request at a time. When it is free its tokens stay: the next request takes
 # the slot with the longest common prefix, and evaluates only the rest.
 # Rule 4: text leaves in whole characters, and never any part of a stop string.
+# Rule 5: a model made for embeddings is run the same way, but that a step evaluates whole texts, each alone.
 # ======================================================================================================
 
 LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
@@ -5008,11 +5188,13 @@ MAX_GROUP_REPEATS: Final = 32
 MIN_TEMPERATURE: Final = 1e-3  # below it the likeliest token is sure, and dividing by it overflows
 SPIN_ROUNDS: Final = 1000  # of waiting llama.cpp threads
 SEED_RANDOM: Final = 0xFFFFFFFF  # llama.cpp draws a seed of its own
-FLASH_ATTENTION_ON: Final = 1  # enum llama_flash_attn_type
+FLASH_ATTENTION_OFF: Final = 0  # enum llama_flash_attn_type
+FLASH_ATTENTION_ON: Final = 1
 FLOAT16: Final = 1  # enum ggml_type
 BFLOAT16: Final = 30
 UNIFORM_CACHE: Final = (BFLOAT16, FLOAT16) if platform.machine() in ("x86_64", "AMD64") else (FLOAT16, BFLOAT16)
 """Types of keys and values that only one of llama.cpp's routines for attention takes; the faster pair by processor."""
+MAX_STEP_TEXTS: Final = 32  # to embed in one step; llama.cpp keeps accounts for each
 PENALTY_WINDOW: Final = 64  # tokens that the repeat penalty looks back on
 PIECE_BYTES: Final = 256  # longer than any token's text; a longer one is asked for again
 SPEED_WINDOW_S: Final = 10.0  # tokens per second are those of about this long
@@ -5040,21 +5222,36 @@ def plan_engine(
 
     Raises ModelError, with the numbers, when the model cannot fit.
     """
+    _check_kind(model, context)
     usable = int(free_bytes * (1 - MEMORY_RESERVE)) - model.size
     slot_count = slots or DEFAULT_SLOTS
-    tokens = context or min(DEFAULT_CONTEXT, model.context_length or DEFAULT_CONTEXT)
+    most = DEFAULT_EMBED_CONTEXT if model.kind == EMBEDS else DEFAULT_CONTEXT
+    tokens = context or min(most, model.context_length or most)
+
+    def cache_bytes() -> int:
+        return tokens * (1 if model.kind == EMBEDS else slot_count) * model.kv_bytes
+
     if gpu.layers == 0:
-        while context is None and tokens > MIN_CONTEXT and tokens * slot_count * model.kv_bytes > usable:
+        while context is None and tokens > MIN_CONTEXT and cache_bytes() > usable:
             tokens = max(tokens // 2, MIN_CONTEXT)
-        while slots is None and slot_count > 1 and tokens * slot_count * model.kv_bytes > usable:
+        while slots is None and slot_count > 1 and cache_bytes() > usable:
             slot_count -= 1
-        needed = model.size + tokens * slot_count * model.kv_bytes
+        needed = model.size + cache_bytes()
         if needed > free_bytes * (1 - MEMORY_RESERVE):
             raise ModelError(
                 f"{model.name} needs about {needed / 1e9:.1f} GB with {slot_count} x {tokens} tokens of context, "
                 f"and {free_bytes / 1e9:.1f} GB of memory are free; take a smaller model, or lower --slots or --ctx"
             )
     return EnginePlan(model, slot_count, tokens, threads, gpu)
+
+
+def _check_kind(model: ModelFile, context: int | None) -> None:
+    """Refuse what no engine here can run. Raises ModelError."""
+    if model.kind not in MODEL_KINDS:
+        raise ModelError(f"{model.name} ({model.architecture}) is made neither to write text nor to give embeddings")
+    if model.kind == EMBEDS and context is not None and context > model.context_length > 0:
+        # An encoder may have a learned vector for each place in a text, and llama.cpp ends the process beyond them.
+        raise ModelError(f"{model.name} takes texts of up to {model.context_length:,} tokens; lower --ctx to that")
 
 
 class TextStream:
@@ -5215,11 +5412,14 @@ class BatchEntry:
     wants_logits: bool
 
 
-class LlamaModel:
-    """A model and its context in llama.cpp: the only place that calls the library.
+class LoadedModel:
+    """A model and its context in llama.cpp: what is alike for models that write and for those that embed.
 
-    All calls are made from the thread that made the object.
+    This class and those made of it are the only place that calls the library. All calls are made from the thread that
+    made the object.
     """
+
+    has_template = False
 
     def __init__(self, plan: EnginePlan) -> None:
         self._llama = load_llama()
@@ -5238,12 +5438,6 @@ class LlamaModel:
         self._vocab = self._llama.llama_model_get_vocab(self._model)
         self._memory = self._llama.llama_get_memory(self._context)
         self._numpy = importlib.import_module("numpy")  # llama_cpp brings it along
-        self._candidates = self._numpy.zeros(
-            int(self._llama.llama_vocab_n_tokens(self._vocab)), dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")]
-        )
-        self._piece_buffer = ctypes.create_string_buffer(PIECE_BYTES)
-        self._pieces: dict[int, bytes] = {}
-        self._formatter = self._chat_formatter()
         self.slot_tokens = int(self._llama.llama_n_ctx_seq(self._context))
         self.vocabulary_size = int(self._llama.llama_vocab_n_tokens(self._vocab))
 
@@ -5271,21 +5465,16 @@ class LlamaModel:
     def _context_params(self, plan: EnginePlan, *, uniform: bool) -> Any:
         """uniform: let a token's value not depend on what it is evaluated with, as far as llama.cpp can."""
         params = self._llama.llama_context_default_params()
-        params.n_ctx = plan.slots * plan.context
-        params.n_seq_max = plan.slots
-        params.n_batch = params.n_ubatch = MAX_CHUNK_TOKENS + plan.slots
-        params.swa_full = True  # layers with a sliding window keep what has left it, so that a slot can be cut anywhere
-        params.n_outputs_max = plan.slots  # one choice per slot and step; room for more costs hundreds of megabytes
+        self._size_context(params, plan, uniform=uniform)
         params.n_threads = params.n_threads_batch = plan.threads
         params.no_perf = True
         if uniform:
-            # llama.cpp has several routines for attention, whose results differ in the last bits, and chooses by the
-            # shape of the batch. Only one of them takes keys and values of different 16-bit types: with these an answer
-            # beside others, after a reused prefix or resumed is that of a cold run alone. Some models cannot be run so.
-            params.flash_attn_type = FLASH_ATTENTION_ON
-            params.type_k, params.type_v = UNIFORM_CACHE
             params.op_offload = False  # a build for a GPU would take large batches there
         return params
+
+    def _size_context(self, params: Any, plan: EnginePlan, *, uniform: bool) -> None:
+        """Set what a context for this kind of model is to hold, and how it pays attention."""
+        raise NotImplementedError
 
     def _last_error(self) -> str:
         return "; ".join(self.log.errors) or "it gives no reason"
@@ -5303,6 +5492,60 @@ class LlamaModel:
     def can_offload(self) -> bool:
         """Whether this build of llama.cpp has code for any GPU."""
         return bool(self._llama.llama_supports_gpu_offload())
+
+    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        for _ in range(2):  # some vocabularies need several tokens for one byte of text; llama.cpp then says how many
+            tokens = (self._llama.llama_token * room)()
+            count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, True)
+            if count >= 0:
+                return list(tokens[:count])
+            room = -count
+        raise InvalidRequest("the prompt cannot be turned into tokens")
+
+    def keep(self, slot: int, length: int) -> bool:
+        """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut there."""
+        return bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
+
+    def decode(self, entries: Sequence[BatchEntry]) -> bool:
+        """Evaluate a batch to its end; False when llama.cpp fails, after which the slots' memory is undefined."""
+        batch = self._batch
+        batch.n_tokens = len(entries)
+        for index, entry in enumerate(entries):
+            batch.token[index] = entry.token
+            batch.pos[index] = entry.position
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = entry.slot
+            batch.logits[index] = entry.wants_logits
+        done = int(self._llama.llama_decode(self._context, batch)) == 0
+        self._llama.llama_synchronize(self._context)  # a GPU may be at it still, and steps are timed
+        return done
+
+
+class LlamaModel(LoadedModel):
+    """A model that writes."""
+
+    def __init__(self, plan: EnginePlan) -> None:
+        super().__init__(plan)
+        self._candidates = self._numpy.zeros(self.vocabulary_size, dtype=[("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        self._piece_buffer = ctypes.create_string_buffer(PIECE_BYTES)
+        self._pieces: dict[int, bytes] = {}
+        self._formatter = self._chat_formatter()
+        self.has_template = self._formatter is not None
+
+    def _size_context(self, params: Any, plan: EnginePlan, *, uniform: bool) -> None:
+        params.n_ctx = plan.slots * plan.context
+        params.n_seq_max = plan.slots
+        params.n_batch = params.n_ubatch = MAX_CHUNK_TOKENS + plan.slots
+        params.swa_full = True  # layers with a sliding window keep what has left it, so that a slot can be cut anywhere
+        params.n_outputs_max = plan.slots  # one choice per slot and step; room for more costs hundreds of megabytes
+        if uniform:
+            # llama.cpp has several routines for attention, whose results differ in the last bits, and chooses by the
+            # shape of the batch. Only one of them takes keys and values of different 16-bit types: with these an answer
+            # beside others, after a reused prefix or resumed is that of a cold run alone. Some models cannot be run so.
+            params.flash_attn_type = FLASH_ATTENTION_ON
+            params.type_k, params.type_v = UNIFORM_CACHE
 
     # --- Text and tokens ---
 
@@ -5326,10 +5569,6 @@ class LlamaModel:
     def _token_text(self, token: int) -> str:
         return self._llama.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
 
-    @property
-    def has_template(self) -> bool:
-        return self._formatter is not None
-
     def prompt_tokens(self, job: Job) -> list[int]:
         """The tokens of a job's prompt, as the model wants them. Raises InvalidRequest."""
         if job.prompt is not None:
@@ -5341,17 +5580,6 @@ class LlamaModel:
         except Exception as error:  # the template is code that came with the model
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from None
         return self.tokenize(text, add_special=False)
-
-    def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        data = text.encode()
-        room = len(data) + 8
-        for _ in range(2):  # some vocabularies need several tokens for one byte of text; llama.cpp then says how many
-            tokens = (self._llama.llama_token * room)()
-            count = self._llama.llama_tokenize(self._vocab, data, len(data), tokens, room, add_special, True)
-            if count >= 0:
-                return list(tokens[:count])
-            room = -count
-        raise InvalidRequest("the prompt cannot be turned into tokens")
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for: perhaps half a character, nothing for a control token."""
@@ -5372,24 +5600,6 @@ class LlamaModel:
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     # --- Evaluation ---
-
-    def keep(self, slot: int, length: int) -> bool:
-        """Cut a slot's memory to its first `length` tokens; False when this model's memory cannot be cut there."""
-        return bool(self._llama.llama_memory_seq_rm(self._memory, slot, length, -1))
-
-    def decode(self, entries: Sequence[BatchEntry]) -> bool:
-        """Evaluate a batch to its end; False when llama.cpp fails, after which the slots' memory is undefined."""
-        batch = self._batch
-        batch.n_tokens = len(entries)
-        for index, entry in enumerate(entries):
-            batch.token[index] = entry.token
-            batch.pos[index] = entry.position
-            batch.n_seq_id[index] = 1
-            batch.seq_id[index][0] = entry.slot
-            batch.logits[index] = entry.wants_logits
-        done = int(self._llama.llama_decode(self._context, batch)) == 0
-        self._llama.llama_synchronize(self._context)  # a GPU may be at it still, and steps are timed
-        return done
 
     def sample(self, sampler: Sampler, index: int) -> int:
         """Choose the successor of entry `index` of the last batch. Raises InvalidRequest when a schema allows none."""
@@ -5493,6 +5703,47 @@ class LlamaModel:
         return link
 
 
+class EmbeddingModel(LoadedModel):
+    """A model that gives embeddings: each text is evaluated whole in one batch, in a sequence of its own."""
+
+    def __init__(self, plan: EnginePlan) -> None:
+        super().__init__(plan)
+        self.slot_tokens = plan.context  # llama.cpp rounds its own figure up, beyond what an encoder may have
+        self.dimensions = int(self._llama.llama_model_n_embd_out(self._model))
+        if self.dimensions > MAX_DIMENSIONS:
+            self.close()
+            raise ModelError(f"{plan.model.name} gives vectors of more than {MAX_DIMENSIONS:,} numbers")
+
+    def _size_context(self, params: Any, plan: EnginePlan, *, uniform: bool) -> None:
+        params.embeddings = True  # how tokens become one vector is said in the model's file
+        params.n_ctx = params.n_batch = params.n_ubatch = plan.context  # an encoder can read no part of a text alone
+        params.n_outputs_max = plan.context
+        params.n_seq_max = MAX_STEP_TEXTS
+        params.kv_unified = True  # what the sequences of a batch hold together is bounded, not what each does
+        # The plain routine for attention is the most exact, and gives a text the same vector beside others as alone;
+        # flash attention reckons with 16 bits, and its third digit changes with the company a text is in.
+        params.flash_attn_type = FLASH_ATTENTION_OFF
+
+    def decode(self, entries: Sequence[BatchEntry]) -> bool:
+        """Evaluate a batch by itself."""
+        self._llama.llama_memory_clear(self._memory, False)
+        return super().decode(entries)
+
+    def vector(self, sequence: int) -> bytes:
+        """The embedding of a text of the last batch, of length 1, as `Embeddings.data` has it.
+
+        Raises QMeshError when the model gives no numbers.
+        """
+        given = self._llama.llama_get_embeddings_seq(self._context, sequence)
+        if not given:
+            raise QMeshError("llama.cpp gives no embedding with this model")
+        vector = self._numpy.ctypeslib.as_array(given, shape=(self.dimensions,)).astype("f8")
+        length = self._numpy.linalg.norm(vector)
+        if not self._numpy.isfinite(length):
+            raise QMeshError("the model's embedding of a text is not a vector of finite numbers")
+        return bytes((vector / (length or 1.0)).astype("<f4").tobytes())
+
+
 def plain_chat(messages: Sequence[Message]) -> str:
     """The conversation for a model without a chat template: "User: ..." lines, and "Assistant:" to go on.
 
@@ -5511,24 +5762,33 @@ class Queued:
     wait_s: float
 
 
-EngineEvent = tuple[int, Queued | Token | Result | QMeshError]
-"""(ticket, what happened to it). A Result or an error is a ticket's last event."""
+EngineEvent = tuple[int, Queued | Token | Outcome | QMeshError]
+"""(ticket, what happened to it). An Outcome or an error is a ticket's last event."""
 
 
 class Task:
     """One request in the engine, from submission to its last event."""
 
-    def __init__(self, ticket: int, client: str, job: Job, prompt: list[int], now: float) -> None:
+    def __init__(self, ticket: int, client: str, job: AnyJob, now: float) -> None:
         self.ticket = ticket
         self.client = client
+        self.timeout_s = job.timeout_s
+        self.deadline = now + job.timeout_s
+        self.queued_at = self.started_at = now
+        self.told: Queued | None = None
+
+
+class TextTask(Task):
+    """A text that is written."""
+
+    def __init__(self, ticket: int, client: str, job: Job, prompt: list[int], now: float) -> None:
+        super().__init__(ticket, client, job, now)
         self.job = job
         self.prompt = prompt
         self.answer = list(job.given)
-        self.deadline = now + job.timeout_s
-        self.queued_at = self.started_at = self.first_token_at = now
+        self.first_token_at = now
         self.cached = 0
         self.sampler: Sampler | None = None
-        self.told: Queued | None = None
         self.stream = TextStream(job.params.stop)
         self.text: list[str] = []
 
@@ -5557,14 +5817,33 @@ class Task:
         )
 
 
+class EmbedTask(Task):
+    """Texts, as their tokens, whose embeddings are made. vectors: as `Embeddings.data` has them, b"" until made."""
+
+    def __init__(self, ticket: int, client: str, job: AnyJob, texts: list[list[int]], now: float) -> None:
+        super().__init__(ticket, client, job, now)
+        self.texts = texts
+        self.vectors = [b""] * len(texts)
+
+    def result(self, dimensions: int, *, model: ModelFile, worker_id: str) -> Embeddings:
+        usage = {"prompt_tokens": sum(map(len, self.texts))}
+        return Embeddings(b"".join(self.vectors), dimensions, usage, model.name, worker_id, model.fingerprint.hex())
+
+
+TaskT = TypeVar("TaskT", bound=Task)
+
+
 @dataclass(slots=True)
-class Slot:
-    """A sequence of the context: the tokens in its memory, and the task it works for, if any."""
+class Slot(Generic[TaskT]):
+    """A place for a task at work; where it writes, a sequence of the context and the tokens in that one's memory.
+
+    pending: what of the task is not evaluated yet: its tokens, or the numbers of its texts.
+    """
 
     index: int
     tokens: list[int] = field(default_factory=list)
-    task: Task | None = None
-    pending: list[int] = field(default_factory=list)  # of the task, not yet evaluated
+    task: TaskT | None = None
+    pending: list[int] = field(default_factory=list)
     used_at: float = 0.0
 
 
@@ -5620,22 +5899,22 @@ class StepPacer:
             self.token_s = (self.token_s + latest) / 2 if self.token_s else latest
 
 
-class Batcher:
+class Scheduler(Generic[TaskT]):
     """Requests, slots and the queue between them; `step` does one evaluation for all slots that work.
 
     Not safe for threads: the engine's thread owns it. Time comes from `clock`, in seconds.
     """
 
-    def __init__(self, model: LlamaModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
+    def __init__(self, model: LoadedModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
         self.speed = SpeedMeter()
         self._pacer = StepPacer()
-        self._model = model
+        self._loaded = model
         self._plan = plan
         self._worker_id = worker_id
         self._clock = clock
-        self._slots = [Slot(index) for index in range(plan.slots)]
-        self._queue: FairQueue[Task] = FairQueue()
-        self._tasks: dict[int, Task] = {}
+        self._slots = [Slot[TaskT](index) for index in range(plan.slots)]
+        self._queue: FairQueue[TaskT] = FairQueue()
+        self._tasks: dict[int, TaskT] = {}
         self._events: list[EngineEvent] = []
         self._places_told_at = 0.0
 
@@ -5647,13 +5926,10 @@ class Batcher:
         events, self._events = self._events, []
         return events
 
-    def submit(self, ticket: int, client: str, job: Job) -> None:
+    def submit(self, ticket: int, client: str, job: AnyJob) -> None:
         """Queue a request, or refuse it when it cannot be answered at all."""
         try:
-            prompt = self._model.prompt_tokens(job)
-            self._check(job, prompt)
-            task = Task(ticket, client, job, prompt, self._clock())
-            task.sampler = self._model.make_sampler(job.params, prompt, job.given)
+            task = self._prepare(ticket, client, job)
         except QMeshError as error:
             self._events.append((ticket, error))
             return
@@ -5661,26 +5937,15 @@ class Batcher:
             log.exception("a request could not be prepared")
             self._events.append((ticket, WorkerLost(ENGINE_FAILED)))
             return
-        for token in job.given:
-            task.show(task.stream.feed(self._model.piece(token)))
         self._tasks[ticket] = task
-        full = len(task.wanted) >= self._model.slot_tokens
-        if task.stream.stopped or full or len(task.answer) >= job.params.max_tokens:
-            self._finish(task, "stop" if task.stream.stopped else "length")  # there was nothing left to do
-        else:
-            self._queue.push(client, str(ticket), task)
+        self._enter(task)
 
-    def _check(self, job: Job, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise InvalidRequest("the prompt is empty")
-        if any(not 0 <= token < self._model.vocabulary_size for token in job.given):
-            raise InvalidRequest("resume.tokens holds ids that are not in the model's vocabulary")
-        needed, room = len(prompt) + len(job.given), self._model.slot_tokens
-        if len(prompt) >= room or needed > room:
-            raise InvalidRequest(
-                f"the prompt has {needed:,} tokens and this worker's context holds {room:,}, answer included",
-                code="context_exceeded",
-            )
+    def _prepare(self, ticket: int, client: str, job: AnyJob) -> TaskT:
+        """What has to be done for a job. Raises the error that refuses it."""
+        raise NotImplementedError
+
+    def _enter(self, task: TaskT) -> None:
+        self._queue.push(task.client, str(task.ticket), task)
 
     def cancel(self, ticket: int) -> None:
         """Stop working for a request; its slot is free for the next step. No event follows."""
@@ -5698,7 +5963,7 @@ class Batcher:
 
     def _clear_slots(self) -> None:
         for slot in self._slots:
-            self._model.keep(slot.index, 0)
+            self._loaded.keep(slot.index, 0)
             slot.tokens = []
 
     def close(self) -> None:
@@ -5706,29 +5971,13 @@ class Batcher:
             self._release(task)
 
     def step(self) -> None:
-        """Fill free slots from the queue, evaluate one batch, and choose one token per generating slot."""
-        started = self._clock()
-        self._expire(started)
-        self._fill_slots(started)
-        writing = sum(len(slot.pending) == 1 for slot in self._slots)
-        entries, chosen = self._next_batch(writing)
-        filling = len(entries) - writing
-        if not entries:
-            return
-        if not self._model.decode(entries):
-            self._recover()
-            return
-        self._pacer.stepped(len(entries), self._clock() - started, filling=filling)
-        for index, slot in chosen:
-            self._choose_token(slot, index)
-        if chosen:
-            self.speed.stepped(len(chosen), self._clock() - started)
-        self._tell_places()
+        """Fill free slots from the queue, and evaluate one batch."""
+        raise NotImplementedError
 
     def _expire(self, now: float) -> None:
         for task in [task for task in self._tasks.values() if task.deadline <= now]:
             self._queue.remove(task.client, str(task.ticket))
-            self._end(task, DeadlineExceeded(f"the answer was not finished within {task.job.timeout_s:g} s"))
+            self._end(task, DeadlineExceeded(f"the answer was not finished within {task.timeout_s:g} s"))
 
     # --- Slots ---
 
@@ -5737,81 +5986,19 @@ class Batcher:
             task = self._queue.pop()
             if task is None:
                 return
-            self._assign(task, self._best_slot(task.wanted), now)
+            task.started_at = now
+            self._assign(task)
 
-    def _best_slot(self, wanted: Sequence[int]) -> Slot:
-        """The free slot whose tokens can be reused most; of equals, the longest unused."""
-        free = [slot for slot in self._slots if slot.task is None]
-        return max(free, key=lambda slot: (common_prefix(slot.tokens, wanted), -slot.used_at))
+    def _assign(self, task: TaskT) -> None:
+        """Give a task one of the free slots."""
+        raise NotImplementedError
 
-    def _assign(self, task: Task, slot: Slot, now: float) -> None:
-        wanted = task.wanted
-        keep = min(common_prefix(slot.tokens, wanted), len(wanted) - 1)  # the last one's successor is wanted
-        if keep < len(slot.tokens) and not self._model.keep(slot.index, keep):
-            self._model.keep(slot.index, 0)
-            keep = 0
-        task.cached = min(keep, len(task.prompt))
-        task.started_at = task.first_token_at = now
-        slot.task, slot.tokens, slot.pending = task, wanted[:keep], wanted[keep:]
-
-    def _next_batch(self, writing: int) -> tuple[list[BatchEntry], list[tuple[int, Slot]]]:
-        """The batch, and (index of the entry, slot) for each slot whose next token comes out of it.
-
-        writing: how many slots have only their last token to evaluate.
-        """
-        entries: list[BatchEntry] = []
-        chosen: list[tuple[int, Slot]] = []
-        working = [slot for slot in self._slots if slot.task is not None]
-        room = max(self._pacer.tokens(SHARED_STEP_S if writing else STEP_S) - writing, MIN_CHUNK_TOKENS)
-        for slot in sorted(working, key=lambda slot: len(slot.pending)):
-            take = 1 if len(slot.pending) == 1 else min(len(slot.pending), room)
-            room -= 0 if len(slot.pending) == 1 else take
-            tokens, slot.pending = slot.pending[:take], slot.pending[take:]
-            for token in tokens:
-                entries.append(BatchEntry(token, len(slot.tokens), slot.index, False))
-                slot.tokens.append(token)
-            if tokens and not slot.pending:
-                entries[-1] = replace(entries[-1], wants_logits=True)
-                chosen.append((len(entries) - 1, slot))
-        return entries, chosen
-
-    def _choose_token(self, slot: Slot, index: int) -> None:
-        task = slot.task
-        assert task is not None
-        assert task.sampler is not None
-        try:
-            token = self._model.sample(task.sampler, index)
-        except InvalidRequest as error:
-            self._end(task, error)
-            return
-        now = self._clock()
-        if len(task.answer) == len(task.job.given):
-            task.first_token_at = now
-        if self._model.ends_answer(token):
-            self._finish(task, "stop")
-            return
-        task.answer.append(token)
-        slot.pending.append(token)
-        text = task.show(task.stream.feed(self._model.piece(token)))
-        full = len(task.answer) >= task.job.params.max_tokens or len(slot.tokens) + 1 >= self._model.slot_tokens
-        self._events.append((task.ticket, Token(len(task.answer) - 1, (token,), text)))
-        if task.stream.stopped or full:
-            self._finish(task, "stop" if task.stream.stopped else "length")
-
-    def _finish(self, task: Task, reason: str) -> None:
-        task.show(task.stream.finish())  # it is told with the whole text, and so but once, whoever resumes before
-        now = self._clock()
-        self.speed.served(now - task.started_at)
-        self._end(task, task.result(reason, model=self._plan.model.name, worker_id=self._worker_id, now=now))
-
-    def _end(self, task: Task, outcome: Result | QMeshError) -> None:
+    def _end(self, task: TaskT, outcome: Outcome | QMeshError) -> None:
         self._release(task)
         self._events.append((task.ticket, outcome))
 
-    def _release(self, task: Task) -> None:
+    def _release(self, task: TaskT) -> None:
         del self._tasks[task.ticket]
-        if task.sampler is not None:
-            self._model.free_sampler(task.sampler)
         for slot in self._slots:
             if slot.task is task:
                 slot.task, slot.pending, slot.used_at = None, [], self._clock()
@@ -5842,7 +6029,139 @@ class Batcher:
                 task.told = news
                 self._events.append((task.ticket, news))
 
-    def _remaining_s(self, slot: Slot, now: float) -> float:
+    def _remaining_s(self, slot: Slot[TaskT], now: float) -> float:
+        """How much longer a slot's request will run, as far as one can tell."""
+        raise NotImplementedError
+
+
+class Batcher(Scheduler[TextTask]):
+    """Texts that are written: a step chooses one token for each slot that generates (continuous batching)."""
+
+    def __init__(self, model: LlamaModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
+        super().__init__(model, plan, worker_id, clock)
+        self._model = model
+
+    def _prepare(self, ticket: int, client: str, job: AnyJob) -> TextTask:
+        assert isinstance(job, Job)
+        prompt = self._model.prompt_tokens(job)
+        self._check(job, prompt)
+        task = TextTask(ticket, client, job, prompt, self._clock())
+        task.sampler = self._model.make_sampler(job.params, prompt, job.given)
+        return task
+
+    def _enter(self, task: TextTask) -> None:
+        for token in task.job.given:
+            task.show(task.stream.feed(self._model.piece(token)))
+        full = len(task.wanted) >= self._model.slot_tokens
+        if task.stream.stopped or full or len(task.answer) >= task.job.params.max_tokens:
+            self._finish(task, "stop" if task.stream.stopped else "length")  # there was nothing left to do
+        else:
+            super()._enter(task)
+
+    def _check(self, job: Job, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise InvalidRequest("the prompt is empty")
+        if any(not 0 <= token < self._model.vocabulary_size for token in job.given):
+            raise InvalidRequest("resume.tokens holds ids that are not in the model's vocabulary")
+        needed, room = len(prompt) + len(job.given), self._model.slot_tokens
+        if len(prompt) >= room or needed > room:
+            raise InvalidRequest(
+                f"the prompt has {needed:,} tokens and this worker's context holds {room:,}, answer included",
+                code="context_exceeded",
+            )
+
+    def step(self) -> None:
+        """Fill free slots from the queue, evaluate one batch, and choose one token per generating slot."""
+        started = self._clock()
+        self._expire(started)
+        self._fill_slots(started)
+        writing = sum(len(slot.pending) == 1 for slot in self._slots)
+        entries, chosen = self._next_batch(writing)
+        filling = len(entries) - writing
+        if not entries:
+            return
+        if not self._model.decode(entries):
+            self._recover()
+            return
+        self._pacer.stepped(len(entries), self._clock() - started, filling=filling)
+        for index, slot in chosen:
+            self._choose_token(slot, index)
+        if chosen:
+            self.speed.stepped(len(chosen), self._clock() - started)
+        self._tell_places()
+
+    def _best_slot(self, wanted: Sequence[int]) -> Slot[TextTask]:
+        """The free slot whose tokens can be reused most; of equals, the longest unused."""
+        free = [slot for slot in self._slots if slot.task is None]
+        return max(free, key=lambda slot: (common_prefix(slot.tokens, wanted), -slot.used_at))
+
+    def _assign(self, task: TextTask) -> None:
+        wanted = task.wanted
+        slot = self._best_slot(wanted)
+        keep = min(common_prefix(slot.tokens, wanted), len(wanted) - 1)  # the last one's successor is wanted
+        if keep < len(slot.tokens) and not self._model.keep(slot.index, keep):
+            self._model.keep(slot.index, 0)
+            keep = 0
+        task.cached = min(keep, len(task.prompt))
+        task.first_token_at = task.started_at
+        slot.task, slot.tokens, slot.pending = task, wanted[:keep], wanted[keep:]
+
+    def _next_batch(self, writing: int) -> tuple[list[BatchEntry], list[tuple[int, Slot[TextTask]]]]:
+        """The batch, and (index of the entry, slot) for each slot whose next token comes out of it.
+
+        writing: how many slots have only their last token to evaluate.
+        """
+        entries: list[BatchEntry] = []
+        chosen: list[tuple[int, Slot[TextTask]]] = []
+        working = [slot for slot in self._slots if slot.task is not None]
+        room = max(self._pacer.tokens(SHARED_STEP_S if writing else STEP_S) - writing, MIN_CHUNK_TOKENS)
+        for slot in sorted(working, key=lambda slot: len(slot.pending)):
+            take = 1 if len(slot.pending) == 1 else min(len(slot.pending), room)
+            room -= 0 if len(slot.pending) == 1 else take
+            tokens, slot.pending = slot.pending[:take], slot.pending[take:]
+            for token in tokens:
+                entries.append(BatchEntry(token, len(slot.tokens), slot.index, False))
+                slot.tokens.append(token)
+            if tokens and not slot.pending:
+                entries[-1] = replace(entries[-1], wants_logits=True)
+                chosen.append((len(entries) - 1, slot))
+        return entries, chosen
+
+    def _choose_token(self, slot: Slot[TextTask], index: int) -> None:
+        task = slot.task
+        assert task is not None
+        assert task.sampler is not None
+        try:
+            token = self._model.sample(task.sampler, index)
+        except InvalidRequest as error:
+            self._end(task, error)
+            return
+        now = self._clock()
+        if len(task.answer) == len(task.job.given):
+            task.first_token_at = now
+        if self._model.ends_answer(token):
+            self._finish(task, "stop")
+            return
+        task.answer.append(token)
+        slot.pending.append(token)
+        text = task.show(task.stream.feed(self._model.piece(token)))
+        full = len(task.answer) >= task.job.params.max_tokens or len(slot.tokens) + 1 >= self._model.slot_tokens
+        self._events.append((task.ticket, Token(len(task.answer) - 1, (token,), text)))
+        if task.stream.stopped or full:
+            self._finish(task, "stop" if task.stream.stopped else "length")
+
+    def _finish(self, task: TextTask, reason: str) -> None:
+        task.show(task.stream.finish())  # it is told with the whole text, and so but once, whoever resumes before
+        now = self._clock()
+        self.speed.served(now - task.started_at)
+        self._end(task, task.result(reason, model=self._plan.model.name, worker_id=self._worker_id, now=now))
+
+    def _release(self, task: TextTask) -> None:
+        super()._release(task)
+        if task.sampler is not None:
+            self._model.free_sampler(task.sampler)
+
+    def _remaining_s(self, slot: Slot[TextTask], now: float) -> float:
         """How much longer a slot's request will run: as long as others did, and at most until its last token."""
         task = slot.task
         if task is None:
@@ -5854,6 +6173,105 @@ class Batcher:
         longest += min(task.job.params.max_tokens - len(task.answer), room) * step_s
         usual = self.speed.mean_service_s - (now - task.started_at)
         return min(usual, longest) if usual > 0 else longest
+
+
+class Embedder(Scheduler[EmbedTask]):
+    """Embeddings that are made: a step evaluates whole texts of the requests that have a slot, which take turns."""
+
+    def __init__(self, model: EmbeddingModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
+        super().__init__(model, plan, worker_id, clock)
+        self._model = model
+        self._turn = 0  # the slot whose text comes next
+
+    def _prepare(self, ticket: int, client: str, job: AnyJob) -> EmbedTask:
+        assert isinstance(job, EmbedJob)
+        texts = [self._model.tokenize(text, add_special=True) for text in job.texts]
+        room = self._model.slot_tokens
+        for number, tokens in enumerate(texts):
+            if not tokens:
+                raise InvalidRequest(f"texts[{number}] has no tokens")
+            if len(tokens) > room:
+                raise InvalidRequest(
+                    f"texts[{number}] has {len(tokens):,} tokens and this worker's context holds {room:,}",
+                    code="context_exceeded",
+                )
+        return EmbedTask(ticket, client, job, texts, self._clock())
+
+    def step(self) -> None:
+        """Fill free slots from the queue, evaluate some texts, and end the requests that have all their vectors."""
+        started = self._clock()
+        self._expire(started)
+        self._fill_slots(started)
+        taken = self._take_texts()
+        if not taken:
+            return
+        entries = [
+            BatchEntry(token, position, sequence, True)
+            for sequence, (task, number) in enumerate(taken)
+            for position, token in enumerate(task.texts[number])
+        ]
+        if not self._model.decode(entries):
+            self._recover()
+            return
+        self._pacer.stepped(len(entries), self._clock() - started, filling=len(entries))
+        self.speed.stepped(len(entries), self._clock() - started)
+        for sequence, (task, number) in enumerate(taken):
+            self._keep_vector(task, number, sequence)
+        self._tell_places()
+
+    def _take_texts(self) -> list[tuple[EmbedTask, int]]:
+        """The texts of a step, as many as it has time for, and the longest alone; slots give one in turn."""
+        taken: list[tuple[EmbedTask, int]] = []
+        room = min(self._pacer.tokens(STEP_S), self._model.slot_tokens)
+        while len(taken) < MAX_STEP_TEXTS and (slot := self._next_slot()) is not None:
+            assert slot.task is not None
+            tokens = len(slot.task.texts[slot.pending[0]])
+            if taken and tokens > room:
+                break
+            room -= tokens
+            taken.append((slot.task, slot.pending.pop(0)))
+            self._turn = slot.index + 1
+        return taken
+
+    def _next_slot(self) -> Slot[EmbedTask] | None:
+        in_turn = self._slots[self._turn :] + self._slots[: self._turn]
+        return next((slot for slot in in_turn if slot.pending), None)
+
+    def _keep_vector(self, task: EmbedTask, number: int, sequence: int) -> None:
+        if task.ticket not in self._tasks:
+            return  # another of its texts has ended it
+        try:
+            task.vectors[number] = self._model.vector(sequence)
+        except QMeshError as error:
+            self._end(task, error)
+            return
+        if all(task.vectors):
+            self.speed.served(self._clock() - task.started_at)
+            made = task.result(self._model.dimensions, model=self._plan.model, worker_id=self._worker_id)
+            self._end(task, made)
+
+    def _assign(self, task: EmbedTask) -> None:
+        slot = next(slot for slot in self._slots if slot.task is None)
+        slot.task, slot.pending = task, list(range(len(task.texts)))
+
+    def _remaining_s(self, slot: Slot[EmbedTask], now: float) -> float:
+        """As long as its texts take, while others take turns with it."""
+        task = slot.task
+        busy = sum(slot.task is not None for slot in self._slots)
+        tokens = sum(len(task.texts[number]) for number in slot.pending) if task is not None else 0
+        return busy * tokens * self._pacer.token_s
+
+
+AnyScheduler = Scheduler[TextTask] | Scheduler[EmbedTask]
+
+
+def load_engine(plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> tuple[LoadedModel, AnyScheduler]:
+    """A model, and who schedules the requests that are made to it. Raises ModelError."""
+    if plan.model.kind == EMBEDS:
+        reader = EmbeddingModel(plan)
+        return reader, Embedder(reader, plan, worker_id, clock)
+    writer = LlamaModel(plan)
+    return writer, Batcher(writer, plan, worker_id, clock)
 
 
 class Engine:
@@ -5873,7 +6291,7 @@ class Engine:
         self._worker_id = worker_id
         self._publish = publish
         self._busy_since: float | None = None
-        self._commands: queue.SimpleQueue[Callable[[Batcher], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Callable[[AnyScheduler], None] | None] = queue.SimpleQueue()
         self._loaded: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -5882,13 +6300,13 @@ class Engine:
         self._thread.start()
         return self._loaded
 
-    def submit(self, ticket: int, client: str, job: Job) -> None:
+    def submit(self, ticket: int, client: str, job: AnyJob) -> None:
         """Run a job; `ticket`, chosen by the caller, comes back with each of its events."""
-        self._commands.put(lambda batcher: batcher.submit(ticket, client, job))
+        self._commands.put(lambda scheduler: scheduler.submit(ticket, client, job))
 
     def cancel(self, ticket: int) -> None:
         """Stop a job at the next step; none of its events follows one that is published after that."""
-        self._commands.put(lambda batcher: batcher.cancel(ticket))
+        self._commands.put(lambda scheduler: scheduler.cancel(ticket))
 
     @property
     def alive(self) -> bool:
@@ -5914,7 +6332,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            model = LlamaModel(self.plan)
+            model, scheduler = load_engine(self.plan, self._worker_id, time.monotonic)
         except BaseException as error:
             self._loaded.set_exception(error)
             return
@@ -5922,35 +6340,34 @@ class Engine:
             self.can_offload, self.offloaded = model.can_offload(), model.log.offloaded
             self.devices = model.log.devices
             self.slot_tokens, self.has_template = model.slot_tokens, model.has_template
-            batcher = Batcher(model, self.plan, self._worker_id, time.monotonic)
-            self.speed = batcher.speed
+            self.speed = scheduler.speed
             self._loaded.set_result(None)
-            self._serve(batcher)
-            batcher.close()
+            self._serve(scheduler)
+            scheduler.close()
         finally:
             model.close()
 
-    def _serve(self, batcher: Batcher) -> None:
+    def _serve(self, scheduler: AnyScheduler) -> None:
         while True:
             try:
-                command = self._commands.get(block=batcher.idle)
+                command = self._commands.get(block=scheduler.idle)
             except queue.Empty:
                 command = self._step
             if command is None:
                 return
             self._busy_since = time.monotonic()
-            command(batcher)
+            command(scheduler)
             self._busy_since = None
-            if events := batcher.take_events():
+            if events := scheduler.take_events():
                 self._publish(events)
 
     @staticmethod
-    def _step(batcher: Batcher) -> None:
+    def _step(scheduler: AnyScheduler) -> None:
         try:
-            batcher.step()
+            scheduler.step()
         except Exception:  # a fault of ours, or no memory: these requests fail, the worker lives on
             log.exception("the engine failed")
-            batcher.fail_all(WorkerLost(ENGINE_FAILED))
+            scheduler.fail_all(WorkerLost(ENGINE_FAILED))
 
 
 def offload_warning(engine: Engine) -> str | None:
@@ -6694,7 +7111,11 @@ DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells m
 TLS_HEADER_BYTES: Final = 5
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
 MAX_OTHER_FRAMES: Final = 1024  # of an answer besides its tokens: news of its place in the queue, and its end
-LAST_FRAMES: Final = ("inference_result", "inference_error")  # nothing follows them for their request
+LAST_FRAMES: Final = (
+    "inference_result",
+    "embedding_result",
+    "inference_error",
+)  # nothing follows them for their request
 
 
 def load_ssl() -> Any:
@@ -7445,21 +7866,24 @@ class WorkerLink:
         """Have the worker ping and dial these ports of ours: `dialled`, see `Worker.dial_back`. Raises WorkerLost."""
         return await self._ask({"type": "dial_back", "udp": udp, "tcp": tcp}, "dialled", DIAL_BACK_TIMEOUT_S)
 
-    async def run(self, job: Job, stall_s: float = DEFAULT_STALL_S) -> AsyncGenerator[Queued | Token | Result, None]:
-        """Send a job and yield what the worker says of it; a Result is the last. Leaving early cancels it.
+    async def run(
+        self, job: AnyJob, stall_s: float = DEFAULT_STALL_S
+    ) -> AsyncGenerator[Queued | Token | Outcome, None]:
+        """Send a job and yield what the worker says of it; an Outcome is the last. Leaving early cancels it.
 
         Raises what the worker reports, WorkerLost when it is silent for `stall_s`, or DeadlineExceeded.
         """
-        with self._inbox(job.request_id, MAX_OTHER_FRAMES + job.params.max_tokens) as inbox:
+        tokens = job.params.max_tokens if isinstance(job, Job) else 0
+        with self._inbox(job.request_id, MAX_OTHER_FRAMES + tokens) as inbox:
             late = DeadlineExceeded("the worker did not finish before the deadline passed")
             patience_s = job.timeout_s + DEADLINE_GRACE_S
             self._connection.write(job.to_json())
             alarm = asyncio.get_running_loop().call_later(patience_s, inbox.end, late)
             try:
                 await self._drain(stall_s)
-                said: Queued | Token | Result | None = None
-                while not isinstance(said, Result):
-                    said = _parse_answer(await inbox.get_before_stall(stall_s))
+                said: Queued | Token | Outcome | None = None
+                while not isinstance(said, Outcome):
+                    said = _parse_answer(job.kind, await inbox.get_before_stall(stall_s))
                     yield said
             except _WorkerSilent:
                 self._connection.abort()  # what else is asked here is to go on elsewhere, too
@@ -7507,11 +7931,16 @@ class WorkerLink:
             self._connection.abort()
 
 
-def _parse_answer(body: Json) -> Queued | Token | Result:
-    if body["type"] == "inference_token":
-        return Token.from_json(body)
-    if body["type"] == "inference_result":
-        return Result.from_json(body)
+_ANSWERS_TO: Final[dict[str, dict[str, Callable[[Json], Token | Outcome]]]] = {
+    WRITES: {"inference_token": Token.from_json, "inference_result": Result.from_json},
+    EMBEDS: {"embedding_result": Embeddings.from_json},
+}
+
+
+def _parse_answer(kind: str, body: Json) -> Queued | Token | Outcome:
+    parse = _ANSWERS_TO[kind].get(body["type"])
+    if parse is not None:
+        return parse(body)
     if body["type"] != "inference_queued":
         raise WireError(f"{body['type']} in the middle of an answer")
     try:
@@ -7536,7 +7965,7 @@ class Alive:
     """Nothing has happened to a request, and it is not forgotten."""
 
 
-Said = Alive | Queued | Token | Result | QMeshError
+Said = Alive | Queued | Token | Outcome | QMeshError
 Member = Address | str
 
 
@@ -7549,7 +7978,7 @@ class Request:
     was looked at last.
     """
 
-    job: Job
+    job: AnyJob
     session: Session
     deadline: float
     ticket: int
@@ -7577,19 +8006,25 @@ class Kept:
     question: bytes
     before: tuple[int, ...]
     given: tuple[Token, ...]
-    result: Result | None
+    result: Outcome | None
     kept_at: float
 
     @property
     def tokens(self) -> tuple[int, ...]:
         return self.before + ids_of(self.given)
 
+    @property
+    def size(self) -> int:
+        """What it takes of MAX_KEPT_TOKENS."""
+        vectors = len(self.result.data) // KEPT_TOKEN_BYTES if isinstance(self.result, Embeddings) else 0
+        return len(self.before) + len(self.given) + vectors
+
 
 def ids_of(pieces: Iterable[Token]) -> tuple[int, ...]:
     return tuple(token for piece in pieces for token in piece.tokens)
 
 
-def question_of(job: Job) -> bytes:
+def question_of(job: AnyJob) -> bytes:
     """A digest of what a job asks, whichever try it is."""
     return hashlib.sha256(dump_json(replace(job, resume=None, timeout_s=MAX_TIMEOUT_S).to_json())).digest()
 
@@ -7628,7 +8063,7 @@ class RequestTable:
         """How many run or wait."""
         return len(self._running)
 
-    def begin(self, session: Session, job: Job) -> None:
+    def begin(self, session: Session, job: AnyJob) -> None:
         """Have the engine run a job, from where it is known here. Raises Refused when there is no room."""
         if len(self) >= self.capacity and not self._make_room(session.member):
             raise Refused(f"this worker's queue is full ({self.capacity} requests)", cause="queue_full")
@@ -7645,21 +8080,21 @@ class RequestTable:
             request.say(piece)
         self._engine.submit(request.ticket, str(session.member), replace(job, resume=Resume(request.tokens)))
 
-    def _known_rest(self, job: Job) -> tuple[Token, ...]:
+    def _known_rest(self, job: AnyJob) -> tuple[Token, ...]:
         """What is kept of the answer to a job, behind what its client has."""
         kept = self._kept.get(job.request_id) if job.resume is not None else None
         if kept is None or question_of(job) != kept.question:
             return ()
         return _rest_behind(job.given, len(kept.before), kept.tokens, kept.given) or ()
 
-    def go_on(self, session: Session, job: Job) -> bool:
+    def go_on(self, session: Session, job: AnyJob) -> bool:
         """Whether a job is a request that is under way here, or was answered: its client is told what it has missed."""
         if job.resume is None or not self._tell_missed(session, job):
             return False
         self.resumed["here"] += 1
         return True
 
-    def _tell_missed(self, session: Session, job: Job) -> bool:
+    def _tell_missed(self, session: Session, job: AnyJob) -> bool:
         for request in self._running.values():
             if request.job.request_id == job.request_id and question_of(request.job) == question_of(job):
                 return self._hand_to(request, session, job)
@@ -7674,7 +8109,7 @@ class RequestTable:
         session.tell(job.request_id, kept.result)
         return True
 
-    def _hand_to(self, request: Request, session: Session, job: Job) -> bool:
+    def _hand_to(self, request: Request, session: Session, job: AnyJob) -> bool:
         """Go on telling a request's answer on another connection; False where its client knows more of it than we."""
         missed = _rest_behind(job.given, len(request.job.given), request.tokens, request.given)
         if missed is None:
@@ -7723,7 +8158,7 @@ class RequestTable:
         for request in list(self._running.values()):
             self.end(request, error)
 
-    def _left_engine(self, request: Request, outcome: str, result: Result | None = None) -> bool:
+    def _left_engine(self, request: Request, outcome: str, result: Outcome | None = None) -> bool:
         known = self._running.pop(request.ticket, None) is not None
         if known:
             request.tallied.end(outcome, self._loop.time(), result)
@@ -7731,14 +8166,14 @@ class RequestTable:
             self.idle.set()
         return known
 
-    def _keep(self, request: Request, result: Result | None) -> None:
+    def _keep(self, request: Request, result: Outcome | None) -> None:
         job, given = request.job, tuple(request.given)
         self._kept.pop(job.request_id, None)
         self._kept[job.request_id] = Kept(question_of(job), job.given, given, result, self._loop.time())
-        tokens = sum(len(kept.before) + len(kept.given) for kept in self._kept.values())
+        tokens = sum(kept.size for kept in self._kept.values())
         while tokens > MAX_KEPT_TOKENS or len(self._kept) > MAX_KEPT:
             _, dropped = self._kept.popitem(last=False)
-            tokens -= len(dropped.before) + len(dropped.given)
+            tokens -= dropped.size
 
     # --- Time and the engine ---
 
@@ -7767,7 +8202,7 @@ class RequestTable:
             elif isinstance(said, QMeshError):
                 self._left_engine(request, error_code(said))
                 request.session.forget(request)
-            elif isinstance(said, Result):
+            elif isinstance(said, Outcome):
                 self._left_engine(request, DONE, said)
                 request.session.forget(request)
                 self._keep(request, said)
@@ -8003,6 +8438,7 @@ class Worker:
             "tcp": list(self.address),
             "udp": list(self.node.address),
             "model": self.engine.plan.model.name,
+            "kind": self.engine.plan.model.kind,
             "slots": self.engine.plan.slots,
             "mesh": self.meshes[0].to_json(),
         }
@@ -8011,7 +8447,7 @@ class Worker:
         """The body of `status_response`."""
         plan, requests = self.engine.plan, self.requests
         active = min(len(requests), plan.slots)
-        model = {"name": plan.model.name, "architecture": plan.model.architecture}
+        model = {"name": plan.model.name, "kind": plan.model.kind, "architecture": plan.model.architecture}
         model |= {"quantization": plan.model.quantization, "fingerprint": plan.model.fingerprint.hex()}
         layers = self.engine.layers_on_gpu
         cards = [card.to_json() for card in self._gpus]
@@ -8058,11 +8494,13 @@ class Worker:
     async def _serve(self, connection: Connection) -> None:
         await Session(self, connection).run()
 
-    def admit(self, session: Session, job: Job) -> None:
+    def admit(self, session: Session, job: AnyJob) -> None:
         """Take a request in, or go on with one that is known here. Raises the error that refuses it."""
         model = self.engine.plan.model
         if job.model is not None and model_key(job.model) != model_key(model.name):
             raise ModelNotFound(f"this worker has no model {job.model}; it has {model.name}")
+        if job.kind != model.kind:
+            raise ModelNotFound(cannot_do(model.name, job.kind))
         if job.resume is not None and job.resume.fingerprint not in ("", model.fingerprint.hex()):
             raise ModelNotFound(f"the answer was begun with another model than this worker's {model.name}")
         if not self.requests.go_on(session, job):
@@ -8162,7 +8600,7 @@ class Session:
             self._connection.write(self._frame(request_id, said))
 
     def _frame(self, request_id: str, said: Said) -> Json:
-        if isinstance(said, (Token, Result)):
+        if isinstance(said, (Token, Outcome)):
             return said.to_json(request_id)
         if isinstance(said, Alive):
             return {"type": "inference_alive", "request_id": request_id}
@@ -8225,10 +8663,10 @@ class Session:
         with contextlib.suppress(QMeshError):
             self._connection.write({"type": "dialled", "request_id": request_id, **outcome})
 
-    def _on_prompt(self, body: Json) -> None:
+    def _on_job(self, body: Json) -> None:
         request_id = _request_id(body)
         try:
-            job = Job.from_json(body)
+            job: AnyJob = EmbedJob.from_json(body) if body["type"] == "embed" else Job.from_json(body)
             if request_id in self._requests:
                 raise InvalidRequest(f"the request_id {request_id} is in use already")
             if len(self._requests) >= MAX_REQUESTS_PER_CONNECTION:
@@ -8259,7 +8697,8 @@ def _request_id(body: Json) -> str:
 _SESSION_HANDLERS: Final = {
     "status": Session._on_status,
     "dial_back": Session._on_dial_back,
-    "prompt": Session._on_prompt,
+    "prompt": Session._on_job,
+    "embed": Session._on_job,
     "cancel": Session._on_cancel,
 }
 
@@ -8354,7 +8793,7 @@ class Waiting:
     reason: str
 
 
-Progressed = Discovered | Selected | Queued | Token | Lost | Waiting | Answer
+Progressed = Discovered | Selected | Queued | Token | Lost | Waiting | Answer | Embeddings
 
 
 class ClientTally(RequestTally):
@@ -8382,7 +8821,8 @@ async def counted(
     """The events of `Client.run`, passed on and counted. Who leaves early closes this (`contextlib.aclosing`), which
     counts as cancelled, and closes `events`.
     """
-    tallied, outcome, result = tally.begin(clock()), "cancelled", None
+    tallied, outcome = tally.begin(clock()), "cancelled"
+    result: Outcome | None = None
     try:
         async with contextlib.aclosing(events):
             async for event in events:
@@ -8391,6 +8831,8 @@ async def counted(
                 elif isinstance(event, Answer):
                     outcome, result = DONE, event.result
                     tally.failovers += event.failovers
+                elif isinstance(event, Embeddings):
+                    outcome, result = DONE, event
                 tally.workers_lost += isinstance(event, Lost)
                 tally.waits += isinstance(event, Waiting)
                 yield event
@@ -8429,6 +8871,7 @@ class KnownWorkers:
     def __init__(self) -> None:
         self.first_at = math.inf
         self._hints: OrderedDict[tuple[NodeId, Address], Hint] = OrderedDict()  # the one heard of longest ago first
+        self._kinds: OrderedDict[tuple[NodeId, str], str] = OrderedDict()  # of workers' models, by their fingerprints
 
     def heard_of(self, records: Iterable[WorkerRecord], now: float, *, own_word: bool) -> None:
         for record in records:
@@ -8468,6 +8911,14 @@ class KnownWorkers:
         if hint is not None:
             hint.failures += hint.heard_at > hint.failed_at  # what many requests find at the same time counts once
             hint.failed_at, hint.is_another = now, is_another
+
+    def has_kind(self, worker_id: NodeId, fingerprint: str, kind: str) -> None:
+        """A worker's own word on what its model is made for."""
+        _remember(self._kinds, (worker_id, fingerprint), kind, MAX_HINTS)
+
+    def may_do(self, record: WorkerRecord, kind: str) -> bool:
+        """Whether a worker's model is made for this, as far as is known: records do not tell."""
+        return self._kinds.get((record.worker_id, record.fingerprint.hex()), kind) == kind
 
     def served(self, record: WorkerRecord) -> None:
         """It does what is asked of it."""
@@ -8599,9 +9050,9 @@ class Client:
             async for text in mesh.stream("Why is the sky blue?"):
                 print(text, end="")
 
-    `stream` gives an answer piece by piece, `ask` whole, `run` with all that happens on the way; `statuses` tells how
-    the workers do. `BlockingClient` is the same for programs without asyncio. An answer survives the death of its
-    worker; see `Delivery`.
+    `stream` gives an answer piece by piece, `ask` whole, `run` with all that happens on the way; `embed` gives the
+    embeddings of texts; `statuses` tells how the workers do. `BlockingClient` is the same for programs without asyncio.
+    An answer survives the death of its worker; see `Delivery`.
 
     settings: those that `Settings.resolve({}, os.environ)` gives, if None: what the environment says, and defaults.
     environ, rng: for tests. Making one raises UsageError for a key that cannot be used; entering it MissingTls.
@@ -8763,6 +9214,7 @@ class Client:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):  # a deaf worker must not keep us from the others
                 status = await (await self.link(record)).status()
+            self.known.has_kind(record.worker_id, fingerprint_in(status), kind_in(status))
             return status, HealthReport.from_json(status.get("health"))
         except (QMeshError, TimeoutError) as error:
             log.info("worker %s: %s", record.worker_id.short, error)
@@ -8806,7 +9258,7 @@ class Client:
             while ranked and len(able) < STATUS_ENOUGH and all(choice.line for choice in able):
                 asked, ranked = ranked[:count], ranked[count:]
                 count *= 2  # so that any number of records that lead nowhere is soon through
-                taking, failure = await self._ask_whether(asked, failure)
+                taking, failure = await self._ask_whether(asked, suits, failure)
                 able += taking
             if able:
                 shortest = min(choice.line for choice in able)
@@ -8816,15 +9268,20 @@ class Client:
         return None, failure
 
     async def _ask_whether(
-        self, records: Sequence[WorkerRecord], failure: QMeshError | None
+        self,
+        records: Sequence[WorkerRecord],
+        suits: Callable[[WorkerRecord], bool],
+        failure: QMeshError | None,
     ) -> tuple[list[Choice], QMeshError | None]:
-        """Those workers that take requests, by their fresh status; and why another one does not."""
+        """Those workers that suit, as a status tells more than a record, and take requests; and why others do not."""
         able, refusal = [], None
         for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
             if isinstance(answer, QMeshError):
                 failure = answer
                 if not isinstance(answer, Refused):
                     self.known.failed(record, self._loop.time())
+            elif not suits(record):
+                continue
             elif answer[1].state is HealthState.OVERLOADED:
                 refusal = Refused("every worker is overloaded")
             else:
@@ -8842,9 +9299,10 @@ class Client:
     # --- Requests ---
 
     def run(
-        self, job: Job, *, hedge_s: float | None = None, worker: str | None = None
+        self, job: AnyJob, *, hedge_s: float | None = None, worker: str | None = None
     ) -> AsyncGenerator[Progressed, None]:
-        """Run a job, and yield what happens on the way; an Answer is the last. See `Delivery` for what it survives.
+        """Run a job, and yield what happens on the way; the last is an Answer, or Embeddings for an EmbedJob. See
+        `Delivery` for what it survives.
 
         hedge_s: ask a second worker when the first token has not come after so many seconds; the first to answer wins.
         worker: the id of the one to ask, or its first digits; if it is lost, others go on.
@@ -8876,6 +9334,12 @@ class Client:
             async for _ in pieces:
                 pass
         return pieces.answer
+
+    async def embed(
+        self, texts: str | Sequence[str], *, model: str | None = None, timeout_s: float | None = None
+    ) -> Embeddings:
+        """The embeddings of up to MAX_EMBED_INPUTS texts, made by one model; see `EmbedRun`. Raises what `run` does."""
+        return await EmbedRun(self, self.settings.timeout_s if timeout_s is None else timeout_s).of(texts, model)
 
 
 def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -8915,6 +9379,25 @@ def new_job(
     )
 
 
+def embed_jobs(texts: str | Sequence[str], *, model: str | None, timeout_s: float) -> list[EmbedJob]:
+    """The requests that embeddings of these texts take: so many texts, and characters, go into one.
+
+    Raises InvalidRequest.
+    """
+    wanted = _texts("texts", texts)
+    if not 0 < len(wanted) <= MAX_EMBED_INPUTS:
+        raise InvalidRequest(f"texts must be 1 to {MAX_EMBED_INPUTS:,}, not {len(wanted):,}")
+    groups: list[list[str]] = [[]]
+    chars = 0
+    for text in wanted:
+        if groups[-1] and (len(groups[-1]) == MAX_EMBED_TEXTS or chars + len(text) > MAX_EMBED_CHARS):
+            groups.append([])
+            chars = 0
+        groups[-1].append(text)
+        chars += len(text)
+    return [EmbedJob(secrets.token_hex(16), tuple(group), model=model, timeout_s=timeout_s) for group in groups]
+
+
 def line_in(status: Json) -> float:
     """How many requests, for each slot, one more would wait for, as a worker's status tells: 0 where a slot is free."""
     with contextlib.suppress(InvalidRequest):
@@ -8929,6 +9412,14 @@ def fingerprint_in(status: Json) -> str:
     with contextlib.suppress(InvalidRequest, IndexError):
         return _text("fingerprint", _object("model", _list("models", status.get("models"))[0]).get("fingerprint"))
     return ""
+
+
+def kind_in(status: Json) -> str:
+    """What a worker's status tells its model to be made for; "other" where it makes no sense."""
+    with contextlib.suppress(InvalidRequest, IndexError):
+        model = _object("model", _list("models", status.get("models"))[0])
+        return _one_of("kind", model.get("kind", WRITES), MODEL_KINDS)
+    return "other"
 
 
 class TextPieces:
@@ -8968,8 +9459,15 @@ class _Failed(Exception):
         self.choice, self.error, self.took_it = choice, error, took_it
 
 
-Heard = AsyncGenerator[tuple[Choice, Queued | Token | Result], None]
+Heard = AsyncGenerator[tuple[Choice, Queued | Token | Outcome], None]
 """What workers say of a job, each with who says it. Raises _Failed."""
+
+
+def _with_seed(job: AnyJob, rng: random.Random) -> AnyJob:
+    """A job whose draws of chance are ours, so that another worker can go on with them."""
+    if isinstance(job, EmbedJob) or job.params.seed is not None:
+        return job
+    return replace(job, params=replace(job.params, seed=rng.randrange(MAX_SEED + 1)))
 
 
 class Delivery:
@@ -8978,13 +9476,13 @@ class Delivery:
     When a worker dies, falls silent, drains or hands over, the next best one with the same model is sent the same
     question with all tokens that were given, and goes on behind them; the draws of chance go on as well, since the
     seed is ours. A worker whose connection broke is tried once more first: it has kept the request. A token out of
-    order, or a text that is not the sum of its pieces, makes a worker a lost one, too.
+    order, or a text that is not the sum of its pieces, makes a worker a lost one, too. Embeddings come whole, so that
+    whoever is next begins anew.
     """
 
-    def __init__(self, client: Client, job: Job, hedge_s: float | None = None, asked_for: str | None = None) -> None:
-        seed = client.rng.randrange(MAX_SEED + 1) if job.params.seed is None else job.params.seed
+    def __init__(self, client: Client, job: AnyJob, hedge_s: float | None = None, asked_for: str | None = None) -> None:
         self._client = client
-        self._job = replace(job, params=replace(job.params, seed=seed))
+        self._job = _with_seed(job, client.rng)
         self._hedge_s = hedge_s
         self._asked_for = asked_for  # a worker's id, or the first digits of it
         self._loop = asyncio.get_running_loop()
@@ -8993,7 +9491,7 @@ class Delivery:
         self._first_token_at: float | None = None
         self._tokens: list[int] = []
         self._text: list[str] = []
-        self._fingerprint = ""  # of the model that the tokens are of
+        self._fingerprint = job.resume.fingerprint if job.resume is not None else ""  # of the model that has begun
         self._gone: NodeId | None = None  # the last worker that was lost, until its work goes on
         self._asked = False
         self._failovers = 0
@@ -9051,15 +9549,15 @@ class Delivery:
                     raise _Failed(choice, error, took_it=True) from None
                 if piece is not None:
                     yield piece
-                if isinstance(said, Result):
-                    yield self._answer(said, choice)
+                if isinstance(said, Outcome):
+                    yield self._finished(said, choice)
 
     async def _ask(self, choice: Choice) -> Heard:
         """What a worker says of the job. Sends it whatever was given so far, unless nobody was asked before."""
         sent = spoke = False
         try:
             link = await self._client.link(choice.record)
-            resume = Resume(tuple(self._tokens), self._fingerprint) if self._asked else None
+            resume = Resume(tuple(self._tokens), self._fingerprint) if self._asked or self._fingerprint else None
             left_s = max(self._deadline - self._loop.time(), MIN_TIMEOUT_S)
             self._asked = sent = True
             job = replace(self._job, resume=resume, timeout_s=left_s)
@@ -9088,7 +9586,8 @@ class Delivery:
     def _take(self, token: Token, choice: Choice) -> Token:
         """Keep what was given. Raises WireError when it is not what comes next."""
         have, count = len(self._tokens), len(token.tokens)
-        if token.seq != have or not 0 < count <= self._job.params.max_tokens - have:
+        most = self._job.params.max_tokens if isinstance(self._job, Job) else 0
+        if token.seq != have or not 0 < count <= most - have:
             raise WireError(f"the worker gave {plural(count, 'token')} from {token.seq} on, after {have}")
         if not have:
             self._first_token_at, self._fingerprint = self._loop.time(), choice.fingerprint
@@ -9098,17 +9597,30 @@ class Delivery:
             self._goes_on(choice)
         return token
 
-    def _rest_of(self, result: Result) -> Token | None:
-        """What of the text no token has shown, if any. Raises WireError when the text is not that of the tokens."""
+    def _rest_of(self, result: Outcome) -> Token | None:
+        """What of the text no token has shown, if any. Raises WireError when it is not what was asked for."""
+        if isinstance(result, Embeddings):
+            self._check_vectors(result)
+            return None
         shown = "".join(self._text)
         if not result.text.startswith(shown) or result.usage.get("completion_tokens") != len(self._tokens):
             raise WireError("the worker's answer is not the sum of its tokens")
         rest = result.text[len(shown) :]
         return Token(len(self._tokens), (), rest) if rest else None
 
-    def _answer(self, result: Result, choice: Choice) -> Answer:
+    def _check_vectors(self, made: Embeddings) -> None:
+        wanted = len(self._job.texts) if isinstance(self._job, EmbedJob) else 0
+        if len(made) != wanted:
+            raise WireError(f"the worker gave {plural(len(made), 'vector')} for {plural(wanted, 'text')}")
+        if self._fingerprint not in ("", made.fingerprint):
+            raise WireError("the worker's vectors are another model's than it was asked for")
+
+    def _finished(self, result: Outcome, choice: Choice) -> Answer | Embeddings:
         self._goes_on(choice)
-        self._client.holders.answered(self._job, result.text, choice.record.worker_id)
+        if isinstance(result, Embeddings):
+            return result
+        if isinstance(self._job, Job):
+            self._client.holders.answered(self._job, result.text, choice.record.worker_id)
         now = self._loop.time()
         since = (1000 * (at - self._started) for at in (self._discovered, self._first_token_at or now, now))
         return Answer(result, self._failovers, *since)
@@ -9180,17 +9692,29 @@ class Delivery:
                 if self._asked_for is not None and not any(map(self._is_asked_for, self._client.records())):
                     ids = ", ".join(sorted(record.worker_id.short for record in self._client.records()))
                     raise NoWorkerFound(f"there is no worker {self._asked_for}; the mesh has: {ids}")
-                names = ", ".join(sorted({printable(record.model) for record in self._client.records()}))
-                raise ModelNotFound(f"no worker has the model {self._job.model}; the mesh has: {names}")
+                raise ModelNotFound(self._what_is_lacking())
             self._looked_everywhere = True  # of a large mesh the first records are but a part
             await self._client.discover(everything=True, timeout_s=self._deadline - self._loop.time())
         self._answered_at = self._loop.time()
         return choice
 
+    def _what_is_lacking(self) -> str:
+        """Why none of the workers that are known can ever be the one."""
+        job, records = self._job, self._client.records()
+        named = [record for record in records if offers(record, job.model)]
+        unfit = [record for record in named if not self._client.known.may_do(record, job.kind)]
+        models = ", ".join(sorted({printable(record.model) for record in unfit or records}))
+        if self._fingerprint:
+            return "no worker is left with the model that this was begun with"
+        if not unfit:
+            return f"no worker has the model {job.model}; the mesh has: {models}"
+        return nobody_does(job.kind, models) if job.model is None else cannot_do(models, job.kind)
+
     async def _choose(self) -> Choice | None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._deadline):
-                holder, passed_over = self._client.holders.of(self._job), self._lacking | self._refusing
+                holder = self._client.holders.of(self._job) if isinstance(self._job, Job) else None
+                passed_over = self._lacking | self._refusing
                 choice, why_none = await self._client.choose(self._suits, passed_over, holder)
                 self._met = self._met or choice is not None or why_none is not None
                 self._failure = why_none or self._failure
@@ -9201,7 +9725,8 @@ class Delivery:
 
     def _suits(self, record: WorkerRecord) -> bool:
         is_free = self._asked_for is None or self._gone is not None or bool(self._tokens)
-        return offers(record, self._job.model, self._fingerprint) and (is_free or self._is_asked_for(record))
+        able = self._client.known.may_do(record, self._job.kind) and (is_free or self._is_asked_for(record))
+        return able and offers(record, self._job.model, self._fingerprint)
 
     def _is_asked_for(self, record: WorkerRecord) -> bool:
         return self._asked_for is not None and str(record.worker_id).startswith(self._asked_for)
@@ -9281,6 +9806,51 @@ async def _leave(steps: dict[asyncio.Future[Any], Any]) -> None:
     steps.clear()
 
 
+class EmbedRun:
+    """The requests of one `Client.embed`: the first finds a model, and the others ask for the same one.
+
+    They are several where the texts are many, so that several workers may share them; each survives the death of its
+    worker. limit_s: the time for all.
+    """
+
+    def __init__(self, client: Client, limit_s: float) -> None:
+        self._client = client
+        self._limit_s = _number("timeout_s", limit_s)
+        self._deadline = asyncio.get_running_loop().time() + self._limit_s
+
+    async def of(self, texts: str | Sequence[str], model: str | None) -> Embeddings:
+        """What all of them give, in the texts' order. Raises what `Client.run` raises, whichever fails first."""
+        model = model or self._client.settings.model
+        jobs = embed_jobs(texts, model=model, timeout_s=self._limit_s)
+        first = await self._one(jobs[0])
+        same = Resume(fingerprint=first.fingerprint)
+        parts = [first]
+        free = asyncio.Semaphore(EMBED_REQUESTS)
+
+        async def ask(job: EmbedJob) -> Embeddings:
+            async with free:
+                return await self._one(replace(job, resume=same))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                later = [group.create_task(ask(job)) for job in jobs[1:]]
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        parts += [task.result() for task in later]
+        if any(part.dimensions != first.dimensions for part in parts):
+            raise WireError("workers gave vectors of different lengths for the same model")
+        tokens = sum(part.usage.get("prompt_tokens", 0) for part in parts)
+        return replace(first, data=b"".join(part.data for part in parts), usage={"prompt_tokens": tokens})
+
+    async def _one(self, job: EmbedJob) -> Embeddings:
+        left_s = max(self._deadline - asyncio.get_running_loop().time(), MIN_TIMEOUT_S)
+        async with contextlib.aclosing(self._client.run(replace(job, timeout_s=left_s))) as events:
+            async for event in events:
+                if isinstance(event, Embeddings):
+                    return event
+        raise WorkerLost(CLIENT_CLOSED)
+
+
 NOT_OPEN: Final = "the client is not open: use it inside `with qmesh.BlockingClient() as mesh:`"
 SIGNAL_POLL_S: Final = 0.2  # Windows looks for Ctrl-C between two waits only
 
@@ -9358,6 +9928,10 @@ class BlockingClient:
     def ask(self, prompt: str | Sequence[Message | Json] | Job, **options: Any) -> Answer:
         """As `Client.ask`."""
         return self._run(self._client.ask(prompt, **options))
+
+    def embed(self, texts: str | Sequence[str], **options: Any) -> Embeddings:
+        """As `Client.embed`."""
+        return self._run(self._client.embed(texts, **options))
 
     def statuses(self) -> list[Json]:
         """The status of every worker that answers, as `status --json` shows them."""
@@ -10265,7 +10839,7 @@ class AnswerPrinter:
             self._leaving = event
         elif isinstance(event, Token):
             self._print(event.text if self._stream else "")
-        else:
+        elif isinstance(event, Answer):
             self._print("" if self._stream else event.result.text)
             self.end()
             self._tell_of_lost(event)
@@ -10355,6 +10929,12 @@ def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]
         print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
 
 
+def shown_model(model: Json) -> str:
+    """A model of a worker's status, by its name, and by what it is made for where that is not to write."""
+    kind = model.get("kind", WRITES)
+    return printable(model["name"]) + ("" if kind == WRITES else f" ({printable(kind)})")
+
+
 def status_row(status: Json) -> tuple[str, ...]:
     health, waiting = status["health"], status["queue"]
     return (
@@ -10366,7 +10946,7 @@ def status_row(status: Json) -> tuple[str, ...]:
         f"{waiting['active']}/{status['slots']}",
         str(waiting["waiting"]),
         f"{status['speed']:.0f}",
-        ", ".join(printable(model["name"]) for model in status["models"]),
+        ", ".join(shown_model(model) for model in status["models"]),
         format_address((status["address"][0], status["address"][1])),
     )
 
@@ -13547,13 +14127,14 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
     place = plural(plan.threads, "thread")
     if layers:
         place = f"{plural(layers, 'layer')} on {', '.join(worker.engine.devices) or plan.gpu.backend}"
-    terminal.say(f"🚀 Worker {worker.worker_id.short} serves {plan.model.name} ({plural(plan.slots, 'slot')}, {place})")
+    served = plan.model.name + ("" if plan.model.kind == WRITES else ", an embedding model")
+    terminal.say(f"🚀 Worker {worker.worker_id.short} serves {served} ({plural(plan.slots, 'slot')}, {place})")
     udp, tcp = format_address(worker.node.address), format_address(worker.address)
     mesh = worker.meshes[0]
     terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp} in the {mesh.title}; Ctrl-C stops it")
     if mesh.is_open and not is_loopback(worker.address[0]):
         terminal.say(OPEN_MESH_ADVICE.format(program=program_name()))
-    if not worker.engine.has_template:
+    if plan.model.kind == WRITES and not worker.engine.has_template:
         log.warning("%s has no chat template: conversations get a plain User:/Assistant: form", plan.model.name)
     warning = offload_warning(worker.engine)
     if warning:
@@ -13853,7 +14434,7 @@ def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.json:
         print_json({"models": [model.to_json() for model in models], "damaged": damaged})
     elif models:
-        header = ("NAME", "SIZE", "ARCHITECTURE", "QUANTISATION", "CONTEXT", "PATH")
+        header = ("NAME", "KIND", "SIZE", "ARCHITECTURE", "QUANTISATION", "CONTEXT", "PATH")
         print(table(header, [model_row(model) for model in models]))
     for line in damaged:
         print(f"⚠️  {line}", file=sys.stderr)
@@ -13864,7 +14445,8 @@ def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def model_row(model: ModelFile) -> tuple[str, ...]:
     context = f"{model.context_length:,}" if model.context_length else "unknown"
-    return (model.name, human_bytes(model.size), model.architecture, model.quantization, context, str(model.path))
+    about = (model.name, model.kind, human_bytes(model.size), model.architecture, model.quantization)
+    return (*about, context, str(model.path))
 
 
 # --- demo ---

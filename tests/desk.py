@@ -18,7 +18,7 @@ STEP_S = 2.0  # what a step takes on the tests' clock
 TOKEN_S = 1 / 250  # and a token, where steps are to take as long as what they evaluate
 MAX_STEPS = 5000
 
-Event = Queued | Token | Result | qmesh.QMeshError
+Event = Queued | Token | qmesh.Outcome | qmesh.QMeshError
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Desk:
 
 
 def is_last(event: Event) -> bool:
-    return isinstance(event, (Result, qmesh.QMeshError))
+    return isinstance(event, (qmesh.Outcome, qmesh.QMeshError))
 
 
 def plan_for(path: Path, *, slots: int = SLOTS, context: int = CONTEXT, threads: int = THREADS) -> qmesh.EnginePlan:

@@ -239,6 +239,23 @@ def result(data: bytes) -> None:
             qmesh.encode_frame(answer.to_json("r"))
 
 
+def embed_job(data: bytes) -> None:
+    for body in each_body(data, [EMBED_JOB]):
+        with contextlib.suppress(InvalidRequest):
+            asked = qmesh.EmbedJob.from_json(body)
+            assert qmesh.EmbedJob.from_json(asked.to_json()) == asked
+            qmesh.encode_frame(asked.to_json())
+
+
+def embeddings(data: bytes) -> None:
+    for body in each_body(data, [EMBEDDINGS]):
+        with contextlib.suppress(WireError, InvalidRequest):  # the latter for a figure's name: \\ud800
+            made = qmesh.Embeddings.from_json(body)
+            assert qmesh.Embeddings.from_json(made.to_json("r")) == made
+            assert [len(vector) for vector in made.vectors] == [made.dimensions] * len(made)
+            qmesh.encode_frame(made.to_json("r"))
+
+
 def error(data: bytes) -> None:
     for body in each_body(data, ERRORS):
         said = qmesh.error_from_frame(body)
@@ -459,6 +476,8 @@ JOBS = [
 ]
 REPORT = qmesh.HealthReport(50.5, HealthState.BUSY, 10, 20, 30).to_json()
 TOKEN = qmesh.Token(3, (1, 2), "ab").to_json("r")
+EMBED_JOB = qmesh.EmbedJob("r", ("one", "two"), "tiny", qmesh.Resume((), "ab"), 9.5).to_json()
+EMBEDDINGS = qmesh.Embeddings(struct.pack("<4f", 1, 0, 0.6, 0.8), 2, {"prompt_tokens": 3}, "m", "ab", "cd").to_json("r")
 RESULT = qmesh.Result("text", "stop", {"prompt_tokens": 1}, {"queue_ms": 0.5}, "tiny", "ab").to_json("r")
 ERRORS = [
     qmesh.error_frame("r", each)
@@ -529,6 +548,8 @@ TARGETS = {
     "health": Target(health, lambda: json_seeds(REPORT), 512),
     "token": Target(token, lambda: json_seeds(TOKEN), 512),
     "result": Target(result, lambda: json_seeds(RESULT), 512),
+    "embed_job": Target(embed_job, lambda: json_seeds(EMBED_JOB), 1024),
+    "embeddings": Target(embeddings, lambda: json_seeds(EMBEDDINGS), 512),
     "error": Target(error, lambda: json_seeds(*ERRORS), 512),
     "status": Target(status, lambda: json_seeds(STRANGERS), 512),
     "dht": Target(dht, dht_seeds, 64 * STEP_BYTES),

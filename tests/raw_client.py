@@ -93,6 +93,10 @@ class RawClient:
         text = {} if "prompt" in fields or "messages" in fields else {"prompt": "1 2 3 4 5 6 7 8 9 10 11"}
         await self.send({"type": "prompt", "request_id": request_id, **text, **fields})
 
+    async def embed(self, request_id: str, *texts: str, **fields: Any) -> None:
+        """Ask for the embeddings of some texts."""
+        await self.send({"type": "embed", "request_id": request_id, "texts": texts, **fields})
+
     async def receive_kind(self, kind: str, request_id: str | None = None) -> qmesh.Json:
         """The next frame of this type, and of this request if one is named; others are passed over."""
         while True:

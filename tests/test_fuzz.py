@@ -51,7 +51,9 @@ def test_a_valid_message_cut_off_anywhere_ends_as_documented(name: str) -> None:
             fuzz.TARGETS[name].run(seed[:size])
 
 
-@pytest.mark.parametrize("name", ["datagram", "job", "health", "token", "result", "error", "status"])
+@pytest.mark.parametrize(
+    "name", ["datagram", "job", "health", "token", "result", "embed_job", "embeddings", "error", "status"]
+)
 def test_each_field_may_hold_anything(name: str) -> None:
     """An edit is three bytes: which field, how much deeper, and what is put there."""
     for seed, field, deeper, act in itertools.product(range(4), range(9), (0, 1, 255), range(len(fuzz.NASTY) + 4)):

@@ -402,7 +402,7 @@ async def test_an_answer_that_is_not_finished_in_time_ends_with_a_timeout(worker
 # --- Broken rules ---
 
 
-@pytest.mark.parametrize("kind", sorted(qmesh.FRAMES - {"status", "prompt", "cancel", "dial_back"}))
+@pytest.mark.parametrize("kind", sorted(qmesh.FRAMES - {"status", "prompt", "embed", "cancel", "dial_back"}))
 @in_a_loop
 async def test_a_client_that_speaks_like_a_worker_is_told_so_and_closed(worker: harness.Process, kind: str) -> None:
     async with asking(worker) as good, reaching(worker) as bad:

@@ -23,30 +23,35 @@ CONTEXT = 1024
 WINDOW = 16  # tokens that a layer with a sliding window looks back on
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 WEIGHTS = gguf.GGMLQuantizationType.Q4_1  # as the default model's: computed alike in batches of every size
+ADDED = ("token_types.weight", "position_embd.weight")  # to a token's own vector, and not quantised for it
 VOCABULARY = ["<unk>", "<s>", "</s>", *BYTE_TOKENS]
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def write_model(architecture: str, path: Path) -> Path:
-    """A model of one of ARCHITECTURES, the same at each call."""
+def write_model(architecture: str, path: Path, pooling: gguf.PoolingType | None = None, seed: int = 1) -> Path:
+    """A model of one of ARCHITECTURES or ENCODERS, the same at each call. pooling: made to give embeddings so."""
     writer = gguf.GGUFWriter(path, architecture)
+    if pooling is not None:
+        writer.add_pooling_type(pooling)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(EMBEDDING)
     writer.add_block_count(LAYERS)
     writer.add_layer_norm_rms_eps(1e-5)
     _add_vocabulary(writer)
-    rng = numpy.random.default_rng(1)
-    for name, shape in ARCHITECTURES[architecture](writer):
+    rng = numpy.random.default_rng(seed)
+    for name, shape in (ARCHITECTURES | ENCODERS)[architecture](writer):
         values: Any
-        if "norm" in name or name.endswith("ssm_d"):
+        if name.endswith("norm.bias"):
+            values = numpy.zeros(shape)
+        elif "norm" in name or name.endswith("ssm_d"):
             values = numpy.ones(shape)
         elif name.endswith("ssm_a"):
             values = -numpy.tile(numpy.arange(1, shape[1] + 1), (shape[0], 1))
         else:
             values = rng.normal(0, 1.5 / numpy.sqrt(shape[-1]), shape)
         values = values.astype(numpy.float32)
-        if name.endswith("weight") and len(shape) == 2 and shape[1] % 32 == 0:
+        if name.endswith("weight") and len(shape) == 2 and shape[1] % 32 == 0 and name not in ADDED:
             packed = gguf.quantize(values, WEIGHTS)
             writer.add_tensor(name, packed, raw_shape=packed.shape, raw_dtype=WEIGHTS)
         else:
@@ -173,3 +178,33 @@ ARCHITECTURES: dict[str, Callable[[gguf.GGUFWriter], Shapes]] = {
     "mamba": _mamba,
     "lfm2": _lfm2,
 }
+
+
+def _bert(writer: gguf.GGUFWriter) -> Shapes:
+    """Attention in both directions, and a place for each of CONTEXT tokens: it reads, and cannot write."""
+    writer.add_head_count(HEADS)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_causal_attention(value=False)
+    writer.add_token_type_count(2)
+    yield "token_embd.weight", (len(VOCABULARY), EMBEDDING)
+    yield "token_types.weight", (2, EMBEDDING)
+    yield "position_embd.weight", (CONTEXT, EMBEDDING)
+    yield from _norm("token_embd_norm")
+    for layer in range(LAYERS):
+        for part in ("q", "k", "v", "output"):
+            yield f"blk.{layer}.attn_{part}.weight", (EMBEDDING, EMBEDDING)
+            yield f"blk.{layer}.attn_{part}.bias", (EMBEDDING,)
+        yield from _norm(f"blk.{layer}.attn_output_norm")
+        for part, rows, columns in (("up", HIDDEN, EMBEDDING), ("down", EMBEDDING, HIDDEN)):
+            yield f"blk.{layer}.ffn_{part}.weight", (rows, columns)
+            yield f"blk.{layer}.ffn_{part}.bias", (rows,)
+        yield from _norm(f"blk.{layer}.layer_output_norm")
+
+
+def _norm(name: str) -> Shapes:
+    yield f"{name}.weight", (EMBEDDING,)
+    yield f"{name}.bias", (EMBEDDING,)
+
+
+ENCODERS: dict[str, Callable[[gguf.GGUFWriter], Shapes]] = {"bert": _bert}

@@ -120,7 +120,8 @@ class FixedSpeedEngine(qmesh.Engine):
     def alive(self) -> bool:
         return True
 
-    def submit(self, ticket: int, client: str, job: qmesh.Job) -> None:
+    def submit(self, ticket: int, client: str, job: qmesh.AnyJob) -> None:
+        assert isinstance(job, qmesh.Job)
         self._waiting[ticket] = task = Task(ticket, client, job, self._loop.time(), len(job.given))
         self._line.push(client, str(ticket), task)
         self._changed(self._loop.time())
@@ -195,7 +196,7 @@ class SimulatedWorker(qmesh.Worker):
             worker_id=str(self.worker_id), publish=lambda events: self._publish(loop, events), journal=self.journal
         )
 
-    def admit(self, session: qmesh.Session, job: qmesh.Job) -> None:
+    def admit(self, session: qmesh.Session, job: qmesh.AnyJob) -> None:
         try:
             super().admit(session, job)
         except qmesh.Refused:
