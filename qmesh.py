@@ -11634,6 +11634,7 @@ TEXT: Final = Shape(
     piece=lambda text: {"text": text},
     last={"text": ""},
 )
+EMBEDDINGS_PATH: Final = "/v1/embeddings"
 SHAPES: Final = {shape.path: shape for shape in (CHAT, TEXT)}
 
 
@@ -11823,6 +11824,41 @@ class Reply:
         completion = sum(usage.get("completion_tokens", 0) for usage in counted)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
         return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsRequest:
+    """What a program asks of /v1/embeddings. encoding: "float", or "base64" of the bytes of each vector."""
+
+    texts: tuple[str, ...]
+    model: str | None
+    encoding: str
+
+    @classmethod
+    def from_json(cls, body: Json) -> EmbeddingsRequest:
+        """Raises BadParameter."""
+        given = {name: value for name, value in body.items() if value is not None}
+        _check_supported(given, frozenset({"input", "model", "encoding_format"}))
+        with _parameter("input"):
+            texts = _texts("input", given.get("input"))
+            if not 0 < len(texts) <= MAX_EMBED_INPUTS or not all(texts):
+                raise InvalidRequest(f"input takes 1 to {MAX_EMBED_INPUTS:,} texts that are not empty")
+        with _parameter("model"):
+            model = _text("model", given.get("model", "")) or None
+        with _parameter("encoding_format"):
+            encoding = _one_of("encoding_format", given.get("encoding_format", "float"), ("float", "base64"))
+        return cls(texts, model, encoding)
+
+    def reply(self, made: Embeddings) -> Json:
+        """The answer, in OpenAI's shape."""
+        size, vectors = FLOAT_BYTES * made.dimensions, list[Any](made.vectors)
+        if self.encoding == "base64":
+            starts = range(0, len(made.data), size)
+            vectors = [base64.b64encode(made.data[at : at + size]).decode() for at in starts]
+        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+        tokens = made.usage.get("prompt_tokens", 0)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return {"object": "list", "data": data, "model": made.model, "usage": usage}
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> Json:
@@ -13780,6 +13816,19 @@ class Gateway:
         await anext(pieces)
         return HttpResponse(200, pieces, EVENT_STREAM, {**NOT_STORED, "X-Accel-Buffering": "no"}, sign_of_life=b":\n\n")
 
+    async def _embed(self, request: HttpRequest) -> HttpResponse:
+        asked = EmbeddingsRequest.from_json(_json_in(request))
+        tallied, outcome, made = self._tally.begin(time.monotonic()), "cancelled", None
+        try:
+            made = await self._client.embed(asked.texts, model=asked.model)
+            outcome = DONE
+        except QMeshError as error:
+            outcome = error_code(error)
+            raise
+        finally:
+            tallied.end(outcome, time.monotonic(), made)
+        return json_response(asked.reply(made))
+
     @contextlib.asynccontextmanager
     async def _under_way(self, asked: CompletionRequest) -> AsyncGenerator[Steps[Told], None]:
         """What happens to the jobs of a request, until it is left."""
@@ -14016,6 +14065,7 @@ _ROUTES: Final[dict[str, Route]] = {
     "/v1/models/*": ("GET", True, Gateway._model),
     CHAT.path: ("POST", True, Gateway._complete),
     TEXT.path: ("POST", True, Gateway._complete),
+    EMBEDDINGS_PATH: ("POST", True, Gateway._embed),
 }
 
 
