@@ -29,13 +29,14 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     18  Worker                 serves a model to the mesh
     19  Client                 finds workers, chooses one, sees its answer through
     20  Doctor                 what keeps machines apart, and what to do about it
-    21  Terminal               what a person sees there: progress, tables, answers
-    22  OpenAI's API          what programs made for it send and read
-    23  Batch                  a file of questions, each answered exactly once
-    24  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
-    25  Web page               the page that a gateway serves
-    26  Gateway                the mesh as programs made for OpenAI's API see it
-    27  Command line           arguments in, text and exit codes out
+    21  Terminal               what a person sees there: progress, answers, live tables
+    22  Chat                   a conversation, turn by turn
+    23  OpenAI's API          what programs made for it send and read
+    24  Batch                  a file of questions, each answered exactly once
+    25  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
+    26  Web page               the page that a gateway serves
+    27  Gateway                the mesh as programs made for OpenAI's API see it
+    28  Command line           arguments in, text and exit codes out
 
 The journey of one request:
 
@@ -51,6 +52,7 @@ The journey of one request:
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import base64
 import binascii
@@ -11154,7 +11156,12 @@ class Screen:
         self._stream.flush()
 
 
-# --- A conversation ---
+# ======================================================================================================
+# 22  Chat
+#
+# A conversation that a person types, over one open client.
+# Rule: no error of the mesh ends it, and no question is lost; what could not be answered can be asked again.
+# ======================================================================================================
 
 HISTORY_FILE: Final = "chat-history"
 MAX_HISTORY: Final = 1000  # entries; the file holds up to twice as many before it is cut
@@ -11318,7 +11325,7 @@ class TypedLines:
 
 
 @dataclass(slots=True)
-class Asking:
+class ChatChoices:
     """How a conversation's questions are asked: see `new_job` and `Client.run`; /model and /worker change it."""
 
     model: str | None
@@ -11332,7 +11339,7 @@ class Chat:
     mesh. Ctrl-C stops an answer, or clears the line; twice in a row it leaves.
     """
 
-    def __init__(self, mesh: BlockingClient, talk: Conversation, asking: Asking, lines: TypedLines) -> None:
+    def __init__(self, mesh: BlockingClient, talk: Conversation, asking: ChatChoices, lines: TypedLines) -> None:
         self._mesh = mesh
         self._talk = talk
         self._asking = asking
@@ -11526,7 +11533,7 @@ def interrupts_call(stop: Callable[[], None]) -> Iterator[None]:
 
 
 # ======================================================================================================
-# 22  OpenAI's API
+# 23  OpenAI's API
 #
 # What programs made for OpenAI's API send, as jobs, and what becomes of those in the shapes that they read: chat
 # completions, completions and errors, after the reference at platform.openai.com/docs/api-reference.
@@ -11887,16 +11894,745 @@ def api_error(error: QMeshError) -> tuple[int, Json]:
 
 
 # ======================================================================================================
-# 23  Batch
+# 24  Batch
 #
 # Many questions from a file, each answered exactly once, whatever is killed meanwhile.
+# Rule 1: the output is all that is kept between two runs. Each of its lines says which line it answers, by number and
+# by a digest of what was asked, and is written in one piece; a torn one at the end is cut off by the next run.
+# Rule 2: only what is wrong with a line itself is final. Whatever else kept it from its answer stands in the output as
+# an error, for whoever reads it, until the next run takes it out and asks again.
+# Rule 3: as many questions are under way as there are slots that nobody else uses: the mesh belongs to all its members.
+# Rule 4: memory does not grow with what is asked and answered: for each line there are two digests and a mark.
 # ======================================================================================================
 
-BATCH_SUFFIX: Final = ".jsonl"
+MAX_BATCH_LINE_BYTES: Final = MAX_FRAME_BYTES  # a question that is longer could not be sent
+MAX_BATCH_OUT_BYTES: Final = 4 * MAX_FRAME_BYTES  # a line of ours: an id as long as its line, and an answer, in JSON
+MAX_BATCH_PARALLEL: Final = 1024  # questions under way: below the usual limit on open files, whatever the mesh has
+# A killed process loses nothing that was written; a machine that loses power loses what its disk was not told.
+# Telling it of each answer would make it the slowest part, so it is told this often, and the rest is asked again.
+BATCH_SYNC_S: Final = 5.0
+BATCH_LOOK_S: Final = 3.0  # between two looks at who is there and how busy: one that joins is used within seconds
+BATCH_QUEUE_S: Final = 10.0  # a longer wait in a worker's line is left to others, and the question asked again later
+BATCH_ATTEMPTS: Final = 3  # for a question whose workers are lost: it may be what they fail at
+BATCH_GRACE_S: Final = 5.0  # after Ctrl-C, for what is under way
+BATCH_DRAW_S: Final = 0.5  # between two looks of the bar
+BATCH_WORD_S: Final = 30.0  # between two lines, where no terminal shows the bar
+BATCH_RATE_S: Final = 60.0  # the rate is that of the last minute: workers come and go
+MAX_GIVE_UP_S: Final = 30 * 24 * 3600.0  # a long holiday
+BATCH_YIELD_LINES: Final = 256  # lines that are answered already, read before others get the processor: some 5 ms
+OUTPUT_START: Final = b'{"id":'  # of every line that is written
+
+
+# --- The lines of the input ---
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Which line an answer belongs to: its number, from 1 on, and a digest of what it says."""
+
+    line: int
+    digest: int
+
+    def __str__(self) -> str:
+        return f"batch_req_{self.line}_{self.digest:016x}"
+
+    @classmethod
+    def of(cls, body: Json) -> Mark:
+        """That of a line of the output. Raises ValueError where it has none."""
+        found = re.fullmatch(r"batch_req_(\d{1,15})_([0-9a-f]{16})", str(body.get("request_id", body.get("id"))))
+        if found is None:
+            raise ValueError("a line that does not say which line of the input it answers")
+        return cls(int(found[1]), int(found[2], 16))
+
+
+def digest_of(data: bytes) -> int:
+    """64 bits that tell texts apart, never 0: of a million, two are alike by chance once in 30 million such files."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") or 1
+
+
+def numbered_lines(file: IO[bytes], most: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, numbered from 1 on, with their ends; of one longer than `most` bytes, the first most + 1."""
+    for number in itertools.count(1):
+        line = file.readline(most + 1)
+        if not line:
+            return
+        rest = line
+        while len(line) > most and rest and not rest.endswith(b"\n"):
+            rest = file.readline(READ_BYTES)
+        yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the input, and in which shape its answer is given: OpenAI's or the plain one."""
+
+    mark: Mark
+    name: str | int  # its id; its number, where it has none
+    is_openai: bool = False
+
+    @classmethod
+    def of(cls, mark: Mark, body: Json) -> Line:
+        """Raises InvalidRequest for an id that is none."""
+        is_openai = not body.keys().isdisjoint(("custom_id", "body", "url", "method"))
+        field_name = "custom_id" if is_openai else "id"
+        name = body.get(field_name)
+        if name is None:
+            return cls(mark, str(mark.line) if is_openai else mark.line, is_openai)
+        if is_openai or isinstance(name, str):
+            return cls(mark, _text(field_name, name), is_openai)
+        return cls(mark, _integer(field_name, name), is_openai)
+
+    def failed(self, error: QMeshError) -> Json:
+        told = {"code": failure_code(error), "message": str(error), "retryable": is_asked_again(error)}
+        if not self.is_openai:
+            return {"id": self.name, "error": told, "request_id": str(self.mark)}
+        return {"id": str(self.mark), "custom_id": self.name, "response": None, "error": told}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A line that can be asked. jobs: one for each choice. request: what a line in OpenAI's shape asks, else None."""
+
+    line: Line
+    jobs: tuple[Job, ...]
+    request: CompletionRequest | None = None
+
+    def answered(self, answers: Sequence[Answer]) -> Json:
+        name, mark = self.line.name, str(self.line.mark)
+        if self.request is None:
+            told = {name: value for name, value in answers[0].to_json().items() if name != "timings"}
+            return {"id": name, **told, "request_id": mark}
+        body = Reply(self.request).whole(answers)
+        response = {"status_code": 200, "request_id": self.jobs[0].request_id, "body": body}
+        return {"id": mark, "custom_id": name, "response": response, "error": None}
+
+
+def failure_code(error: QMeshError) -> str:
+    return "lost" if isinstance(error, WorkerLost) else error_code(error)
+
+
+def is_asked_again(error: QMeshError) -> bool:
+    """Whether the next run asks again: the mesh may be another one by then, and only the line itself may not."""
+    return error_code(error) != InvalidRequest.code
+
+
+def question_in(line: Line, body: Json, settings: Settings) -> Question:
+    """What a line asks. Raises InvalidRequest."""
+    if not line.is_openai:
+        return Question(line, (plain_job(body, settings),))
+    unknown = sorted(set(body) - {"custom_id", "method", "url", "body"})
+    if unknown:
+        raise InvalidRequest(f"unknown field: {', '.join(map(printable, unknown))}")
+    _one_of("method", body.get("method", "POST"), ("POST",))
+    shape = SHAPES[_one_of("url", body.get("url"), tuple(SHAPES))]
+    request = CompletionRequest.from_json(shape, _object("body", body.get("body")), settings.timeout_s)
+    if request.stream:
+        raise BadParameter("stream", "stream is not supported: a batch has whole answers")
+    jobs = request.jobs if request.jobs[0].model else tuple(replace(job, model=settings.model) for job in request.jobs)
+    return Question(line, jobs, request)
+
+
+def plain_job(body: Json, settings: Settings) -> Job:
+    """The job of `{"id", "prompt" or "messages", "system", "model", ...}`, where the rest are fields of `Sampling`."""
+    told = {name: value for name, value in body.items() if value is not None and name != "id"}
+    if ("prompt" in told) == ("messages" in told):
+        raise InvalidRequest("either prompt or messages is needed, and not both")
+    said = _text("prompt", told.pop("prompt")) if "prompt" in told else _list("messages", told.pop("messages"))
+    model = _text("model", told.pop("model")) if "model" in told else settings.model
+    job = new_job(said, system=told.pop("system", None), model=model, timeout_s=settings.timeout_s)
+    return replace(job, params=Sampling.from_json(told))
+
+
+# --- The output ---
+
+
+@contextlib.contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Hold a file against every other process that would write it too. Raises UsageError when one does.
+
+    The lock stands beside the file, since that is replaced at times. Who ends takes it away; so a lock counts only
+    when it is still the one that stands there.
+    """
+    place = path.with_name(f"{path.name}.lock")
+    lock = None
+    while lock is None:
+        lock = try_lock(place)
+        if lock is None:
+            raise UsageError(f"another process is writing {path}: wait for its end, or name another output")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), place.stat()):
+                break
+        lock.close()
+        lock = None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows deletes no open file: it stays, and is taken by the next run
+            place.unlink()
+        lock.close()
+
+
+class Ledger:
+    """Which lines of the input are answered, as the output tells; and the output itself, which only grows.
+
+    digests: of each line of the input, by its number; 0 where it is empty. answered, failed: lines, the failed by code.
+    """
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self._named = target
+        self.source, self.target = source, target.resolve()  # of a link, the file that it means is replaced
+        self.digests = array.array("Q", [0])
+        self.total = self.answered = 0
+        self.failed: Counter[str] = Counter()
+        self._done = bytearray()
+        self._end = self._synced_end = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Ledger:
+        """Read both files. Raises UsageError, before the output is touched, when they do not belong together."""
+        try:
+            self._check_paths()
+            self._stack.enter_context(sole_writer(self.target))
+            self._read_source()
+            self._read_target()
+            self._file = self._stack.enter_context(self.target.open("ab", buffering=0))
+            self._end = self._synced_end = self._file.seek(0, os.SEEK_END)
+        except BaseException as error:
+            self._stack.close()
+            if isinstance(error, OSError):
+                raise UsageError(f"{error.filename or self.target}: {error.strerror or error}") from None
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        with self._stack:
+            self.sync()
+
+    @property
+    def left(self) -> int:
+        return self.total - self.answered - self.failed.total()
+
+    def is_done(self, line: int) -> bool:
+        return bool(self._done[line])
+
+    def _check_paths(self) -> None:
+        for path, what in ((self.source, "questions"), (self._named, "answers")):
+            if str(path) == "-" or (path.exists() and not path.is_file()):
+                raise UsageError(f"{path}: the {what} have to be in a file, so that a later run can go on with them")
+        if self.target.exists() and self.source.samefile(self.target):
+            raise UsageError(f"{self.target} holds the questions: name another file for the answers, with -o")
+        if not self.target.parent.is_dir():
+            raise UsageError(f"{self.target} cannot be written: there is no folder {self.target.parent}")
+
+    def _read_source(self) -> None:
+        with self.source.open("rb") as file:
+            for _, line in numbered_lines(file, MAX_BATCH_LINE_BYTES):
+                said = line.strip()
+                self.digests.append(digest_of(said) if said else 0)
+                self.total += bool(said)
+        self._done = bytearray(len(self.digests))
+
+    def _read_target(self) -> None:
+        """Take note of what is answered; take out what is to be asked again, and a torn line at the end."""
+        if not self.target.exists():
+            return
+        dropped, torn = bytearray(), 0
+        with self.target.open("rb") as file:
+            for number, line in numbered_lines(file, MAX_BATCH_OUT_BYTES):
+                if line.endswith(b"\n"):
+                    dropped.append(not self._takes_note(number, line))
+                else:
+                    torn = self._torn(number, line)
+        if any(dropped):
+            self._rewrite(dropped)
+        elif torn:
+            with self.target.open("r+b") as file:
+                file.truncate(file.seek(-torn, os.SEEK_END))
+
+    def _torn(self, number: int, line: bytes) -> int:
+        """The size of a line without an end, if it is the beginning of one of ours."""
+        is_ours = len(line) <= MAX_BATCH_OUT_BYTES and OUTPUT_START.startswith(line.lstrip(b"\0")[: len(OUTPUT_START)])
+        try:
+            with contextlib.suppress(WireError):  # what is torn is no JSON
+                Mark.of(parse_json(line))  # all but its end is there; or it is the only line of somebody else's file
+        except ValueError:
+            is_ours = False
+        if not is_ours:
+            raise self._foreign(number)
+        return len(line)
+
+    def _takes_note(self, number: int, line: bytes) -> bool:
+        """Whether a line of the output stays. Raises UsageError when it answers something else than was asked here."""
+        if b"\0" in line:  # so a file may look after a power cut, and JSON never does
+            return False
+        try:
+            body = parse_json(line)
+            mark = Mark.of(body)
+        except (WireError, ValueError):
+            raise self._foreign(number) from None
+        error = body.get("error")
+        is_asked = mark.line < len(self.digests) and self.digests[mark.line] == mark.digest
+        if not is_asked and error is None:
+            raise UsageError(
+                f"{self.target} answers other questions than those in {self.source}: its line {number} answers a line "
+                f"{mark.line} that is not there; name another output, or move that one away"
+            )
+        if not is_asked or self._done[mark.line] or (isinstance(error, dict) and error.get("retryable") is True):
+            return False
+        self._done[mark.line] = True
+        self._count(error)
+        return True
+
+    def _foreign(self, number: int) -> UsageError:
+        why = f"its line {number} is none that this command writes"
+        return UsageError(f"{self.target} is there already, and {why}: it is left as it is; name another output")
+
+    def _rewrite(self, dropped: bytearray) -> None:
+        mode = stat.S_IMODE(self.target.stat().st_mode)
+        with replacing(self.target) as kept, self.target.open("rb") as file:
+            for number, line in numbered_lines(file, MAX_BATCH_OUT_BYTES):
+                if number <= len(dropped) and not dropped[number - 1]:
+                    kept.write(line)
+        self.target.chmod(mode)
+
+    def _count(self, error: Any) -> None:
+        if error is None:
+            self.answered += 1
+        else:
+            code = error.get("code") if isinstance(error, dict) else error
+            self.failed[printable(code)] += 1
+
+    def add(self, line: Line, body: Json) -> None:
+        """Answer a line. Raises QMeshError when that cannot be written; then the output ends with a whole line."""
+        data = memoryview(dump_json(body) + b"\n")
+        size = len(data)
+        try:
+            while data:
+                data = data[self._file.write(data) or 0 :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            raise self._unwritable(error) from None
+        self._end += size
+        self._done[line.mark.line] = True
+        self._count(body.get("error"))
+
+    def sync(self) -> None:
+        """Have the disk keep what was written. Raises QMeshError when it does not."""
+        if self._end > self._synced_end:
+            end = self._end
+            try:
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise self._unwritable(error) from None
+            self._synced_end = end
+
+    def _unwritable(self, error: OSError) -> QMeshError:
+        return QMeshError(
+            f"{self.target} cannot be written ({error.strerror or error}): make room, and run the same command again; "
+            "what is answered stays so"
+        )
+
+
+class Questions:
+    """The lines that are not answered yet, in order. Those that cannot be asked are answered, with an error, here."""
+
+    def __init__(self, ledger: Ledger, settings: Settings) -> None:
+        self._ledger = ledger
+        self._settings = settings
+        self._seen: set[int] = set()  # digests of ids
+
+    def read(self) -> Iterator[Question | None]:
+        """None, now and then, while there is nothing to ask. Raises UsageError when the input has changed."""
+        with self._ledger.source.open("rb") as file:
+            for number, line in numbered_lines(file, MAX_BATCH_LINE_BYTES):
+                if number >= len(self._ledger.digests):  # it has grown; the next run reads that
+                    return
+                if number % BATCH_YIELD_LINES == 0:
+                    yield None
+                said = line.strip()
+                if (digest_of(said) if said else 0) != self._ledger.digests[number]:
+                    raise UsageError(f"{self._ledger.source} was changed meanwhile: run the same command again")
+                question = self._question(Mark(number, self._ledger.digests[number]), line) if said else None
+                if question is not None:
+                    yield question
+
+    def _question(self, mark: Mark, data: bytes) -> Question | None:
+        line, is_done = Line(mark, mark.line), self._ledger.is_done(mark.line)
+        try:
+            body = self._body(data)
+            line = Line.of(mark, body)
+            self._check_new(line)
+            return None if is_done else question_in(line, body, self._settings)
+        except InvalidRequest as error:
+            if not is_done:
+                told = InvalidRequest(f"line {mark.line}: {error}", error_code(error))
+                self._ledger.add(line, line.failed(told))
+            return None
+
+    @staticmethod
+    def _body(data: bytes) -> Json:
+        if len(data) > MAX_BATCH_LINE_BYTES:
+            raise InvalidRequest(f"more than {MAX_BATCH_LINE_BYTES:,} bytes, which no worker takes")
+        try:
+            return parse_json(data)
+        except WireError as error:
+            raise InvalidRequest(str(error)) from None
+
+    def _check_new(self, line: Line) -> None:
+        digest = digest_of(dump_json({"id": line.name}))
+        if digest in self._seen:
+            raise InvalidRequest(f"the id {printable(line.name)} is that of an earlier line already")
+        self._seen.add(digest)
+
+
+# --- Asking ---
+
+
+@dataclass(eq=False, slots=True)
+class Asking:
+    """A question under way. answers: to its first jobs, one after the other, so that it never takes two slots.
+
+    worker: who is at it, or "". waits: it stands in that worker's line.
+    """
+
+    question: Question
+    answers: list[Answer] = field(default_factory=list)
+    losses: int = 0
+    worker: str = ""
+    waits: bool = False
+
+    @property
+    def model(self) -> str | None:
+        return self.question.jobs[0].model
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many questions a worker may have of us: those that it has, and one for each slot that is free."""
+
+    models: frozenset[str]  # by `model_key`
+    free: int
+
+    @classmethod
+    def at(cls, status: Json, ours: int) -> Room:
+        """By its status, which `check_status` has passed."""
+        models = frozenset(model_key(model["name"]) for model in status["models"])
+        others = max(0, status["queue"]["active"] + status["queue"]["waiting"] - ours)
+        is_taking = status["health"]["state"] != HealthState.OVERLOADED.value
+        return cls(models, max(0, status["slots"] - others) if is_taking else 0)
+
+
+class Batch:
+    """Asks the mesh what a ledger has no answer to, as many questions at once as there is room for.
+
+    parallel: at most so many. give_up_s: end after so many seconds in which no worker was at work on a question.
+    """
+
+    def __init__(
+        self, ledger: Ledger, settings: Settings, show: BatchDisplay, *, parallel: int, give_up_s: float | None
+    ) -> None:
+        self._ledger, self._settings, self._show = ledger, settings, show
+        self._parallel, self._give_up_s = parallel, math.inf if give_up_s is None else give_up_s
+        self._questions = Questions(ledger, settings).read()
+        self._again: deque[Asking] = deque()  # those that were under way once
+        self._next: Asking | None = None
+        self._flying: dict[asyncio.Task[None], Asking] = {}
+        self._rooms: dict[str, Room] = {}
+        self._ceiling = parallel  # goes down when all refuse, and up again with time
+        self._is_anybody_there = True
+        self._at_work = 0.0  # when a worker was, last
+        self._wake = asyncio.Event()
+        self._stop = asyncio.Event()
+        self.tally = Tally()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until all lines are answered, or `stop` is set. Raises what waiting cannot mend, and what writing raises."""
+        self._stop, self._at_work = stop, asyncio.get_running_loop().time()
+        async with Client(self._settings) as self._mesh:
+            helpers = [
+                asyncio.create_task(work) for work in (self._look_on(), self._keep(), self._draw(), self._halt())
+            ]
+            for helper in helpers:
+                helper.add_done_callback(self._on_end)
+            try:
+                await self._ask_all(helpers)
+            finally:
+                for task in (*helpers, *self._flying):
+                    task.cancel()
+                await asyncio.gather(*helpers, *self._flying, return_exceptions=True)
+                self._show.end()
+
+    async def _ask_all(self, helpers: Sequence[asyncio.Task[None]]) -> None:
+        while not self._stop.is_set():
+            self._wake.clear()  # before anything is waited for, so that no end of a task is missed
+            await self._fill()
+            if not self._flying and self._next is None:
+                return
+            await self._wake.wait()
+            self._settle(helpers)
+        if self._flying:
+            wait = f"up to {BATCH_GRACE_S:g} s for {plural(len(self._flying), 'question')} under way"
+            self._show.say(f"👋 Stopping: {wait}; Ctrl-C again stops at once")
+            await asyncio.wait(self._flying, timeout=BATCH_GRACE_S)
+            self._settle(helpers)
+
+    def _settle(self, helpers: Sequence[asyncio.Task[None]]) -> None:
+        """Let go of what has ended. Raises what ended it badly."""
+        for task in [task for task in (*self._flying, *helpers) if task.done()]:
+            self._flying.pop(task, None)
+            task.result()
+
+    def _on_end(self, _: asyncio.Task[None]) -> None:
+        self._wake.set()
+
+    async def _halt(self) -> None:
+        await self._stop.wait()
+
+    async def _fill(self) -> None:
+        """Ask as much as there is room for."""
+        while not self._stop.is_set():
+            if self._next is None:
+                self._next = self._again.popleft() if self._again else await self._read()
+            if self._next is None or not self._has_room(self._next.model):
+                return
+            task = asyncio.create_task(self._ask(self._next))
+            self._flying[task], self._next = self._next, None
+            task.add_done_callback(self._on_end)
+
+    async def _read(self) -> Asking | None:
+        for question in self._questions:
+            if question is not None:
+                return Asking(question)
+            await asyncio.sleep(0)
+            if self._stop.is_set():
+                break
+        return None
+
+    def _has_room(self, model: str | None) -> bool:
+        """Whether one more may be asked. One always may where anybody is there, who then says what is wrong."""
+        if not self._rooms and not self._is_anybody_there:
+            return False
+        key = None if model is None else model_key(model)
+        free = sum(room.free for room in self._rooms.values() if key is None or key in room.models)
+        rivals = [asking.model for asking in self._flying.values()]
+        taken = sum(key is None or other is None or model_key(other) == key for other in rivals)
+        return taken < max(1, free) and len(rivals) < min(self._ceiling, self._parallel)
+
+    async def _ask(self, asking: Asking) -> None:
+        question, failure = asking.question, None
+        try:
+            for job in question.jobs[len(asking.answers) :]:
+                asking.answers.append(await self._answer(asking, job))
+        except (MissingTls, WrongMesh, UsageError):
+            raise
+        except QMeshError as error:
+            failure = error
+        asking.worker = ""
+        if failure is None:
+            self._ledger.add(question.line, question.answered(asking.answers))
+            self.tally.count(asking.answers)
+        elif self._is_put_back(asking, failure):
+            self._again.append(asking)
+        else:
+            self._ledger.add(question.line, question.line.failed(failure))
+
+    async def _answer(self, asking: Asking, job: Job) -> Answer:
+        request = asking.question.request
+        job = replace(job, request_id=secrets.token_hex(16))  # a worker that had it before begins anew
+        async with contextlib.aclosing(self._mesh.run(job, worker=request.worker if request else None)) as events:
+            async for event in events:
+                if isinstance(event, Answer):
+                    return event
+                self._note(asking, event)
+                if isinstance(event, Queued) and event.wait_s > BATCH_QUEUE_S and len(self._flying) > 1:
+                    raise Refused("the line of the worker is long")
+        raise WorkerLost("the answer has no end")
+
+    def _note(self, asking: Asking, event: Progressed) -> None:
+        if isinstance(event, Selected):
+            asking.worker = event.worker_id
+        elif isinstance(event, Queued):
+            asking.waits = True
+        elif isinstance(event, Token):
+            asking.waits = False
+            self.tally.pieces += len(event.tokens)
+            self._at_work = asyncio.get_running_loop().time()
+        elif isinstance(event, (Lost, Waiting)):
+            asking.worker, asking.waits = "", False
+            if isinstance(event, Waiting):
+                self._be_modest()
+
+    def _is_put_back(self, asking: Asking, error: QMeshError) -> bool:
+        """Whether a question is asked again in this run: no worker took it, or those that did were lost."""
+        was_late = isinstance(error, DeadlineExceeded) and asking.waits
+        asking.waits = False
+        if was_late or isinstance(error, Refused):
+            self._be_modest()
+            return True
+        request = asking.question.request
+        if isinstance(error, NoWorkerFound) and (request is None or request.worker is None):
+            return True
+        asking.losses += 1
+        return isinstance(error, (WorkerLost, WireError, NoWorkerFound)) and asking.losses < BATCH_ATTEMPTS
+
+    def _be_modest(self) -> None:
+        self._ceiling = max(1, min(self._ceiling, len(self._flying)) - 1)
+
+    # --- Beside the asking ---
+
+    async def _look_on(self) -> None:
+        """See who is there and what they have room for, again and again. Raises NoWorkerFound to give up."""
+        while True:
+            await self._look()
+            if any(asking.worker and not asking.waits for asking in self._flying.values()):
+                self._at_work = asyncio.get_running_loop().time()  # long prompts are read in silence
+            idle_s = asyncio.get_running_loop().time() - self._at_work
+            if idle_s > self._give_up_s:
+                raise NoWorkerFound(f"no worker was at work for {duration(idle_s)}; tried: {self._mesh.tried()}")
+            self._wake.set()
+            if self._is_anybody_there:  # else it has waited for somebody as long already
+                await asyncio.sleep(BATCH_LOOK_S)
+
+    async def _look(self) -> None:
+        left_s = self._at_work + self._give_up_s - asyncio.get_running_loop().time()
+        with contextlib.suppress(NoWorkerFound):
+            await self._mesh.discover(everything=True, timeout_s=max(left_s, MIN_TIMEOUT_S))
+        workers, _ = await self._mesh.statuses()
+        ours = Counter(asking.worker for asking in self._flying.values())
+        self._rooms = {status["worker_id"]: Room.at(status, ours[status["worker_id"]]) for status in workers}
+        self._ceiling = min(self._parallel, self._ceiling + 1 + self._ceiling // 4)
+        was_there, self._is_anybody_there = self._is_anybody_there, bool(self._mesh.records())
+        if was_there and not self._is_anybody_there:
+            self._show.say(f"⏳ No worker is there; waiting for one, Ctrl-C ends. Tried: {self._mesh.tried()}")
+        elif self._is_anybody_there and not was_there:
+            self._show.say(f"🌐 Discovered {plural(len(workers), 'worker')}")
+        self._mesh.look_again()
+
+    async def _keep(self) -> None:
+        while True:
+            await asyncio.sleep(BATCH_SYNC_S)
+            await asyncio.to_thread(self._ledger.sync)
+
+    async def _draw(self) -> None:
+        while True:
+            self._show.draw(self._ledger, self.tally, len(self._flying), asyncio.get_running_loop().time())
+            await asyncio.sleep(BATCH_DRAW_S)
+
+
+# --- What a person sees of it ---
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run has done. pieces: tokens as they came, for the rate; tokens: by kind, of whole answers.
+
+    workers: how many answers each gave; a question may have several.
+    """
+
+    answered: int = 0
+    pieces: int = 0
+    failovers: int = 0
+    tokens: Counter[str] = field(default_factory=Counter)
+    workers: Counter[str] = field(default_factory=Counter)
+
+    def count(self, answers: Sequence[Answer]) -> None:
+        """A question that was answered."""
+        self.answered += 1
+        for answer in answers:
+            usage = answer.result.usage
+            self.failovers += answer.failovers
+            self.workers[answer.result.worker_id] += 1
+            self.tokens.update({name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")})
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(7), duration(200), duration(8040)
+    ('7 s', '3 min 20 s', '2 h 14 min')
+    """
+    whole_s = round(seconds)
+    if whole_s < 60:
+        return f"{whole_s} s"
+    minutes, rest_s = divmod(whole_s, 60)
+    return f"{minutes} min {rest_s} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class BatchDisplay:
+    """How far a batch is: a bar that is redrawn in place on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._width = 0  # of what is drawn
+        self._said_at: float | None = None
+        self._past: deque[tuple[float, int, int]] = deque(maxlen=round(BATCH_RATE_S / BATCH_DRAW_S))
+
+    def say(self, line: str) -> None:
+        self.end()
+        self._terminal.say(line)
+
+    def end(self) -> None:
+        """Leave the line of the bar, if there is one."""
+        if self._width:
+            self._width = 0
+            self._terminal.say("")
+
+    def draw(self, ledger: Ledger, tally: Tally, flying: int, now: float) -> None:
+        done = ledger.total - ledger.left
+        self._past.append((now, done, tally.pieces))
+        since, done_then, pieces_then = self._past[0]
+        elapsed_s = max(now - since, BATCH_DRAW_S)
+        rate = (done - done_then) / elapsed_s
+        told = [
+            f"{done:,}/{ledger.total:,}",
+            f"{60 * rate:.0f}/min",
+            f"{(tally.pieces - pieces_then) / elapsed_s:.0f} tokens/s",
+        ]
+        told += [f"{duration(ledger.left / rate)} left"] if rate else []
+        told += [f"{flying} in flight", plural(ledger.failed.total(), "error")]
+        if sys.stderr.isatty():
+            filled = BAR_CHARS * done // max(1, ledger.total)
+            self._redraw(f"[{'#' * filled}{'.' * (BAR_CHARS - filled)}] {', '.join(told)}")
+        elif self._said_at is None or now - self._said_at >= BATCH_WORD_S:
+            self._said_at = now
+            self._terminal.say(", ".join(told))
+
+    def _redraw(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # of a terminal that knows its width; a longer line would leave copies
+            text = text[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+        self._terminal.say(f"\r{text.ljust(self._width)}", end="")
+        self._width = len(text)
+
+
+def batch_summary(ledger: Ledger, tally: Tally, seconds: float) -> Json:
+    """What stands in the output, of this run and earlier ones; and what this run did."""
+    this_run = {
+        "answered": tally.answered,
+        "seconds": round(seconds, 1),
+        "tokens": dict(tally.tokens),
+        "failovers": tally.failovers,
+    }
+    standing = {"total": ledger.total, "answered": ledger.answered, "failed": dict(ledger.failed), "left": ledger.left}
+    return {**standing, "this_run": {**this_run, "workers": dict(tally.workers)}}
+
+
+def tell_summary(ledger: Ledger, tally: Tally, seconds: float, terminal: Terminal) -> None:
+    failed = ledger.failed
+    tokens = f"{tally.tokens['completion_tokens']:,} tokens"
+    terminal.say(
+        f"✅ {ledger.answered:,} of {ledger.total:,} answered; in this run {tally.answered:,}, with {tokens} from "
+        f"{plural(len(tally.workers), 'worker')}, in {duration(seconds)}"
+    )
+    if failed:
+        reasons = ", ".join(f"{count:,} {code}" for code, count in failed.most_common())
+        terminal.say(f"❌ {failed.total():,} failed: {reasons}. {ledger.target.name} says why each did")
+    again = ledger.left + failed.total() - failed[InvalidRequest.code]
+    if again:
+        terminal.say(f"👉 Run the same command again to have {plural(again, 'line')} asked that may be answered then")
 
 
 # ======================================================================================================
-# 24  HTTP
+# 25  HTTP
 #
 # Moves HTTP/1.1 requests and answers (RFC 9112), with deadlines and limits; knows nothing of what they are about.
 # Rule 1: `HttpReader` reads, without input or output; `HttpConnection` moves bytes; `HttpServer` owns the connections.
@@ -12353,7 +13089,7 @@ class HttpServer:
 
 
 # ======================================================================================================
-# 25  Web page
+# 26  Web page
 #
 # One page, whole in itself: it loads nothing from anywhere else, so that it works without the internet.
 # ======================================================================================================
@@ -13609,7 +14345,7 @@ def page_policy() -> str:
 
 
 # ======================================================================================================
-# 26  Gateway
+# 27  Gateway
 #
 # The mesh as programs made for OpenAI's API see it, and people with a browser.
 # Rule 1: what goes wrong before a worker has taken a request has an HTTP status of its own.
@@ -14070,7 +14806,7 @@ _ROUTES: Final[dict[str, Route]] = {
 
 
 # ======================================================================================================
-# 27  Command line
+# 28  Command line
 #
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
 # Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
@@ -14192,13 +14928,13 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
 
 
 @contextlib.contextmanager
-def interrupts(stop: asyncio.Event) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C set `stop`; a second one ends the process at once."""
+def interrupts(stop: asyncio.Event, parting: str = "who was waiting goes on elsewhere") -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C set `stop`; a second one ends the process at once, and `parting` is said."""
     loop = asyncio.get_running_loop()
 
     def on_signal() -> None:
         if stop.is_set():
-            print("👋 Stopping at once; who was waiting goes on elsewhere", file=sys.stderr, flush=True)
+            print(f"👋 Stopping at once; {parting}", file=sys.stderr, flush=True)
             os._exit(EXIT_INTERRUPTED)
         stop.set()
 
@@ -14367,7 +15103,7 @@ async def ask(
 
 
 def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
-    asking = Asking(settings.model, arguments.worker, settings.timeout_s, chosen_sampling(arguments))
+    asking = ChatChoices(settings.model, arguments.worker, settings.timeout_s, chosen_sampling(arguments))
     state = StateDirectory.of_client(host_state_dir(settings.state_dir, os.environ))
     with BlockingClient(settings) as mesh:  # whose thread hears of workers while this one waits for what is typed
         lines = TypedLines(None if arguments.no_history else state.path / HISTORY_FILE)
@@ -14375,6 +15111,37 @@ def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
             greeting = f"💬 Talking to the {read_mesh_keys(settings)[0].title}; /help lists commands, Ctrl-D leaves"
             Terminal(shown=sys.stderr.isatty()).say(greeting)
         return Chat(mesh, Conversation(arguments.system or None), asking, lines).run()
+
+
+# --- batch ---
+
+
+def run_batch(arguments: argparse.Namespace, settings: Settings) -> int:
+    terminal = Terminal(shown=not arguments.quiet)
+    with Ledger(Path(arguments.input), Path(arguments.output)) as ledger:
+        display = BatchDisplay(terminal)
+        batch = Batch(ledger, settings, display, parallel=arguments.parallel, give_up_s=arguments.give_up)
+        started, was_stopped = time.monotonic(), False
+        try:
+            if ledger.left:
+                was_stopped = asyncio.run(work_off(batch))
+        finally:
+            seconds_taken = time.monotonic() - started
+            if not arguments.json:
+                tell_summary(ledger, batch.tally, seconds_taken, terminal)
+        if arguments.json:
+            print_json(batch_summary(ledger, batch.tally, seconds_taken))
+        if was_stopped and ledger.left:
+            return EXIT_INTERRUPTED
+        return 1 if ledger.failed else 0
+
+
+async def work_off(batch: Batch) -> bool:
+    """Run a batch; returns whether it was told to stop."""
+    stop = asyncio.Event()
+    with interrupts(stop, "what was under way is asked again by the same command"):
+        await batch.run(stop)
+    return stop.is_set()
 
 
 # --- status ---
@@ -14918,6 +15685,38 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
 
 
+def batch_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("input", metavar="IN.jsonl", help="the questions, one a line")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT.jsonl",
+        help="where the answers go; what stands there from an earlier run is not asked again",
+    )
+    parser.add_argument("--model", metavar="NAME", help="only workers with this model, where a line names none")
+    parser.add_argument(
+        "--parallel",
+        type=whole(1, MAX_BATCH_PARALLEL),
+        default=MAX_BATCH_PARALLEL,
+        metavar="N",
+        help="at most so many questions at once (as many as the mesh has slots free)",
+    )
+    parser.add_argument(
+        "--give-up",
+        type=seconds(0, MAX_GIVE_UP_S),
+        metavar="S",
+        help="end after so many seconds in which no worker was at work (wait for one, however long)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    add_json(parser)
+    parser.add_argument(
+        "--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed for each question ({DEFAULT_TIMEOUT_S:g})"
+    )
+    add_stall(parser)
+    add_network(parser)
+
+
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
     parser.add_argument("--worker", type=worker_digits, metavar="ID", help="ask this one; 6 or more digits of its id")
@@ -14994,6 +15793,7 @@ _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], N
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
     "chat": ("Talk with the mesh, turn by turn.", 'chat --system "Be brief."', chat_arguments, run_chat),
+    "batch": ("Answer a file of questions, each once.", "batch in.jsonl -o out.jsonl", batch_arguments, run_batch),
     "gateway": ("Open the mesh to browsers and OpenAI's clients.", "gateway", gateway_arguments, run_gateway),
     "status": ("Show every worker of the mesh.", "status --watch", status_arguments, run_status),
     "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
