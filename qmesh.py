@@ -31,7 +31,7 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     20  Doctor                 what keeps machines apart, and what to do about it
     21  Terminal               what a person sees there: progress, answers, live tables
     22  Chat                   a conversation, turn by turn
-    23  OpenAI's API          what programs made for it send and read
+    23  OpenAI's API           what programs made for it send and read
     24  Batch                  a file of questions, each answered exactly once
     25  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
     26  Web page               the page that a gateway serves

@@ -311,7 +311,7 @@ def typed(topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
     def talk(lines: list[str], worker: str | None, timeout_s: float) -> int:
         settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=topic, state_dir=str(tmp_path))
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        asking = qmesh.Asking(None, worker, timeout_s, {"max_tokens": 8})
+        asking = qmesh.ChatChoices(None, worker, timeout_s, {"max_tokens": 8})
         with qmesh.BlockingClient(settings) as mesh:
             return qmesh.Chat(mesh, Conversation(None), asking, qmesh.TypedLines(None)).run()
 
