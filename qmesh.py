@@ -9535,24 +9535,28 @@ class Delivery:
     async def _follow(self, choice: Choice) -> AsyncGenerator[Progressed, None]:
         """What happens while a worker is at it, or another one in a race with it. Raises _Failed."""
         hedged = self._hedge_s is not None and not self._tokens
-        async with contextlib.aclosing(self._hedged(choice) if hedged else self._ask(choice)) as heard:
-            async for speaker, said in heard:
-                if isinstance(said, Queued):
-                    if speaker is choice:
-                        yield said
-                    continue
-                if speaker is not choice:
-                    self._refusing.add(choice.record.worker_id)  # it may be late for long
-                    choice = speaker
-                    yield choice.selected()
-                try:
-                    piece = self._take(said, choice) if isinstance(said, Token) else self._rest_of(said)
-                except WireError as error:
-                    raise _Failed(choice, error, took_it=True) from None
-                if piece is not None:
-                    yield piece
-                if isinstance(said, Outcome):
-                    yield self._finished(said, choice)
+        try:
+            async with contextlib.aclosing(self._hedged(choice) if hedged else self._ask(choice)) as heard:
+                async for speaker, said in heard:
+                    if isinstance(said, Queued):
+                        if speaker is choice:
+                            yield said
+                        continue
+                    if speaker is not choice:
+                        self._refusing.add(choice.record.worker_id)  # it may be late for long
+                        choice = speaker
+                        yield choice.selected()
+                    try:
+                        piece = self._take(said, choice) if isinstance(said, Token) else self._rest_of(said)
+                    except WireError as error:
+                        raise _Failed(choice, error, took_it=True) from None
+                    if piece is not None:
+                        yield piece
+                    if isinstance(said, Outcome):
+                        yield self._finished(said, choice)
+        finally:
+            if self._text and isinstance(self._job, Job):  # also where its reader has left: who has the context
+                self._client.holders.answered(self._job, "".join(self._text), choice.record.worker_id)
 
     async def _ask(self, choice: Choice) -> Heard:
         """What a worker says of the job. Sends it whatever was given so far, unless nobody was asked before."""
@@ -9619,10 +9623,10 @@ class Delivery:
 
     def _finished(self, result: Outcome, choice: Choice) -> Answer | Embeddings:
         self._goes_on(choice)
+        result = replace(result, worker_id=str(choice.record.worker_id))  # what it calls itself nobody has checked
         if isinstance(result, Embeddings):
             return result
-        if isinstance(self._job, Job):
-            self._client.holders.answered(self._job, result.text, choice.record.worker_id)
+        self._text = [result.text]
         now = self._loop.time()
         since = (1000 * (at - self._started) for at in (self._discovered, self._first_token_at or now, now))
         return Answer(result, self._failovers, *since)
@@ -10819,7 +10823,6 @@ class AnswerPrinter:
         self._line_open = False
         self._leaving: Lost | None = None  # until another goes on; the same one may be found again
         self._lost: list[Lost] = []
-        self._at_work = ""  # the id of the worker; what a result says of it is that worker's word alone
         self._waits = 0
 
     def on_event(self, event: Progressed) -> None:
@@ -10827,7 +10830,7 @@ class AnswerPrinter:
             self._tell_of_step(f"🌐 Discovered {plural(event.workers, 'worker')}")
         elif isinstance(event, Selected):
             self._lost += [self._leaving] if self._leaving is not None else []
-            self._leaving, self._at_work = None, event.worker_id
+            self._leaving = None
             if not self._begun:  # in the middle of a text nothing else is said
                 self._tell_of_step(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
                 self._tell_of_step("📤 Sending prompt...")
@@ -10863,7 +10866,7 @@ class AnswerPrinter:
         """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
         if answer.failovers and self._show:
             lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
-            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {self._at_work[:6]} went on"
+            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {answer.result.worker_id[:6]} went on"
             print(line, file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
@@ -10895,7 +10898,7 @@ class TurnPrinter(AnswerPrinter):
     def _sum_up(self, answer: Answer) -> None:
         told = answer.to_json()
         tokens, speed = told["usage"].get("completion_tokens", 0), told["timings"]["tokens_per_s"]
-        parts = [f"worker {self._at_work[:6]}", plural(tokens, "token"), f"{speed:.0f} tokens/s"]
+        parts = [f"worker {answer.result.worker_id[:6]}", plural(tokens, "token"), f"{speed:.0f} tokens/s"]
         if answer.result.finish_reason == "length":
             asked_for_more = tokens < self._job.params.max_tokens
             parts.append("cut: the context is full (/forget N, /new)" if asked_for_more else "cut by --max-tokens")
@@ -11585,9 +11588,16 @@ _API_ROLES: Final = {"system": "system", "developer": "system", "user": "user", 
 class BadParameter(InvalidRequest):
     """Change the parameter that is named, or leave it out."""
 
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, param: str, message: str, code: str = "invalid_request") -> None:
+        super().__init__(message, code)
         self.param = param
+
+
+class NoSuchWorker(BadParameter):
+    """Ask for one of those that exist, or leave `worker` out to take any."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("worker", message, "worker_not_found")
 
 
 @contextlib.contextmanager
@@ -11672,7 +11682,7 @@ class CompletionRequest:
         with _parameter("model"):
             model = _text("model", given.get("model", "")) or None
         with _parameter("worker"):
-            worker = _text("worker", given["worker"]) if "worker" in given else None
+            worker = _api_worker(given["worker"]) if "worker" in given else None
         with _parameter(shape.question):
             jobs = tuple(
                 Job(secrets.token_hex(16), **question, model=model, params=_seeded(params, at), timeout_s=timeout_s)
@@ -11691,24 +11701,34 @@ def _check_supported(given: Json, supported: frozenset[str]) -> None:
 
 def _api_sampling(given: Json) -> Sampling:
     chosen: Json = {"max_tokens": REST_OF_CONTEXT}
-    for name in _API_SAMPLING.keys() & given.keys():
-        ours = _API_SAMPLING[name]
+    for name, ours in _API_SAMPLING.items():  # in this order: the newer name of two counts
+        if name not in given:
+            continue
+        value = _folded(given[name]) if name == "seed" else given[name]
         try:
-            Sampling.from_json({ours: given[name]})
+            Sampling.from_json({ours: value})
         except InvalidRequest as error:
             raise BadParameter(name, str(error).replace(ours, name, 1)) from None
-        chosen[ours] = given[name]
+        chosen[ours] = value
     if "response_format" in given:
         with _parameter("response_format"):
             chosen["json_schema"] = _api_schema(_object("response_format", given["response_format"]))
     return Sampling.from_json(chosen)
 
 
+def _folded(seed: Any) -> Any:
+    """OpenAI's seeds have 64 bits and a sign, llama.cpp's have 32."""
+    is_whole = isinstance(seed, int) and not isinstance(seed, bool) and -(1 << 63) <= seed < 1 << 63
+    return seed % (MAX_SEED + 1) if is_whole else seed
+
+
 def _api_schema(wanted: Json) -> Json | None:
     kind = _one_of("response_format.type", wanted.get("type"), ("text", "json_object", "json_schema"))
     if kind == "json_schema":
         described = _object("response_format.json_schema", wanted.get("json_schema"))
-        return _object("response_format.json_schema.schema", described.get("schema"))
+        schema = _object("response_format.json_schema.schema", described.get("schema"))
+        check_schema(schema)  # as the worker does; here it is known which parameter it came in
+        return schema
     return {"type": "object"} if kind == "json_object" else None
 
 
@@ -11725,6 +11745,12 @@ def _api_n(given: Json) -> int:
         return n
 
 
+def _api_worker(value: Any) -> str:
+    if not re.fullmatch(r"[0-9a-f]{6,64}", _text("worker", value)):
+        raise InvalidRequest("worker must be a worker's id, or 6 or more of its first digits")
+    return str(value)
+
+
 def _api_flag(name: str, value: Any) -> bool:
     with _parameter(name):
         if not isinstance(value, bool):
@@ -11739,7 +11765,7 @@ def _api_streaming(given: Json) -> tuple[bool, bool]:
         options = _object("stream_options", given.get("stream_options", {}))
         if options and not stream:
             raise InvalidRequest("stream_options needs stream to be true")
-        for name in options.keys() - {"include_usage", "include_obfuscation"}:
+        for name in sorted(options.keys() - {"include_usage", "include_obfuscation"}):
             raise InvalidRequest(f"stream_options.{printable(name)} is not supported")
         if options.get("include_obfuscation"):
             raise InvalidRequest("stream_options.include_obfuscation is not supported")
@@ -11754,9 +11780,7 @@ def _api_messages(given: Json) -> list[Json]:
 
 def _api_message(name: str, value: Any) -> Message:
     body = _object(name, value)
-    for key, more in body.items():
-        if key not in ("role", "content") and more:  # what answers of OpenAI's have besides is empty where it is unused
-            raise BadParameter(f"{name}.{printable(key)}", f"{name}.{printable(key)} is not supported")
+    _check_fields(name, body, "role", "content")
     with _parameter(f"{name}.role"):
         role = _one_of(f"{name}.role", body.get("role"), tuple(_API_ROLES))
     content = body.get("content")
@@ -11766,11 +11790,18 @@ def _api_message(name: str, value: Any) -> Message:
         return Message(_API_ROLES[role], _text(f"{name}.content", content))
 
 
+def _check_fields(name: str, body: Json, *supported: str) -> None:
+    for key, more in body.items():
+        if key not in supported and more:  # what answers of OpenAI's have besides is empty where it is unused
+            raise BadParameter(f"{name}.{printable(key)}", f"{name}.{printable(key)} is not supported")
+
+
 def _api_part(name: str, value: Any) -> str:
     part = _object(name, value)
     if part.get("type") != "text":
         kind = printable(part.get("type"))
         raise BadParameter(f"{name}.type", f"{name}.type must be text: a mesh reads no {kind}")
+    _check_fields(name, part, "type", "text", "cache_control")  # of which the last changes no answer
     return _text(f"{name}.text", part.get("text"))
 
 
@@ -11874,12 +11905,14 @@ def error_body(message: str, kind: str, code: str | None, param: str | None = No
 
 # Error: (HTTP status, OpenAI's type). The first that fits counts.
 _API_ERRORS: Final[tuple[tuple[type[QMeshError], int, str], ...]] = (
+    (NoSuchWorker, 404, "invalid_request_error"),
     (InvalidRequest, 400, "invalid_request_error"),
     (ModelNotFound, 404, "invalid_request_error"),
     (Refused, 429, "rate_limit_error"),
     (NoWorkerFound, 503, "service_unavailable_error"),
     (DeadlineExceeded, 504, "timeout_error"),
     (WorkerLost, 502, "server_error"),
+    (WireError, 502, "server_error"),
     (QMeshError, 500, "server_error"),
 )
 _API_CODES: Final = {"context_exceeded": "context_length_exceeded"}  # where OpenAI has a name for it
@@ -11889,7 +11922,8 @@ def api_error(error: QMeshError) -> tuple[int, Json]:
     """The HTTP status and body that tell of an error."""
     status, kind = next((status, kind) for of, status, kind in _API_ERRORS if isinstance(error, of))
     code, param = error_code(error), getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
-    message = f"{str(error).rstrip('.')}. {error.remedy}".replace("qmesh.py", program_name())
+    what = printable(str(error).rstrip("."), MAX_ERROR_CHARS)  # it may name what was asked for, at any length
+    message = f"{what}. {error.remedy}".replace("qmesh.py", program_name())
     return status, error_body(message, kind, _API_CODES.get(code, code), param)
 
 
@@ -12645,17 +12679,19 @@ MAX_HTTP_BODY_BYTES: Final = MAX_FRAME_BYTES - 64 * 1024  # it has to fit a fram
 MAX_HTTP_CHUNK_LINE_BYTES: Final = 1024  # a chunk's size in hexadecimal; extensions are not read
 MAX_HTTP_AHEAD_BYTES: Final = 64 * 1024  # sent before the answer to the request before it; more is hung up on
 MAX_HTTP_CONNECTIONS: Final = 512  # each takes a file descriptor; those that wait for a request make room
-HTTP_REQUEST_TIMEOUT_S: Final = 20.0  # for a head and its body, from the first byte on; and for the first byte
+HTTP_REQUEST_TIMEOUT_S: Final = 20.0  # for a head and its body, from the first byte on
 HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; longer than most clients keep a connection
 HTTP_LINGER_S: Final = 2.0  # for a client to hear why it is hung up on, before what it still sends meets a closed door
-HTTP_SILENCE_S: Final = (
-    10.0  # after which an answer that comes in pieces shows a sign of life; proxies give up at 30 or 60
-)
+HTTP_SILENCE_S: Final = 10.0  # then an answer in pieces shows a sign of life; proxies give up after 30 or 60
 HTTP_WRITE_BUFFER_BYTES: Final = 64 * 1024  # that wait for a client to take them, before its answer waits too
 
 _HTTP_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _REQUEST_LINE: Final = re.compile(rf"({_HTTP_TOKEN.pattern}) ([!-~]+) HTTP/1\.([01])")
-_HEADER_LINE: Final = re.compile(rf"({_HTTP_TOKEN.pattern}):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
+_HEADER_LINE: Final = re.compile(rf"({_HTTP_TOKEN.pattern}):([\t -~\x80-\xff]*)")
+_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?")
+# A path, or a whole URL as proxies are sent, and what may follow.
+_TARGET: Final = re.compile(r"(?:(?i:https?)://([^/?#]+)|(?=/))((?:/(?!/)[^?#]*)?)(?:\?[^#]*)?")
+_NOT_IN_HEADER: Final = re.compile(r"[^\t -~\x80-\xff]")
 
 
 class HttpError(Exception):
@@ -12740,7 +12776,7 @@ class HttpReader:
                 return None
             self._head = parse_head(bytes(self._data[:end]))
             del self._data[: end + 4]
-            self._begin_body(self._head.headers)
+            self._begin_body(self._head)
         return self._head
 
     def request(self) -> HttpRequest | None:
@@ -12752,14 +12788,15 @@ class HttpReader:
         self._body.clear()
         return whole
 
-    def _begin_body(self, headers: Mapping[str, str]) -> None:
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    def _begin_body(self, head: HttpRequest) -> None:
+        coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
         self._is_chunked, self._in_trailer = coding is not None, False
         if coding is not None:
             if coding.lower() != "chunked":
                 raise HttpError(501, f"the transfer coding {printable(coding)} is not supported")
-            if length is not None:
-                raise HttpError(400, "Content-Length and Transfer-Encoding contradict each other")
+            if length is not None or not head.is_1_1:
+                other = "Content-Length" if length is not None else "HTTP/1.0"
+                raise HttpError(400, f"{other} and Transfer-Encoding contradict each other")
             self._left = None
         elif length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
             raise HttpError(400, "Content-Length is not a number")
@@ -12784,13 +12821,11 @@ class HttpReader:
                 if self._in_trailer:
                     if not line:
                         return True
-                    continue  # what a trailer says is not needed
-                size = line.partition(b";")[0].strip()
-                if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
-                    raise HttpError(400, "a chunk's size is not a number")
-                self._check_size(len(self._body) + int(size, 16))
-                self._in_trailer = int(size, 16) == 0
-                self._left = None if self._in_trailer else int(size, 16) + 2
+                    _header(line.decode("latin-1"))  # what a trailer says is not needed
+                    continue
+                size = self._chunk_size(line)
+                self._in_trailer = size == 0
+                self._left = None if self._in_trailer else size + 2
             elif len(self._data) < self._left:
                 return False
             else:
@@ -12799,6 +12834,14 @@ class HttpReader:
                     raise HttpError(400, "a chunk is longer than its size")
                 self._body += chunk[:-2]
                 del self._data[: len(chunk)]
+
+    def _chunk_size(self, line: bytes) -> int:
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise HttpError(400, "a chunk's size is not a number")
+        size = int(match[1], 16)
+        self._check_size(len(self._body) + size)
+        return size
 
     def _line(self) -> bytes | None:
         end = self._data.find(b"\r\n", 0, MAX_HTTP_CHUNK_LINE_BYTES)
@@ -12824,19 +12867,26 @@ def parse_head(data: bytes) -> HttpRequest:
         raise HttpError(400, "the first line is not that of an HTTP/1.1 request")
     headers: dict[str, str] = {}
     for text in lines:
-        header = _HEADER_LINE.fullmatch(text)
-        if header is None:
-            raise HttpError(400, "a header line is not `Name: value`")
-        name = header[1].lower()
+        name, value = _header(text)
         if name in headers and name in ("content-length", "host", "transfer-encoding"):
-            raise HttpError(400, f"{header[1]} is given twice")
-        headers[name] = f"{headers[name]}, {header[2]}" if name in headers else header[2]
+            raise HttpError(400, f"{name} is given twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if line[3] == "1" and "host" not in headers:
         raise HttpError(400, "the Host header is missing")
-    target = urllib.parse.urlsplit(line[2]) if not line[2].startswith("//") else None
-    if target is None or not target.path.startswith("/"):
+    target = _TARGET.fullmatch(line[2])
+    if target is None:
         raise HttpError(400, "the target of the request is not a path")
-    return HttpRequest(line[1], urllib.parse.unquote(target.path), headers, line[3] == "1")
+    if target[1] is not None:
+        headers["host"] = target[1]  # a URL's host goes before that of the header (RFC 9112, 3.2.2)
+    return HttpRequest(line[1], urllib.parse.unquote(target[2] or "/"), headers, line[3] == "1")
+
+
+def _header(line: str) -> tuple[str, str]:
+    """A header's name, in lower case, and value. Raises HttpError."""
+    match = _HEADER_LINE.fullmatch(line)
+    if match is None:
+        raise HttpError(400, "a header line is not `Name: value`")
+    return match[1].lower(), match[2].strip(" \t")
 
 
 def response_head(response: HttpResponse, *, closes: bool, chunked: bool) -> bytes:
@@ -12848,7 +12898,8 @@ def response_head(response: HttpResponse, *, closes: bool, chunked: bool) -> byt
     headers |= {"Connection": "close"} if closes else {}
     headers |= {"X-Content-Type-Options": "nosniff", **response.headers}
     phrase = http.client.responses.get(response.status, "")
-    lines = [f"HTTP/1.1 {response.status} {phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    told = (f"{name}: {_NOT_IN_HEADER.sub('?', value)}" for name, value in headers.items())
+    lines = [f"HTTP/1.1 {response.status} {phrase}", *told]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
@@ -12865,7 +12916,9 @@ class HttpConnection(asyncio.Protocol):
     def __init__(self, server: HttpServer) -> None:
         self.is_idle = True  # waits for a request
         self._is_answering = False
+        self._is_head = False  # the request that is being read or answered wants no body
         self._is_deaf = False  # what comes is not read any more
+        self._is_ended = False
         self._wrote_at = 0.0
         self._server = server
         self._reader = HttpReader()
@@ -12901,23 +12954,40 @@ class HttpConnection(asyncio.Protocol):
         self._writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._task.cancel()
+        self.end()
+
+    def end(self) -> None:
+        """Stop answering; once, as what is left behind then must not be stopped in turn."""
+        if not self._is_ended:
+            self._is_ended = True
+            self._task.cancel()
 
     def abort(self) -> None:
+        self.is_idle = False  # it makes room already
         self._transport.abort()
+
+    def close(self) -> None:
+        """Hang up when all that was written has been taken."""
+        self._transport.close()
 
     # --- Requests ---
 
     async def _serve(self) -> None:
         try:
+            await self._answer_all()
+            self.close()
+            await asyncio.sleep(SEND_TIMEOUT_S)  # unless the client takes what is left first
+        except (TimeoutError, ConnectionError):
+            log.info("an HTTP client took nothing of its answer, and was hung up on")
+        finally:
+            self.abort()
+
+    async def _answer_all(self) -> None:
+        try:
             while await self._answer_next():
                 pass
         except HttpError as error:
             await self._refuse(error)
-        except TimeoutError:
-            log.info("an HTTP client takes nothing of its answer, and is hung up on")
-        finally:
-            self._transport.close()
 
     async def _refuse(self, error: HttpError) -> None:
         """Say why, and hang up; not at once, as what has not been read would then undo what was written."""
@@ -12928,8 +12998,8 @@ class HttpConnection(asyncio.Protocol):
         await asyncio.sleep(HTTP_LINGER_S)  # unless the client hangs up first
 
     async def _answer_next(self) -> bool:
-        """Read a request and answer it; False when no other one is to follow. Raises HttpError, TimeoutError."""
-        self.is_idle, self._is_answering = True, False
+        """Read a request and answer it; False when no other one is to follow. Raises HttpError, and as `_write`."""
+        self.is_idle, self._is_answering, self._is_head = True, False, False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HTTP_IDLE_TIMEOUT_S):
                 while not self._reader.begun:
@@ -12944,17 +13014,15 @@ class HttpConnection(asyncio.Protocol):
             raise HttpError(408, f"the request was not whole within {HTTP_REQUEST_TIMEOUT_S:g} s") from None
         self._is_answering, closes = True, self._server.is_stopping or not request.keeps_alive
         response = await self._server.handle(request)
-        if request.method == "HEAD":
-            await self._leave_out_body(response, closes=closes)
-        else:
-            closes = await self._write_response(response, closes=closes, is_1_1=request.is_1_1)
+        closes = await self._write_response(response, closes=closes, is_1_1=request.is_1_1)
         return not (closes or self._server.is_stopping)
 
     async def _read(self) -> HttpRequest:
         while (head := self._reader.head()) is None:
             await self._more()
+        self._is_head = head.method == "HEAD"
         self._server.admit(head)
-        expects = head.headers.get("expect", "").lower() == "100-continue"
+        expects = head.is_1_1 and head.headers.get("expect", "").lower() == "100-continue"
         while (request := self._reader.request()) is None:
             if expects:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -12972,20 +13040,30 @@ class HttpConnection(asyncio.Protocol):
         """Returns whether the connection ends with it."""
         body = response.body
         if isinstance(body, bytes):
-            await self._write(response_head(response, closes=closes, chunked=False) + body)
+            whole = b"" if self._is_head else body
+            await self._write(response_head(response, closes=closes, chunked=False) + whole)
             return closes
         chunked = is_1_1 and response.length is None
         closes = closes or (response.length is None and not chunked)
         async with contextlib.aclosing(body):
             await self._write(response_head(response, closes=closes, chunked=chunked))
-            sign = response.sign_of_life
-            with self._signs_of_life(_http_chunk(sign, chunked=chunked)) if sign else contextlib.nullcontext():
-                async for piece in body:
-                    if piece:  # an empty chunk would be the end
-                        await self._write(_http_chunk(piece, chunked=chunked))
+            if self._is_head:
+                return closes
+            left = await self._write_pieces(response, body, chunked=chunked)
             if chunked:
                 await self._write(b"0\r\n\r\n")
-        return closes
+        return closes or bool(left)
+
+    async def _write_pieces(self, response: HttpResponse, body: AsyncGenerator[bytes, None], *, chunked: bool) -> int:
+        """Returns how much is missing from the length that was told."""
+        left, sign = response.length, response.sign_of_life
+        with self._signs_of_life(_http_chunk(sign, chunked=chunked)) if sign else contextlib.nullcontext():
+            async for piece in body:
+                told = piece[:left]  # what is more would be read as the next answer
+                left = None if left is None else left - len(told)
+                if told:  # an empty chunk would be the end
+                    await self._write(_http_chunk(told, chunked=chunked))
+        return left or 0
 
     @contextlib.contextmanager
     def _signs_of_life(self, sign: bytes) -> Iterator[None]:
@@ -13003,22 +13081,15 @@ class HttpConnection(asyncio.Protocol):
         finally:
             timers.pop().cancel()
 
-    async def _leave_out_body(self, response: HttpResponse, *, closes: bool) -> None:
-        if not isinstance(response.body, bytes):
-            await response.body.aclose()
-        await self._write(response_head(response, closes=closes, chunked=False))
-
     async def _write(self, data: bytes) -> None:
-        """Write, and wait where the client does not take it; one that takes nothing for long is hung up on."""
+        """Write, and wait where the client does not take it. Raises TimeoutError, ConnectionError where it has gone."""
+        if self._transport.is_closing():
+            raise ConnectionError("the client has gone")
         self._transport.write(data)
         self._wrote_at = self._loop.time()
         if not self._writable.is_set():
-            try:
-                async with asyncio.timeout(SEND_TIMEOUT_S):
-                    await self._writable.wait()
-            except TimeoutError:
-                self.abort()
-                raise
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._writable.wait()
 
 
 class HttpServer:
@@ -13057,17 +13128,19 @@ class HttpServer:
         for server in self._servers:
             server.close()
         for connection in [connection for connection in self._connections if connection.is_idle]:
-            connection.abort()
+            connection.close()
         tasks = list(self._connections.values())
         if tasks and grace_s:
             await asyncio.wait(tasks, timeout=grace_s)
-        for task in tasks:
-            task.cancel()
+        for connection in list(self._connections):
+            connection.end()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def came(self, connection: HttpConnection, task: asyncio.Task[None]) -> None:
         """A client has connected. Where there are too many, one that waits makes room, or this one is hung up on."""
-        if len(self._connections) >= MAX_HTTP_CONNECTIONS:
+        if self.is_stopping:
+            connection.abort()
+        elif len(self._connections) >= MAX_HTTP_CONNECTIONS:
             idle = next((other for other in self._connections if other.is_idle), connection)
             idle.abort()
         self._connections[connection] = task
@@ -14359,6 +14432,7 @@ RETRY_AFTER_S: Final = 5  # a slot of a busy worker is free again by then, more 
 MESH_VIEW_S: Final = 1.0  # workers are asked how they do this often at most, however many pages watch
 MAX_API_KEYS: Final = 1024  # one for each person of a lab
 MIN_API_KEY_CHARS: Final = 8  # fewer are tried out in a night
+SPARE_LEVELS: Final = 64  # of nesting, and of calls, that are left to whoever writes what was tried before
 ARCHIVE_CHUNK_BYTES: Final = 256 * 1024
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 NOT_STORED: Final = {"Cache-Control": "no-store"}
@@ -14387,13 +14461,8 @@ def read_api_keys(told: str | None) -> tuple[str, ...]:
     """The keys in a file, one a line, # begins a comment; or a key itself. Raises UsageError."""
     if told is None:
         return ()
-    text = told
-    with contextlib.suppress(OSError, ValueError):
-        path = Path(told).expanduser()
-        if path.is_file():
-            warn_of_readers(path.stat().st_mode, path, "the API keys")
-            text = path.read_text("utf-8")
-    lines = [line.partition("#")[0].strip() for line in text.splitlines()]
+    text = _api_key_file(told)
+    lines = [line.partition("#")[0].strip() for line in text.splitlines()] if text is not None else [told.strip()]
     keys = tuple(dict.fromkeys(filter(None, lines)))
     if not 0 < len(keys) <= MAX_API_KEYS:
         raise UsageError(f"1 to {MAX_API_KEYS} API keys are needed, not {len(keys)}")
@@ -14401,6 +14470,24 @@ def read_api_keys(told: str | None) -> tuple[str, ...]:
         if len(key) < MIN_API_KEY_CHARS or not re.fullmatch("[!-~]+", key):
             raise UsageError(f"an API key has {MIN_API_KEY_CHARS} or more letters, digits and signs, without spaces")
     return keys
+
+
+def _api_key_file(told: str) -> str | None:
+    """What is in the file of this name, None where a key was told. The name of a file must never become a key."""
+    try:
+        path = Path(told).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError, ValueError):  # it is too long for one, or of a user that is not there
+        is_file = False
+    if is_file:
+        try:
+            warn_of_readers(path.stat().st_mode, path, "the API keys")
+            return path.read_text("utf-8-sig")  # as some editors mark it
+        except (OSError, ValueError) as error:
+            raise UsageError(f"the API keys in {path} cannot be read ({error})") from None
+    if Path(told).is_absolute() or told.startswith(("~", ".")):
+        raise UsageError("the file with API keys is not there: a key itself must not look like the path of one")
+    return None
 
 
 class MeshView:
@@ -14415,12 +14502,28 @@ class MeshView:
     async def look(self) -> Json:
         """What `Client.overview` tells."""
         async with self._looking:
-            now = asyncio.get_running_loop().time()
-            if now - self._seen_at >= MESH_VIEW_S:
+            loop = asyncio.get_running_loop()
+            if loop.time() - self._seen_at >= MESH_VIEW_S:
                 if not self._client.records():
                     self._client.look_again()
-                self._seen, self._seen_at = await self._client.overview(), now
+                self._seen = without_untellable(await self._client.overview())
+                self._seen_at = loop.time()  # by now, so that who waited for it has it too, however long it took
             return self._seen
+
+
+def without_untellable(view: Json) -> Json:
+    """A view of the mesh without those workers whose status JSON could be read but not written: it holds half a
+    character, or is nested to the limit. They count as silent ones.
+    """
+    workers, silent = [], list(view["unreachable"])
+    for worker in view["workers"]:
+        try:
+            dump_json(functools.reduce(lambda inner, _: {"": inner}, range(SPARE_LEVELS), worker))
+            workers.append(worker)
+        except (ValueError, RecursionError):
+            who = {name: worker[name] for name in ("worker_id", "address")}
+            silent.append(who | {"error": "it tells a status that makes no sense"})
+    return view | {"workers": workers, "unreachable": silent}
 
 
 class Gateway:
@@ -14521,7 +14624,7 @@ class Gateway:
             raise HttpError(404, "this gateway does not run from an archive, so there is none to hand out")
         if not self._keys and await asyncio.to_thread(read_sealed_key, archive) is not None:
             raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
-        file = await asyncio.to_thread(archive.open, "rb")
+        file = _open(archive)
         body = _file_pieces(file)
         await anext(body)
         headers = {"Content-Disposition": 'attachment; filename="qmesh.pyz"', **NOT_STORED}
@@ -14568,17 +14671,17 @@ class Gateway:
     @contextlib.asynccontextmanager
     async def _under_way(self, asked: CompletionRequest) -> AsyncGenerator[Steps[Told], None]:
         """What happens to the jobs of a request, until it is left."""
-        self._jobs += len(asked.jobs)
         runs = [counted(self._client.run(job, worker=asked.worker), self._tally) for job in asked.jobs]
+        self._jobs += len(runs)
         try:
             async with contextlib.aclosing(Steps(in_any_order(runs))) as told:
                 yield told
         except NoWorkerFound as error:
             if asked.worker is not None and self._client.records():
-                raise BadParameter("worker", str(error)) from None
+                raise NoSuchWorker(str(error)) from None
             raise
         finally:
-            self._jobs -= len(asked.jobs)
+            self._jobs -= len(runs)
 
     async def _until_taken(self, told: Steps[Told]) -> list[Told]:
         """What happens until a worker has taken a request, or has been at it for long. Raises Refused."""
@@ -14658,8 +14761,14 @@ class CompletionStream:
 
 
 def sse(body: Json) -> bytes:
-    """JSON has no line ends in it, so that it is one line of data."""
-    return b"data: %b\n\n" % dump_json(body)
+    """One event. JSON has no line ends in it, but for three that only some readers take for such."""
+    data = dump_json(body)
+    for sign, escaped in _RARE_LINE_ENDS:
+        data = data.replace(sign, escaped)
+    return b"data: %b\n\n" % data
+
+
+_RARE_LINE_ENDS: Final = tuple((sign.encode(), b"\\u%04x" % ord(sign)) for sign in "\x85\u2028\u2029")
 
 
 def _note_of(event: Progressed) -> Json | None:
@@ -14753,10 +14862,15 @@ def _check_is_no_other_site(request: HttpRequest) -> None:
         name, _ = parse_address(host, DEFAULT_HTTP_PORT)
     except ValueError:
         raise HttpError(400, "the Host header is no address") from None
-    if not is_ip_address(name) and name != "localhost" and not name.endswith(".localhost"):
+    if not is_ip_address(name) and not f".{name.lower()}".endswith(".localhost"):
         raise HttpError(403, f"this gateway is for this machine alone, and not for {printable(name)}")
-    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+    if origin is not None and origin.lower() not in (f"http://{host.lower()}", f"https://{host.lower()}"):
         raise HttpError(403, f"pages of {printable(origin)} may not ask here")
+
+
+def _open(path: Path) -> IO[bytes]:
+    """At once: one that a thread opens would be nobody's where its request is given up meanwhile."""
+    return path.open("rb")
 
 
 async def _file_pieces(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
@@ -14874,6 +14988,8 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
         grace_s=arguments.grace,
         yields=arguments.yields,
     )
+    if arguments.gateway:
+        gateway_options(arguments, settings)  # what is wrong with them is said before a model is loaded
     worker = Worker(settings, options, os.environ)
     stop = asyncio.Event()
     with interrupts(stop):
@@ -14974,21 +15090,25 @@ async def serve_gateway(arguments: argparse.Namespace, settings: Settings) -> in
     return 0
 
 
+def gateway_options(arguments: argparse.Namespace, settings: Settings) -> GatewayOptions:
+    """Raises UsageError."""
+    host, port = settings.http
+    return GatewayOptions(host, port, read_api_keys(settings.api_key), arguments.wait)
+
+
 @contextlib.asynccontextmanager
 async def gateway_of(arguments: argparse.Namespace, settings: Settings) -> AsyncGenerator[None, None]:
     """A gateway, from when it answers until it is left."""
-    host, port = settings.http
-    keys = read_api_keys(settings.api_key)
-    gateway_options = GatewayOptions(host, port, keys, arguments.wait)
+    options = gateway_options(arguments, settings)
     async with Client(settings) as client:
-        gateway = Gateway(client, gateway_options)
+        gateway = Gateway(client, options)
         url = await gateway.start()
         try:
             if arguments.json:
                 print_json({"event": "ready", "url": url, "mesh": client.meshes[0].to_json()})
             terminal = Terminal(shown=not arguments.json)
             terminal.say(f"🚪 Gateway to the {client.meshes[0].title}: {url}/ in a browser")
-            terminal.say(f"   For programs made for OpenAI's API: base_url {url}/v1, {key_advice(keys)}")
+            terminal.say(f"   For programs made for OpenAI's API: base_url {url}/v1, {key_advice(options.keys)}")
             yield
         finally:
             await gateway.stop()

@@ -313,6 +313,26 @@ async def test_a_conversation_goes_on_where_its_context_is(topic: str, tmp_path:
         assert (len(one.prompts), len(other.prompts)) == (2, 1)
 
 
+@in_a_loop
+async def test_so_does_one_whose_last_answer_was_cut(topic: str, tmp_path: Path) -> None:
+    one, other = ScriptedWorker(says("Hi", "!"), score=95), ScriptedWorker(says("Hi", "!"), score=85)
+    async with mesh_of(topic, tmp_path, one, other) as mesh:
+        pieces = mesh.stream(HELLO)
+        said = await anext(pieces)
+        await pieces.aclose()
+        one.score = 70
+        await mesh.ask([*HELLO, {"role": "assistant", "content": said}, WENT_ON[-1]])
+    assert (len(one.prompts), len(other.prompts)) == (2, 0)
+
+
+@in_a_loop
+async def test_an_answer_bears_the_id_that_its_worker_has_proved(topic: str, tmp_path: Path) -> None:
+    """And not the one that it calls itself by."""
+    async with mesh_of(topic, tmp_path, ScriptedWorker(says("hello"))) as mesh:
+        (record,) = mesh.records()
+        assert (await mesh.ask(job())).result.worker_id == str(record.worker_id)
+
+
 @pytest.mark.parametrize("change", [{"score": 50}, {"status": NO_STATUS}], ids=["busy", "silent"])
 @in_a_loop
 async def test_a_conversation_leaves_a_worker_that_is_not_healthy(topic: str, tmp_path: Path, change: Json) -> None:
