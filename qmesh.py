@@ -15498,7 +15498,7 @@ def print_check(check: Check) -> None:
             print(f"      to do: {check.remedy.replace('qmesh.py', program_name())}", flush=True)
 
 
-# --- completion ---
+# --- complete ---
 
 COMPLETION: Final = """\
 # For bash: put this into ~/.bashrc. For zsh: into ~/.zshrc, behind `autoload -Uz bashcompinit && bashcompinit`.
@@ -15512,7 +15512,7 @@ _qmesh() {{
 complete -o bashdefault -o default -F _qmesh {programs}"""
 
 
-def run_completion(arguments: argparse.Namespace, settings: Settings) -> int:
+def run_complete(arguments: argparse.Namespace, settings: Settings) -> int:
     cases = []
     for name, (_, _, add_arguments, _) in _COMMANDS.items():
         parser = argparse.ArgumentParser()
@@ -15921,7 +15921,7 @@ _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], N
     "seal": ("Copy this program with a key in it.", "seal lab.pyz --key lab.key", seal_arguments, run_seal),
     "pull": ("Fetch a model.", "pull", pull_arguments, run_pull),
     "models": ("List the models on this machine.", "models", models_arguments, run_models),
-    "completion": ("Print what makes a shell complete commands.", "completion", add_common, run_completion),
+    "complete": ("Print what makes a shell complete commands.", "complete", add_common, run_complete),
     "demo": ("Try it all on this machine alone.", 'demo "Why is the sky blue?"', demo_arguments, run_demo),
 }
 

@@ -517,7 +517,7 @@ def test_a_state_directory_that_cannot_be_used_is_named(nobody: harness.Mesh, mo
 def test_a_shell_completes_commands_and_flags(nobody: harness.Mesh, typed: list[str], offered: str) -> None:
     words = " ".join(["qmesh.pyz", *typed])
     script = (
-        f'{nobody.run("completion").stdout}\nCOMP_WORDS=({words}); COMP_CWORD={len(typed)}; _qmesh; echo "$COMPREPLY"'
+        f'{nobody.run("complete").stdout}\nCOMP_WORDS=({words}); COMP_CWORD={len(typed)}; _qmesh; echo "$COMPREPLY"'
     )
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [offered]
@@ -528,7 +528,10 @@ def test_a_shell_completes_commands_and_flags(nobody: harness.Mesh, typed: list[
 
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody: harness.Mesh) -> None:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
-    assert commands == ["worker", "prompt", "chat", "status", "doctor", "init", "seal", "pull", "models", "demo"]
+    assert commands == [
+        *("worker", "prompt", "chat", "batch", "gateway", "status", "doctor", "init", "seal"),
+        *("pull", "models", "complete", "demo"),
+    ]
     for command in commands:
         shown = nobody.run(command, "--help").stdout
         assert "example:\n  qmesh.py " + command in shown
