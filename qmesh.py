@@ -7011,7 +7011,9 @@ def bind_all(kind: socket.SocketKind, host: str, port: int) -> list[socket.socke
 
 def bind_one(kind: socket.SocketKind, host: str, port: int) -> socket.socket:
     """A bound socket, listening if it is for TCP. Raises OSError."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind)
+    # asyncio sets TCP_NODELAY where the protocol is named; else a token waits for the one before to be acknowledged.
+    protocol = socket.IPPROTO_TCP if kind == socket.SOCK_STREAM else socket.IPPROTO_UDP
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind, protocol)
     try:
         if sock.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -11547,9 +11549,10 @@ def interrupts_call(stop: Callable[[], None]) -> Iterator[None]:
 MAX_CHOICES: Final = 16  # of one request: each is a job of its own, and takes a slot
 REST_OF_CONTEXT: Final = MAX_TOKENS_LIMIT  # what no limit means there: the context is the limit
 
-# Parameters that do not change an answer: they say who asks, or what OpenAI is to keep of it.
+# Parameters that do not change an answer: they say who asks, what OpenAI is to keep of it, or what may make it faster.
 _LABELS: Final = frozenset(
-    {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "service_tier"}
+    {"user", "safety_identifier", "metadata", "service_tier", "prediction"}
+    | {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
 )
 # Those that are not supported, and the values with which they ask for nothing.
 _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
@@ -11564,11 +11567,13 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
+    "reasoning_effort": ("none",),
     "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "verbosity": ("medium",),
 }
 _API_SAMPLING: Final = {
     "max_tokens": "max_tokens",

@@ -22,7 +22,7 @@ WORKER_FLAGS = ("--port", "0", "--threads", "1", "--ctx", "1024")
 
 
 class Process:
-    """A worker process; `ready` is its first event."""
+    """A worker's process, or a gateway's; `ready` is its first event."""
 
     def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
         self._log = log
@@ -42,7 +42,7 @@ class Process:
             line = self.stdout.readline()
         finally:
             watchdog.cancel()
-        assert line, f"the worker did not start:\n{self.stderr}"
+        assert line, f"it did not start:\n{self.stderr}"
         self.ready = json.loads(line)
         return self.ready
 
@@ -98,11 +98,21 @@ class Place:
 
     def start_worker(self, *flags: str, ready: bool = True, env: dict[str, str] | None = None) -> Process:
         command = self._command("worker", "--json", "--model", str(self.model), *self.worker_flags, *flags)
-        log = self.directory / f"worker-{len(self.processes)}.log"
-        process = Process(command, self.env | (env or {}), log)
-        self.processes.append(process)
+        process = self._start(command, f"worker-{len(self.processes)}.log", env or {})
         if ready:
             process.wait_ready()
+        return process
+
+    def start_gateway(self, *flags: str) -> Process:
+        """Its `ready` tells the `url`."""
+        command = self._command("gateway", "--json", "--http", f"{LOOPBACK}:0", *flags)
+        process = self._start(command, f"gateway-{len(self.processes)}.log", {})
+        process.wait_ready()
+        return process
+
+    def _start(self, command: list[str], log: str, env: dict[str, str]) -> Process:
+        process = Process(command, self.env | env, self.directory / log)
+        self.processes.append(process)
         return process
 
     def start_workers(self, count: int, *flags: str) -> list[Process]:

@@ -158,6 +158,23 @@ def greeting_of_version(version: object) -> Callable[[str, NodeId], Json]:
 
 
 @in_a_loop
+async def test_what_a_server_sends_does_not_wait_until_what_it_sent_before_is_acknowledged() -> None:
+    told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        told.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    (sock,) = qmesh.bind_preferred(socket.SOCK_STREAM, LOOPBACK, 0, 0)
+    async with await asyncio.start_server(on_connection, sock=sock), asyncio.timeout(PATIENCE_S):
+        reader, writer = await asyncio.open_connection(*sock.getsockname())
+        assert await told
+        assert not await reader.read()
+        writer.close()
+        await writer.wait_closed()
+
+
+@in_a_loop
 async def test_a_client_of_another_version_is_told_both_versions_and_closed() -> None:
     async with serving() as (_, address), connected(address, greeted=False, identity=CLIENT) as client:
         await client.send(greeting_of_version(2)("hello", CLIENT.node_id))
