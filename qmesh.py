@@ -14544,11 +14544,16 @@ class Gateway:
         self._jobs = 0  # under way
         self._tasks = OwnedTasks()
 
-    async def start(self) -> str:
-        """Listen; returns the address as a URL. Raises UsageError when that cannot be had."""
+    async def start(self) -> list[str]:
+        """Listen; returns the URLs under which it can be reached. Raises UsageError when the address cannot be had."""
         host, port = await self._server.start(self.options.host, self.options.port, DEFAULT_HTTP_PORT)
         self._tasks.start(self._find_all())
-        return f"http://{format_address((LOOPBACK if host == UNSPECIFIED else host, port))}"
+        hosts = [host]
+        if host in (UNSPECIFIED, UNSPECIFIED6):
+            found = [item.address for item in list_interfaces() if link_of(item.address) is None]
+            hosts = [own for own in found if (":" in own) == (":" in host)] or [LOOPBACK]
+            hosts.sort(key=is_loopback, reverse=True)
+        return [f"http://{format_address((host, port))}" for host in hosts]
 
     async def _find_all(self) -> None:
         with contextlib.suppress(NoWorkerFound):
@@ -15107,12 +15112,14 @@ async def gateway_of(arguments: argparse.Namespace, settings: Settings) -> Async
     options = gateway_options(arguments, settings)
     async with Client(settings) as client:
         gateway = Gateway(client, options)
-        url = await gateway.start()
+        url, *others = await gateway.start()
         try:
             if arguments.json:
                 print_json({"event": "ready", "url": url, "mesh": client.meshes[0].to_json()})
             terminal = Terminal(shown=not arguments.json)
             terminal.say(f"🚪 Gateway to the {client.meshes[0].title}: {url}/ in a browser")
+            for other in others:
+                terminal.say(f"   From other machines: {other}/")
             terminal.say(f"   For programs made for OpenAI's API: base_url {url}/v1, {key_advice(options.keys)}")
             yield
         finally:

@@ -65,7 +65,7 @@ def no_faults(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 async def open_gateway(client: qmesh.Client, *, wait_s: float = 5, keys: tuple[str, ...] = ()) -> AsyncIterator[int]:
     """The port of a gateway to a client's mesh."""
     gateway = Gateway(client, GatewayOptions(LOOPBACK, 0, keys, wait_s))
-    url = await gateway.start()
+    url, *_ = await gateway.start()
     try:
         port = urllib.parse.urlsplit(url).port
         assert port is not None
@@ -740,7 +740,7 @@ async def test_a_port_that_is_taken_is_told_unless_nobody_asked_for_it(
             with pytest.raises(qmesh.UsageError, match=f"{port}"):
                 await Gateway(client, GatewayOptions(LOOPBACK, port)).start()
             gateway = Gateway(client, GatewayOptions(LOOPBACK, None))
-            url = await gateway.start()
+            url, *_ = await gateway.start()
             try:
                 own = urllib.parse.urlsplit(url).port
                 assert own not in (None, port)

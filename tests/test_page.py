@@ -169,7 +169,7 @@ class Stage:
         try:
             async with mesh_of(self.topic, self.directory, *workers) as client:
                 gateway = Gateway(client, GatewayOptions(host=LOOPBACK, port=0, **options))
-                started.set_result(await gateway.start())
+                started.set_result((await gateway.start())[0])
                 await asyncio.wrap_future(self._over)
                 await gateway.stop()
         except BaseException as error:
