@@ -69,7 +69,8 @@ def all_errors(root: type[QMeshError]) -> Iterator[type[QMeshError]]:
 
 def test_the_table_holds_every_error_of_the_public_face() -> None:
     public = {error for error in all_errors(QMeshError) if error.__module__ == "qmesh" and error.__name__[0] != "_"}
-    assert {row[0] for row in ERRORS} == public
+    of_one_face = {qmesh.BadParameter, qmesh.NoSuchWorker}  # see tests/test_openai_api.py
+    assert {row[0] for row in ERRORS} == public - of_one_face
 
 
 def test_the_tree_in_the_source_is_the_real_one() -> None:
