@@ -1374,6 +1374,17 @@ def dump_json(body: Mapping[str, Any]) -> bytes:
     return _JSON_ENCODER.encode(body).encode()
 
 
+_RARE_LINE_ENDS: Final = tuple((sign.encode(), b"\\u%04x" % ord(sign)) for sign in "\x85\u2028\u2029")
+
+
+def dump_line(body: Mapping[str, Any]) -> bytes:
+    """JSON on one line, also for readers that take rare signs for line ends."""
+    data = dump_json(body)
+    for sign, escaped in _RARE_LINE_ENDS:
+        data = data.replace(sign, escaped)
+    return data
+
+
 def pack_address(address: Address) -> bytes:
     """Family (4 or 6), address, port. A link-local address loses its scope: it means another wire there."""
     host = address[0].partition("%")[0]
@@ -14757,7 +14768,7 @@ class CompletionStream:
             if isinstance(event, Selected):
                 self._reply.model = self._reply.model or event.model
             note = _note_of(event)
-            return b": qmesh %b\n\n" % dump_json(note) if note is not None else b""
+            return b": qmesh %b\n\n" % dump_line(note) if note is not None else b""
         pieces = self._reply.pieces(index, event, is_first=index not in self._begun)
         self._begun.add(index)
         if isinstance(event, Answer):
@@ -14771,14 +14782,7 @@ class CompletionStream:
 
 
 def sse(body: Json) -> bytes:
-    """One event. JSON has no line ends in it, but for three that only some readers take for such."""
-    data = dump_json(body)
-    for sign, escaped in _RARE_LINE_ENDS:
-        data = data.replace(sign, escaped)
-    return b"data: %b\n\n" % data
-
-
-_RARE_LINE_ENDS: Final = tuple((sign.encode(), b"\\u%04x" % ord(sign)) for sign in "\x85\u2028\u2029")
+    return b"data: %b\n\n" % dump_line(body)
 
 
 def _note_of(event: Progressed) -> Json | None:
