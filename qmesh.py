@@ -1126,6 +1126,16 @@ class Token:
 
 
 FINISH_REASONS: Final = ("stop", "length")
+
+
+def _usage(body: Json) -> dict[str, int]:
+    """How many tokens were used for what; not more than anybody has, as a liar might say."""
+    counts = {_text("usage", name): _count("usage", value) for name, value in body.items()}
+    if any(count > MAX_TOKENS_LIMIT for count in counts.values()):
+        raise InvalidRequest(f"usage must be at most {MAX_TOKENS_LIMIT:,}")
+    return counts
+
+
 FLOAT_BYTES: Final = 4
 
 
@@ -1152,7 +1162,7 @@ class Result:
         try:
             _one_of("finish_reason", body.get("finish_reason"), FINISH_REASONS)
             usage, timings = (_object(name, body.get(name)) for name in ("usage", "timings"))
-            usage = {_text("usage", name): _count("usage", value) for name, value in usage.items()}
+            usage = _usage(usage)
             timings = {_text("timings", name): _number("timings", value) for name, value in timings.items()}
             names = ("text", "finish_reason", "model", "worker_id")
             return cls(usage=usage, timings=timings, **{name: _text(name, body.get(name)) for name in names})
@@ -1207,7 +1217,7 @@ class Embeddings:
             return cls(
                 data=base64.b64decode(_text("vectors", body.get("vectors")).encode(), validate=True),
                 dimensions=_integer("dimensions", body.get("dimensions")),
-                usage={_text("usage", name): _count("usage", value) for name, value in usage.items()},
+                usage=_usage(usage),
                 **{name: _text(name, body.get(name)) for name in ("model", "worker_id", "fingerprint")},
             )
         except (InvalidRequest, binascii.Error) as error:
@@ -8957,6 +8967,7 @@ class KnownWorkers:
         return not hint.failures or now - hint.failed_at >= avoid_s
 
 
+WORKER_DIGITS: Final = "[0-9a-f]{6,64}"  # of a worker's id, from the first one on
 CLIENT_CLOSED: Final = "the client is closed"
 
 
@@ -9313,32 +9324,26 @@ class Client:
 
     # --- Requests ---
 
-    def run(
-        self, job: AnyJob, *, hedge_s: float | None = None, worker: str | None = None
-    ) -> AsyncGenerator[Progressed, None]:
+    def run(self, job: AnyJob, *, tally: ClientTally | None = None, **options: Any) -> AsyncGenerator[Progressed, None]:
         """Run a job, and yield what happens on the way; the last is an Answer, or Embeddings for an EmbedJob. See
         `Delivery` for what it survives.
 
-        hedge_s: ask a second worker when the first token has not come after so many seconds; the first to answer wins.
-        worker: the id of the one to ask, or its first digits; if it is lost, others go on.
+        tally: where it is counted. options: see `RunOptions`.
 
         Raises NoWorkerFound, ModelNotFound, Refused (by all, until the deadline), InvalidRequest, DeadlineExceeded,
         or WorkerLost when nobody is left who can go on.
         """
         if not self._is_open:
             raise UsageError("the client is not open: use it inside `async with qmesh.Client() as mesh:`")
-        if hedge_s is not None and _number("hedge_s", hedge_s) < 0:
-            raise InvalidRequest("hedge_s must not be negative")
-        if worker is not None and not re.fullmatch(r"[0-9a-f]{6,64}", _text("worker", worker)):
-            raise InvalidRequest("worker must be a worker's id, or 6 or more of its first digits")
-        return Delivery(self, job, hedge_s, worker).events()
+        events = Delivery(self, job, RunOptions(**options)).events()
+        return events if tally is None else counted(events, tally)
 
     def stream(self, prompt: str | Sequence[Message | Json], **options: Any) -> TextPieces:
         """Ask, and give the answer piece by piece: `async for text in mesh.stream("...")`.
 
-        prompt, options: as `new_job` takes them, and `hedge_s` and `worker` of `run`. Raises what they raise.
+        prompt, options: as `new_job` takes them, and those of `RunOptions`. Raises what they raise.
         """
-        chosen = {name: options.pop(name) for name in ("hedge_s", "worker") if name in options}
+        chosen = {f.name: options.pop(f.name) for f in fields(RunOptions) if f.name in options}
         usual = {"model": self.settings.model, "timeout_s": self.settings.timeout_s}
         return TextPieces(self.run(new_job(prompt, **(usual | options)), **chosen))
 
@@ -9351,10 +9356,14 @@ class Client:
         return pieces.answer
 
     async def embed(
-        self, texts: str | Sequence[str], *, model: str | None = None, timeout_s: float | None = None
+        self, texts: str | Sequence[str], *, model: str | None = None, timeout_s: float | None = None, **options: Any
     ) -> Embeddings:
-        """The embeddings of up to MAX_EMBED_INPUTS texts, made by one model; see `EmbedRun`. Raises what `run` does."""
-        return await EmbedRun(self, self.settings.timeout_s if timeout_s is None else timeout_s).of(texts, model)
+        """The embeddings of up to MAX_EMBED_INPUTS texts, made by one model; see `EmbedRun`.
+
+        options: those of `run`, for each request that it takes. Raises what `run` does.
+        """
+        limit_s = self.settings.timeout_s if timeout_s is None else timeout_s
+        return await EmbedRun(self, limit_s, options).of(texts, model)
 
 
 def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
@@ -9485,6 +9494,30 @@ def _with_seed(job: AnyJob, rng: random.Random) -> AnyJob:
     return replace(job, params=replace(job.params, seed=rng.randrange(MAX_SEED + 1)))
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a job is run, and not what it asks for.
+
+    hedge_s: ask a second worker when the first token has not come after so many seconds; the first to answer wins.
+    worker: the id of the one to ask, or its first digits; if it is lost, others go on.
+    wait_s: for how long it may wait for a worker to take it; else as long as for its answer.
+    """
+
+    hedge_s: float | None = None
+    worker: str | None = None
+    wait_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hedge_s", "wait_s"):
+            if getattr(self, name) is not None and _number(name, getattr(self, name)) < 0:
+                raise InvalidRequest(f"{name} must not be negative")
+        if self.worker is not None and not re.fullmatch(WORKER_DIGITS, _text("worker", self.worker)):
+            raise InvalidRequest("worker must be a worker's id, or 6 or more of its first digits")
+
+    def asks_for(self, record: WorkerRecord) -> bool:
+        return str(record.worker_id).startswith(self.worker or "")
+
+
 class Delivery:
     """One job on its way to its answer, whatever becomes of the workers that write it.
 
@@ -9495,14 +9528,14 @@ class Delivery:
     whoever is next begins anew.
     """
 
-    def __init__(self, client: Client, job: AnyJob, hedge_s: float | None = None, asked_for: str | None = None) -> None:
+    def __init__(self, client: Client, job: AnyJob, options: RunOptions) -> None:
         self._client = client
         self._job = _with_seed(job, client.rng)
-        self._hedge_s = hedge_s
-        self._asked_for = asked_for  # a worker's id, or the first digits of it
+        self._options = options
         self._loop = asyncio.get_running_loop()
         self._started = self._discovered = self._answered_at = self._loop.time()
         self._deadline = self._started + job.timeout_s
+        self._take_by = self._deadline if options.wait_s is None else self._started + options.wait_s
         self._first_token_at: float | None = None
         self._tokens: list[int] = []
         self._text: list[str] = []
@@ -9547,7 +9580,7 @@ class Delivery:
 
     async def _follow(self, choice: Choice) -> AsyncGenerator[Progressed, None]:
         """What happens while a worker is at it, or another one in a race with it. Raises _Failed."""
-        hedged = self._hedge_s is not None and not self._tokens
+        hedged = self._options.hedge_s is not None and not self._tokens
         try:
             async with contextlib.aclosing(self._hedged(choice) if hedged else self._ask(choice)) as heard:
                 async for speaker, said in heard:
@@ -9590,7 +9623,7 @@ class Delivery:
 
     async def _hedged(self, first: Choice) -> Heard:
         async def second() -> Heard:
-            await asyncio.sleep(self._hedge_s or 0.0)
+            await asyncio.sleep(self._options.hedge_s or 0.0)
             passed_over = self._lacking | self._refusing | {first.record.worker_id}
             choice, _ = await self._client.choose(self._suits, passed_over)
             if choice is not None:
@@ -9702,15 +9735,16 @@ class Delivery:
         while (choice := await self._choose()) is None:
             self._refusing.clear()
             if not self._is_known_nowhere():
-                self._check_hope(late=self._loop.time() + self._pause_s >= self._deadline)
+                ends_at = self._deadline if self._has_begun else min(self._take_by, self._deadline)
+                self._check_hope(late=self._loop.time() + self._pause_s >= ends_at)
                 await asyncio.sleep(self._pause_s * self._client.rng.uniform(0.5, 1.5))
                 self._pause_s = min(2 * self._pause_s, RETRY_MAX_S)
                 self._client.look_again()
                 return None
             if self._looked_everywhere:
-                if self._asked_for is not None and not any(map(self._is_asked_for, self._client.records())):
+                if not any(map(self._options.asks_for, self._client.records())):
                     ids = ", ".join(sorted(record.worker_id.short for record in self._client.records()))
-                    raise NoWorkerFound(f"there is no worker {self._asked_for}; the mesh has: {ids}")
+                    raise NoWorkerFound(f"there is no worker {self._options.worker}; the mesh has: {ids}")
                 raise ModelNotFound(self._what_is_lacking())
             self._looked_everywhere = True  # of a large mesh the first records are but a part
             await self._client.discover(everything=True, timeout_s=self._deadline - self._loop.time())
@@ -9743,12 +9777,14 @@ class Delivery:
         return None
 
     def _suits(self, record: WorkerRecord) -> bool:
-        is_free = self._asked_for is None or self._gone is not None or bool(self._tokens)
-        able = self._client.known.may_do(record, self._job.kind) and (is_free or self._is_asked_for(record))
+        is_free = self._options.worker is None or self._has_begun
+        able = self._client.known.may_do(record, self._job.kind) and (is_free or self._options.asks_for(record))
         return able and offers(record, self._job.model, self._fingerprint)
 
-    def _is_asked_for(self, record: WorkerRecord) -> bool:
-        return self._asked_for is not None and str(record.worker_id).startswith(self._asked_for)
+    @property
+    def _has_begun(self) -> bool:
+        """Whether a worker has been at it."""
+        return self._gone is not None or bool(self._tokens)
 
     def _is_known_nowhere(self) -> bool:
         """Whether, of all workers that are known, none has the model; one that had it, and is gone, may come back."""
@@ -9777,7 +9813,10 @@ class Delivery:
                 raise WorkerLost(f"{after}; waited {silence_s:.0f} s{why}")
             raise NoWorkerFound(f"no worker is left that answers{why}; tried: {self._client.tried()}")
         if late:
-            raise failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
+            refusal = failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
+            if self._take_by >= self._deadline or self._has_begun:
+                raise refusal
+            raise Refused(f"no worker took the request within {self._options.wait_s:g} s: {refusal}", refusal.reason)
 
 
 async def first_to_answer(first: Heard, second: Heard, note: Callable[[_Failed], None]) -> Heard:
@@ -9832,8 +9871,9 @@ class EmbedRun:
     worker. limit_s: the time for all.
     """
 
-    def __init__(self, client: Client, limit_s: float) -> None:
+    def __init__(self, client: Client, limit_s: float, options: Mapping[str, Any]) -> None:
         self._client = client
+        self._options = options
         self._limit_s = _number("timeout_s", limit_s)
         self._deadline = asyncio.get_running_loop().time() + self._limit_s
 
@@ -9863,7 +9903,7 @@ class EmbedRun:
 
     async def _one(self, job: EmbedJob) -> Embeddings:
         left_s = max(self._deadline - asyncio.get_running_loop().time(), MIN_TIMEOUT_S)
-        async with contextlib.aclosing(self._client.run(replace(job, timeout_s=left_s))) as events:
+        async with contextlib.aclosing(self._client.run(replace(job, timeout_s=left_s), **self._options)) as events:
             async for event in events:
                 if isinstance(event, Embeddings):
                     return event
@@ -11186,7 +11226,6 @@ CHAT_COMMAND: Final = re.compile(r"/(\w+!?)(?:\s+(.*))?", re.DOTALL)
 CHAT_PROMPT: Final = "> "
 MORE_PROMPT: Final = "... "
 ANY: Final = "any"  # what takes a choice of a model or a worker back
-WORKER_DIGITS: Final = "[0-9a-f]{6,64}"  # of a worker's id, from the first one on
 
 
 @dataclass(slots=True)
@@ -11698,7 +11737,7 @@ class CompletionRequest:
         with _parameter("model"):
             model = _text("model", given.get("model", "")) or None
         with _parameter("worker"):
-            worker = _api_worker(given["worker"]) if "worker" in given else None
+            worker = RunOptions(worker=given.get("worker")).worker
         with _parameter(shape.question):
             jobs = tuple(
                 Job(secrets.token_hex(16), **question, model=model, params=_seeded(params, at), timeout_s=timeout_s)
@@ -11759,12 +11798,6 @@ def _api_n(given: Json) -> int:
         if not 1 <= n <= MAX_CHOICES:
             raise InvalidRequest(f"n must be from 1 to {MAX_CHOICES}, not {n}")
         return n
-
-
-def _api_worker(value: Any) -> str:
-    if not re.fullmatch(r"[0-9a-f]{6,64}", _text("worker", value)):
-        raise InvalidRequest("worker must be a worker's id, or 6 or more of its first digits")
-    return str(value)
 
 
 def _api_flag(name: str, value: Any) -> bool:
@@ -14668,8 +14701,7 @@ class Gateway:
     async def _complete(self, request: HttpRequest) -> HttpResponse:
         """An answer to /v1/chat/completions or /v1/completions, in pieces or whole."""
         asked = CompletionRequest.from_json(SHAPES[request.path], _json_in(request), self._client.settings.timeout_s)
-        if self._jobs + len(asked.jobs) > MAX_GATEWAY_JOBS:
-            raise Refused(f"{MAX_GATEWAY_JOBS} answers are under way at this gateway")
+        self._check_room(len(asked.jobs))
         if not asked.stream:
             return await self._whole(asked)
         pieces = self._pieces(asked)
@@ -14678,21 +14710,25 @@ class Gateway:
 
     async def _embed(self, request: HttpRequest) -> HttpResponse:
         asked = EmbeddingsRequest.from_json(_json_in(request))
-        tallied, outcome, made = self._tally.begin(time.monotonic()), "cancelled", None
+        self._check_room(1)
+        self._jobs += 1
         try:
-            made = await self._client.embed(asked.texts, model=asked.model)
-            outcome = DONE
-        except QMeshError as error:
-            outcome = error_code(error)
-            raise
+            made = await self._client.embed(
+                asked.texts, model=asked.model, wait_s=self.options.wait_s, tally=self._tally
+            )
+            return json_response(asked.reply(made))
         finally:
-            tallied.end(outcome, time.monotonic(), made)
-        return json_response(asked.reply(made))
+            self._jobs -= 1
+
+    def _check_room(self, jobs: int) -> None:
+        if self._jobs + jobs > MAX_GATEWAY_JOBS:
+            raise Refused(f"{MAX_GATEWAY_JOBS} answers are under way at this gateway")
 
     @contextlib.asynccontextmanager
     async def _under_way(self, asked: CompletionRequest) -> AsyncGenerator[Steps[Told], None]:
         """What happens to the jobs of a request, until it is left."""
-        runs = [counted(self._client.run(job, worker=asked.worker), self._tally) for job in asked.jobs]
+        run = functools.partial(self._client.run, worker=asked.worker, wait_s=self.options.wait_s, tally=self._tally)
+        runs = [run(job) for job in asked.jobs]
         self._jobs += len(runs)
         try:
             async with contextlib.aclosing(Steps(in_any_order(runs))) as told:
@@ -14704,10 +14740,9 @@ class Gateway:
         finally:
             self._jobs -= len(runs)
 
-    async def _until_taken(self, told: Steps[Told]) -> list[Told]:
-        """What happens until a worker has taken a request, or has been at it for long. Raises Refused."""
-        loop = asyncio.get_running_loop()
-        give_up_at = loop.time() + self.options.wait_s
+    @staticmethod
+    async def _until_taken(told: Steps[Told]) -> list[Told]:
+        """What happens until a worker has taken a request, or has been at it for long."""
         early: list[Told] = []
         limit_s: float | None = None
         with contextlib.suppress(TimeoutError):
@@ -14716,8 +14751,6 @@ class Gateway:
                 _, event = one
                 if isinstance(event, (Queued, Token, Answer)):
                     break
-                if isinstance(event, Waiting) and loop.time() >= give_up_at:
-                    raise Refused(f"no worker took the request within {self.options.wait_s:g} s: {event.reason}")
                 limit_s = HTTP_SILENCE_S if isinstance(event, Selected) else None
         return early
 
