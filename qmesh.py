@@ -250,6 +250,7 @@ DISCOVERY_GATHER_S: Final = 0.12  # after the first worker, others on the LAN ar
 MAX_MESSAGES: Final = 1024  # turns of one conversation
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
+MAX_TOKEN_CHARS: Final = 1024  # the longest in use have some 256, of white space
 MAX_SEED: Final = 2**32 - 2  # llama.cpp takes one more as a wish for a random one
 MAX_TOKENS_LIMIT: Final = 1_000_000  # the context binds first; this keeps arithmetic sane
 DEFAULT_MAX_TOKENS: Final = 512
@@ -1120,7 +1121,10 @@ class Token:
     def from_json(cls, body: Json) -> Token:
         try:
             tokens = tuple(_count("tokens", token) for token in _list("tokens", body.get("tokens")))
-            return cls(_count("seq", body.get("seq")), tokens, _text("text", body.get("text")))
+            text = _text("text", body.get("text"))
+            if len(text) > MAX_STOP_CHARS + MAX_TOKEN_CHARS * len(tokens):  # some may have been held back
+                raise InvalidRequest(f"{len(text):,} characters in {plural(len(tokens), 'token')}")
+            return cls(_count("seq", body.get("seq")), tokens, text)
         except InvalidRequest as error:
             raise WireError(f"a piece of an answer that makes no sense ({error})") from None
 
@@ -4113,6 +4117,17 @@ def read_sealed_key(archive: Path) -> str | None:
         return members.read(SEALED_KEY_FILE).decode("ascii", errors="replace")
 
 
+def is_sealed(file: IO[bytes]) -> bool:
+    """Whether an archive holds a key, or is none, of which one cannot tell. Leaves the file at its beginning."""
+    try:
+        with zipfile.ZipFile(file) as members:
+            return SEALED_KEY_FILE in members.namelist()
+    except zipfile.BadZipFile:
+        return True
+    finally:
+        file.seek(0)
+
+
 def read_key_file(path: Path) -> str:
     """The text of a key file, or of that in a sealed archive. Raises UsageError; warns when others can read it."""
     try:
@@ -4523,6 +4538,20 @@ class SystemMonitor:
             self._own.nice(self._psutil.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else nice)
         except (self._psutil.Error, OSError) as error:
             log.warning("the priority cannot be set to %s: %s", nice, error)
+
+
+def raise_file_limit(wanted: int) -> int:
+    """Let this process open so many files, where the system lets it decide; returns how many it may."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:  # Windows has no such limit
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS tells of more than it gives
+            soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return int(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -7585,7 +7614,8 @@ async def _dial_as(address: Address, identity: Identity, membership: Membership)
     except TimeoutError:
         raise WorkerLost(f"{place} did not answer within {CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
-        raise WorkerLost(f"{place} cannot be reached: {error.strerror or error}") from None
+        why = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own words name the address again
+        raise WorkerLost(f"{place} cannot be reached: {why}") from None
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             await connection.secure(identity, membership)
@@ -9203,7 +9233,8 @@ class Client:
             self._search()
         elif not self.records():
             self.look_again()
-        deadline = self._loop.time() + min(DISCOVERY_TIMEOUT_S, timeout_s or self.settings.timeout_s)
+        began = self._loop.time()
+        deadline = began + min(DISCOVERY_TIMEOUT_S, timeout_s or self.settings.timeout_s)
         while (wait_s := self._discovery_wait_s(everything)) > 0:
             left = deadline - self._loop.time()
             if left <= 0:
@@ -9213,7 +9244,7 @@ class Client:
                 async with asyncio.timeout(min(left, wait_s)):
                     await self._changed.wait()
         if not self.records():
-            waited = self._loop.time() - self._opened_at
+            waited = self._loop.time() - began
             raise NoWorkerFound(f"no worker was found in {waited:.1f} s; tried: {self.tried()}")
 
     def _discovery_wait_s(self, everything: bool) -> float:
@@ -11601,7 +11632,7 @@ REST_OF_CONTEXT: Final = MAX_TOKENS_LIMIT  # what no limit means there: the cont
 
 # Parameters that do not change an answer: they say who asks, what OpenAI is to keep of it, or what may make it faster.
 _LABELS: Final = frozenset(
-    {"user", "safety_identifier", "metadata", "service_tier", "prediction"}
+    {"user", "safety_identifier", "metadata", "service_tier", "prediction", "store"}
     | {"prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
 )
 # Those that are not supported, and the values with which they ask for nothing.
@@ -11618,7 +11649,6 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
-    "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -11760,6 +11790,8 @@ def _api_sampling(given: Json) -> Sampling:
         if name not in given:
             continue
         value = _folded(given[name]) if name == "seed" else given[name]
+        if ours == "max_tokens" and value == -1:  # as llama.cpp's server takes it
+            continue
         try:
             Sampling.from_json({ours: value})
         except InvalidRequest as error:
@@ -11829,14 +11861,15 @@ def _api_messages(given: Json) -> list[Json]:
 
 def _api_message(name: str, value: Any) -> Message:
     body = _object(name, value)
-    _check_fields(name, body, "role", "content")
+    _check_fields(name, body, "role", "content", "name")  # of which the last says who, and not what
     with _parameter(f"{name}.role"):
         role = _one_of(f"{name}.role", body.get("role"), tuple(_API_ROLES))
     content = body.get("content")
     with _parameter(f"{name}.content"):
         if isinstance(content, list):
             content = "\n".join(_api_part(f"{name}.content[{at}]", part) for at, part in enumerate(content))
-        return Message(_API_ROLES[role], _text(f"{name}.content", content))
+        is_empty = content is None and role == "assistant"
+        return Message(_API_ROLES[role], "" if is_empty else _text(f"{name}.content", content))
 
 
 def _check_fields(name: str, body: Json, *supported: str) -> None:
@@ -11854,9 +11887,18 @@ def _api_part(name: str, value: Any) -> str:
     return _text(f"{name}.text", part.get("text"))
 
 
+def _api_texts(name: str, value: Any) -> tuple[str, ...]:
+    tokens = value[0] if isinstance(value, list) and value and isinstance(value[0], list) else value
+    if isinstance(tokens, list) and tokens and isinstance(tokens[0], int):
+        raise InvalidRequest(
+            f"{name} as tokens is not supported: send texts (check_embedding_ctx_length=False in LangChain)"
+        )
+    return _texts(name, value)
+
+
 def _api_prompts(given: Json) -> list[Json]:
     with _parameter("prompt"):
-        prompts = _texts("prompt", given.get("prompt"))
+        prompts = _api_texts("prompt", given.get("prompt"))
         if not prompts:
             raise InvalidRequest("the prompt is empty")
         return [{"prompt": prompt} for prompt in prompts]
@@ -11927,7 +11969,7 @@ class EmbeddingsRequest:
         given = {name: value for name, value in body.items() if value is not None}
         _check_supported(given, frozenset({"input", "model", "encoding_format"}))
         with _parameter("input"):
-            texts = _texts("input", given.get("input"))
+            texts = _api_texts("input", given.get("input"))
             if not 0 < len(texts) <= MAX_EMBED_INPUTS or not all(texts):
                 raise InvalidRequest(f"input takes 1 to {MAX_EMBED_INPUTS:,} texts that are not empty")
         with _parameter("model"):
@@ -12727,7 +12769,9 @@ MAX_HTTP_HEAD_BYTES: Final = 16 * 1024  # request line and headers; browsers sen
 MAX_HTTP_BODY_BYTES: Final = MAX_FRAME_BYTES - 64 * 1024  # it has to fit a frame to a worker, with what is added there
 MAX_HTTP_CHUNK_LINE_BYTES: Final = 1024  # a chunk's size in hexadecimal; extensions are not read
 MAX_HTTP_AHEAD_BYTES: Final = 64 * 1024  # sent before the answer to the request before it; more is hung up on
-MAX_HTTP_CONNECTIONS: Final = 512  # each takes a file descriptor; those that wait for a request make room
+MAX_HTTP_CONNECTIONS: Final = 512  # each takes a file descriptor; those of whom nothing is wanted yet make room
+MAX_HTTP_CONNECTIONS_PER_HOST: Final = 128  # a classroom behind one address; this machine's proxies may have all
+HTTP_FILES: Final = 4 * MAX_HTTP_CONNECTIONS  # that a process may open, where there is an HTTP server in it
 HTTP_REQUEST_TIMEOUT_S: Final = 20.0  # for a head and its body, from the first byte on
 HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; longer than most clients keep a connection
 HTTP_LINGER_S: Final = 2.0  # for a client to hear why it is hung up on, before what it still sends meets a closed door
@@ -12963,7 +13007,8 @@ class HttpConnection(asyncio.Protocol):
     """One client: its requests are answered one after the other."""
 
     def __init__(self, server: HttpServer) -> None:
-        self.is_idle = True  # waits for a request
+        self.is_expendable = True  # no request of it has been let in that is not answered
+        self.host = ""
         self._is_answering = False
         self._is_head = False  # the request that is being read or answered wants no body
         self._is_deaf = False  # what comes is not read any more
@@ -12981,6 +13026,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self.host = address_of(transport.get_extra_info("peername") or (UNSPECIFIED, 0))[0]
         transport.set_write_buffer_limits(HTTP_WRITE_BUFFER_BYTES)
         self._task = self._loop.create_task(self._serve())
         self._server.came(self, self._task)
@@ -13012,7 +13058,7 @@ class HttpConnection(asyncio.Protocol):
             self._task.cancel()
 
     def abort(self) -> None:
-        self.is_idle = False  # it makes room already
+        self.is_expendable = False  # it makes room already
         self._transport.abort()
 
     def close(self) -> None:
@@ -13040,7 +13086,7 @@ class HttpConnection(asyncio.Protocol):
 
     async def _refuse(self, error: HttpError) -> None:
         """Say why, and hang up; not at once, as what has not been read would then undo what was written."""
-        self._is_deaf = True
+        self._is_deaf = self.is_expendable = True
         await self._write_response(self._server.explain(error), closes=True, is_1_1=True)
         if self._transport.can_write_eof():
             self._transport.write_eof()
@@ -13048,14 +13094,13 @@ class HttpConnection(asyncio.Protocol):
 
     async def _answer_next(self) -> bool:
         """Read a request and answer it; False when no other one is to follow. Raises HttpError, and as `_write`."""
-        self.is_idle, self._is_answering, self._is_head = True, False, False
+        self.is_expendable, self._is_answering, self._is_head = True, False, False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HTTP_IDLE_TIMEOUT_S):
                 while not self._reader.begun:
                     await self._more()
         if not self._reader.begun:
             return False
-        self.is_idle = False
         try:
             async with asyncio.timeout(HTTP_REQUEST_TIMEOUT_S):
                 request = await self._read()
@@ -13071,6 +13116,7 @@ class HttpConnection(asyncio.Protocol):
             await self._more()
         self._is_head = head.method == "HEAD"
         self._server.admit(head)
+        self.is_expendable = False
         expects = head.is_1_1 and head.headers.get("expect", "").lower() == "100-continue"
         while (request := self._reader.request()) is None:
             if expects:
@@ -13161,6 +13207,7 @@ class HttpServer:
         self.explain = explain
         self.is_stopping = False
         self._handle = handle
+        self._most = min(MAX_HTTP_CONNECTIONS, raise_file_limit(HTTP_FILES) // 2)  # others need files, too
         self._connections: dict[HttpConnection, asyncio.Task[None]] = {}
         self._servers: list[asyncio.Server] = []
 
@@ -13171,27 +13218,35 @@ class HttpServer:
         self._servers = [await loop.create_server(lambda: HttpConnection(self), sock=sock) for sock in socks]
         return address_of(socks[0].getsockname())
 
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Accept no more, and end every connection; those that wait for an answer after `grace_s` at the latest."""
+    async def drain(self, grace_s: float) -> None:
+        """Accept no more, and let what is being answered come to its end, for so long."""
         self.is_stopping = True
         for server in self._servers:
             server.close()
-        for connection in [connection for connection in self._connections if connection.is_idle]:
+        for connection in [connection for connection in self._connections if connection.is_expendable]:
             connection.close()
+        if self._connections and grace_s:
+            await asyncio.wait(self._connections.values(), timeout=grace_s)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """End every connection; those that are being answered after `grace_s` at the latest."""
+        await self.drain(grace_s)
         tasks = list(self._connections.values())
-        if tasks and grace_s:
-            await asyncio.wait(tasks, timeout=grace_s)
         for connection in list(self._connections):
             connection.end()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def came(self, connection: HttpConnection, task: asyncio.Task[None]) -> None:
-        """A client has connected. Where there are too many, one that waits makes room, or this one is hung up on."""
+        """A client has connected. Where there are too many, the oldest one of whom nothing is wanted yet makes room, or
+        this one is hung up on.
+        """
+        same_host = [other for other in self._connections if other.host == connection.host]
         if self.is_stopping:
             connection.abort()
-        elif len(self._connections) >= MAX_HTTP_CONNECTIONS:
-            idle = next((other for other in self._connections if other.is_idle), connection)
-            idle.abort()
+        elif len(same_host) >= MAX_HTTP_CONNECTIONS_PER_HOST and not is_loopback(connection.host):
+            next((other for other in same_host if other.is_expendable), connection).abort()
+        elif len(self._connections) >= self._most:
+            next((other for other in self._connections if other.is_expendable), connection).abort()
         self._connections[connection] = task
         task.add_done_callback(functools.partial(self._went, connection))
 
@@ -14492,13 +14547,14 @@ class GatewayOptions:
     """What only a gateway needs to be told.
 
     port: as `bind_preferred` takes it. keys: those that open it; none opens it to all, which only the loopback may.
-    wait_s: how long a request may wait for a worker to take it.
+    wait_s: how long a request may wait for a worker to take it. grace_s: what is under way has, at the end.
     """
 
     host: str = LOOPBACK
     port: int | None = None
     keys: tuple[str, ...] = field(default=(), repr=False)
     wait_s: float = DEFAULT_GATEWAY_WAIT_S
+    grace_s: float = DEFAULT_GRACE_S
 
     def __post_init__(self) -> None:
         if not self.keys and not is_loopback(self.host):
@@ -14534,8 +14590,10 @@ def _api_key_file(told: str) -> str | None:
             return path.read_text("utf-8-sig")  # as some editors mark it
         except (OSError, ValueError) as error:
             raise UsageError(f"the API keys in {path} cannot be read ({error})") from None
-    if Path(told).is_absolute() or told.startswith(("~", ".")):
-        raise UsageError("the file with API keys is not there: a key itself must not look like the path of one")
+    if not set(told).isdisjoint("/\\.~"):
+        raise UsageError(
+            "the file with API keys is not there; and a key itself has none of / \\ . ~ unless it is in a file"
+        )
     return None
 
 
@@ -14604,8 +14662,10 @@ class Gateway:
             await self._client.discover(everything=True)
 
     async def stop(self) -> None:
-        """Let what is under way come to its end, for some seconds."""
-        await self._server.stop(DEFAULT_GRACE_S)
+        """Let what is under way come to its end, for some seconds; tell those who wait for the rest that it is lost."""
+        await self._server.drain(self.options.grace_s)
+        await self._client.links.close()
+        await self._server.stop(HTTP_LINGER_S)
         await self._tasks.close()
 
     # --- Who may come in ---
@@ -14651,11 +14711,11 @@ class Gateway:
         return HttpResponse(200, PAGE.encode(), "text/html; charset=utf-8", policy)
 
     async def _health(self, request: HttpRequest) -> HttpResponse:
-        """200 while some worker takes requests, as far as is known, else 503."""
-        records = self._client.records()
-        able = sum(record.state is not HealthState.OVERLOADED for record in records)
-        status = "ok" if able else "overloaded" if records else "no_workers"
-        body = {"status": status, "workers": len(records), "agent": AGENT}
+        """200 while some worker takes requests, else 503."""
+        workers = (await self._view.look())["workers"]
+        able = sum(worker["health"]["state"] != HealthState.OVERLOADED.value for worker in workers)
+        status = "ok" if able else "overloaded" if workers else "no_workers"
+        body = {"status": status, "workers": len(workers), "agent": AGENT}
         return json_response(body, 200 if able else 503)
 
     async def _mesh(self, request: HttpRequest) -> HttpResponse:
@@ -14676,11 +14736,12 @@ class Gateway:
         archive = running_archive()
         if archive is None:
             raise HttpError(404, "this gateway does not run from an archive, so there is none to hand out")
-        if not self._keys and await asyncio.to_thread(read_sealed_key, archive) is not None:
-            raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
         file = _open(archive)
         body = _file_pieces(file)
         await anext(body)
+        if not self._keys and await asyncio.to_thread(is_sealed, file):
+            await body.aclose()
+            raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
         headers = {"Content-Disposition": 'attachment; filename="qmesh.pyz"', **NOT_STORED}
         return HttpResponse(200, body, "application/octet-stream", headers, os.fstat(file.fileno()).st_size)
 
@@ -14696,7 +14757,10 @@ class Gateway:
 
     async def _model_names(self) -> list[str]:
         view = await self._view.look()
-        return sorted({printable(model["name"]) for worker in view["workers"] for model in worker["models"]})
+        names = {model["name"] for worker in view["workers"] for model in worker["models"]}
+        return sorted(
+            name for name in names if name == printable(name, MAX_ERROR_CHARS)
+        )  # the rest cannot be asked for
 
     async def _complete(self, request: HttpRequest) -> HttpResponse:
         """An answer to /v1/chat/completions or /v1/completions, in pieces or whole."""
@@ -14940,7 +15004,7 @@ async def metrics_page(tell: Callable[[], list[Metric]], host: str, port: int) -
             raise HttpError(404, "there is /metrics here, and nothing else")
         return metrics_response(tell())
 
-    server = HttpServer(answer)
+    server = HttpServer(answer, admit=_check_is_no_other_site if is_loopback(host) else lambda request: None)
     address = await server.start(host, port, DEFAULT_METRICS_PORT)
     try:
         yield f"http://{format_address(address)}/metrics"
@@ -15037,6 +15101,8 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
     )
     if arguments.gateway:
         gateway_options(arguments, settings)  # what is wrong with them is said before a model is loaded
+    elif arguments.http is not None or arguments.api_key is not None:
+        raise UsageError("--http and --api-key are for a gateway: add --gateway")
     worker = Worker(settings, options, os.environ)
     stop = asyncio.Event()
     with interrupts(stop):
@@ -15140,14 +15206,14 @@ async def serve_gateway(arguments: argparse.Namespace, settings: Settings) -> in
 def gateway_options(arguments: argparse.Namespace, settings: Settings) -> GatewayOptions:
     """Raises UsageError."""
     host, port = settings.http
-    return GatewayOptions(host, port, read_api_keys(settings.api_key), arguments.wait)
+    return GatewayOptions(host, port, read_api_keys(settings.api_key), arguments.wait, arguments.grace)
 
 
 @contextlib.asynccontextmanager
 async def gateway_of(arguments: argparse.Namespace, settings: Settings) -> AsyncGenerator[None, None]:
     """A gateway, from when it answers until it is left."""
     options = gateway_options(arguments, settings)
-    async with Client(settings) as client:
+    async with Client(replace(settings, model=None)) as client:  # who asks says which; a worker's is its own
         gateway = Gateway(client, options)
         url, *others = await gateway.start()
         try:
@@ -15566,7 +15632,7 @@ def run_complete(arguments: argparse.Namespace, settings: Settings) -> int:
     for name, (_, _, add_arguments, _) in _COMMANDS.items():
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        flags = re.findall(r"--[a-z][a-z-]*", parser.format_usage())
+        flags = re.findall(r"(?<![a-z])--[a-z][a-z-]*", parser.format_help())
         cases.append(f'    {name}) words="{" ".join(dict.fromkeys(flags))}" ;;')
     programs = " ".join(dict.fromkeys(("qmesh", "qmesh.py", "qmesh.pyz", program_name())))
     print(COMPLETION.format(commands=" ".join(_COMMANDS), cases="\n".join(cases), programs=programs))
@@ -15724,6 +15790,16 @@ def add_stall(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_grace(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--grace",
+        type=seconds(0, MAX_GRACE_S),
+        default=DEFAULT_GRACE_S,
+        metavar="S",
+        help=f"seconds to finish in when told to stop; the rest goes on elsewhere, if it can ({DEFAULT_GRACE_S:g})",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -15765,18 +15841,12 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nice", type=whole(-20, 19), default=DEFAULT_NICE, help=f"priority, 19 lowest ({DEFAULT_NICE})"
     )
-    parser.add_argument(
-        "--grace",
-        type=seconds(0, MAX_GRACE_S),
-        default=DEFAULT_GRACE_S,
-        metavar="S",
-        help=f"seconds to finish in when told to stop; the rest is handed over ({DEFAULT_GRACE_S:g})",
-    )
+    add_grace(parser)
     parser.add_argument(
         "--yield", dest="yields", action="store_true", help="hand over all work while others use the processor"
     )
     parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
-    parser.add_argument("--metrics", metavar="[HOST:]PORT", help=f"tell Prometheus here ({DEFAULT_METRICS_PORT})")
+    parser.add_argument("--metrics", metavar="[HOST:]PORT", help=f"tell Prometheus here, as at {DEFAULT_METRICS_PORT}")
     parser.add_argument("--gateway", action="store_true", help="open a gateway as well, as the command `gateway` does")
     gateway_group(parser)
     add_json(parser)
@@ -15798,6 +15868,8 @@ def gateway_group(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"seconds that a request may wait for a worker to take it ({DEFAULT_GATEWAY_WAIT_S:g})",
     )
+    add_timeout(parser)
+    add_stall(parser)
 
 
 def api_key_file(text: str) -> str:
@@ -15811,9 +15883,8 @@ def api_key_file(text: str) -> str:
 
 def gateway_arguments(parser: argparse.ArgumentParser) -> None:
     gateway_group(parser)
+    add_grace(parser)
     add_json(parser)
-    add_timeout(parser)
-    add_stall(parser)
     add_network(parser)
 
 

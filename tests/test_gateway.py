@@ -190,7 +190,7 @@ async def test_health_tells_whether_somebody_takes_requests(topic: str, tmp_path
     async with gateway_to(topic, tmp_path) as port:
         reply = await fetch(port, "/health")
         assert (reply.status, reply.json["status"], reply.json["workers"]) == (503, "no_workers", 0)
-    async with gateway_to(topic, tmp_path, ScriptedWorker(says("hi"), told_score=5)) as port:
+    async with gateway_to(topic, tmp_path, ScriptedWorker(says("hi"), score=5)) as port:
         reply = await fetch(port, "/health")
         assert (reply.status, reply.json["status"], reply.json["workers"]) == (503, "overloaded", 1)
     async with gateway_to(topic, tmp_path, ScriptedWorker(says("hi"))) as port:
@@ -635,8 +635,8 @@ async def test_one_reader_that_takes_nothing_keeps_nobody_else_waiting(
     async def floods(connection: Connection, request_id: str) -> bool:
         nonlocal tokens
         while worker.cancelled.empty():
-            await connection.send(token_frame(request_id, tokens, piece))
-            tokens += 1
+            await connection.send(qmesh.Token(tokens, tuple(range(50)), piece).to_json(request_id))
+            tokens += 50
             await asyncio.sleep(0.001)
         return True
 
