@@ -12027,12 +12027,14 @@ def api_error(error: QMeshError) -> tuple[int, Json]:
 # Rule 2: only what is wrong with a line itself is final. Whatever else kept it from its answer stands in the output as
 # an error, for whoever reads it, until the next run takes it out and asks again.
 # Rule 3: as many questions are under way as there are slots that nobody else uses: the mesh belongs to all its members.
-# Rule 4: memory does not grow with what is asked and answered: for each line there are two digests and a mark.
+# Rule 4: memory does not grow with what is asked and answered: a line takes about a hundred bytes, most for the
+# digest of its id, and what is read and not asked yet is BATCH_HELD lines.
 # ======================================================================================================
 
 MAX_BATCH_LINE_BYTES: Final = MAX_FRAME_BYTES  # a question that is longer could not be sent
 MAX_BATCH_OUT_BYTES: Final = 4 * MAX_FRAME_BYTES  # a line of ours: an id as long as its line, and an answer, in JSON
-MAX_BATCH_PARALLEL: Final = 1024  # questions under way: below the usual limit on open files, whatever the mesh has
+MAX_BATCH_PARALLEL: Final = 1024  # questions under way, whatever the mesh has: each is in memory, with its answers
+BATCH_HELD: Final = 256  # questions read past, as no worker has room for their model: others behind them need not wait
 # A killed process loses nothing that was written; a machine that loses power loses what its disk was not told.
 # Telling it of each answer would make it the slowest part, so it is told this often, and the rest is asked again.
 BATCH_SYNC_S: Final = 5.0
@@ -12045,7 +12047,11 @@ BATCH_WORD_S: Final = 30.0  # between two lines, where no terminal shows the bar
 BATCH_RATE_S: Final = 60.0  # the rate is that of the last minute: workers come and go
 MAX_GIVE_UP_S: Final = 30 * 24 * 3600.0  # a long holiday
 BATCH_YIELD_LINES: Final = 256  # lines that are answered already, read before others get the processor: some 5 ms
-OUTPUT_START: Final = b'{"id":'  # of every line that is written
+LOCK_NAME: Final = ".{}.qmesh-lock"  # beside the output, whose name it has in it: nobody else names a file so
+OUTPUT_STARTS: Final = (b'{"request_id":"batch_req_', b'{"id":"batch_req_')  # of the lines that are written
+TORN_LINE: Final = re.compile(  # what is left of one whose start is whole: its mark, as far as it goes
+    rb'\{"(?:request_id|id)":"batch_req_\d{0,15}(?:_[0-9a-f]{0,16}|_[0-9a-f]{16}".*)?', re.DOTALL
+)
 
 
 # --- The lines of the input ---
@@ -12110,7 +12116,7 @@ class Line:
     def failed(self, error: QMeshError) -> Json:
         told = {"code": failure_code(error), "message": str(error), "retryable": is_asked_again(error)}
         if not self.is_openai:
-            return {"id": self.name, "error": told, "request_id": str(self.mark)}
+            return {"request_id": str(self.mark), "id": self.name, "error": told}
         return {"id": str(self.mark), "custom_id": self.name, "response": None, "error": told}
 
 
@@ -12125,8 +12131,8 @@ class Question:
     def answered(self, answers: Sequence[Answer]) -> Json:
         name, mark = self.line.name, str(self.line.mark)
         if self.request is None:
-            told = {name: value for name, value in answers[0].to_json().items() if name != "timings"}
-            return {"id": name, **told, "request_id": mark}
+            told = {key: value for key, value in answers[0].to_json().items() if key not in ("timings", "request_id")}
+            return {"request_id": mark, "id": name, **told}
         body = Reply(self.request).whole(answers)
         response = {"status_code": 200, "request_id": self.jobs[0].request_id, "body": body}
         return {"id": mark, "custom_id": name, "response": response, "error": None}
@@ -12171,6 +12177,10 @@ def plain_job(body: Json, settings: Settings) -> Job:
 # --- The output ---
 
 
+def lock_of(path: Path) -> Path:
+    return path.with_name(LOCK_NAME.format(path.name))
+
+
 @contextlib.contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
     """Hold a file against every other process that would write it too. Raises UsageError when one does.
@@ -12178,8 +12188,11 @@ def sole_writer(path: Path) -> Iterator[None]:
     The lock stands beside the file, since that is replaced at times. Who ends takes it away; so a lock counts only
     when it is still the one that stands there.
     """
-    place = path.with_name(f"{path.name}.lock")
-    lock = None
+    place, lock = lock_of(path), None
+    with contextlib.suppress(FileNotFoundError):
+        found = place.stat()
+        if found.st_size or not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{place} is in the way, and no lock of ours: move it away, or name another output")
     while lock is None:
         lock = try_lock(place)
         if lock is None:
@@ -12197,6 +12210,22 @@ def sole_writer(path: Path) -> Iterator[None]:
         lock.close()
 
 
+def sync_folder(path: Path) -> None:
+    """Have the disk keep the names in a folder, as they are now, where the system can do that (Windows cannot)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def may_be_torn(line: bytes) -> bool:
+    """Whether what there is of a line begins as ours do; a power cut leaves zeros in place of the rest."""
+    left = line.strip(b"\0")
+    return any(start.startswith(left) for start in OUTPUT_STARTS) or TORN_LINE.fullmatch(left) is not None
+
+
 class Ledger:
     """Which lines of the input are answered, as the output tells; and the output itself, which only grows.
 
@@ -12211,6 +12240,7 @@ class Ledger:
         self.failed: Counter[str] = Counter()
         self._done = bytearray()
         self._end = self._synced_end = 0
+        self._failure: QMeshError | None = None  # why the output ends with half a line, and gets no other
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Ledger:
@@ -12222,6 +12252,7 @@ class Ledger:
             self._read_target()
             self._file = self._stack.enter_context(self.target.open("ab", buffering=0))
             self._end = self._synced_end = self._file.seek(0, os.SEEK_END)
+            sync_folder(self.target.parent)  # the file may be new, or have been replaced
         except BaseException as error:
             self._stack.close()
             if isinstance(error, OSError):
@@ -12246,6 +12277,8 @@ class Ledger:
                 raise UsageError(f"{path}: the {what} have to be in a file, so that a later run can go on with them")
         if self.target.exists() and self.source.samefile(self.target):
             raise UsageError(f"{self.target} holds the questions: name another file for the answers, with -o")
+        if self.source.resolve() == lock_of(self.target):
+            raise UsageError(f"{self.source} has the name of the output's lock: name another output")
         if not self.target.parent.is_dir():
             raise UsageError(f"{self.target} cannot be written: there is no folder {self.target.parent}")
 
@@ -12261,35 +12294,44 @@ class Ledger:
         """Take note of what is answered; take out what is to be asked again, and a torn line at the end."""
         if not self.target.exists():
             return
-        dropped, torn = bytearray(), 0
+        dropped, torn, doubtful, is_ours = bytearray(), 0, 0, False
         with self.target.open("rb") as file:
             for number, line in numbered_lines(file, MAX_BATCH_OUT_BYTES):
-                if line.endswith(b"\n"):
+                is_whole = line.endswith(b"\n")
+                if is_whole and b"\0" not in line:
                     dropped.append(not self._takes_note(number, line))
+                    is_ours = True
+                    continue
+                if not self._may_be_ours(line):
+                    raise self._foreign(number)
+                if not may_be_torn(line):
+                    doubtful = doubtful or number
+                if is_whole:
+                    dropped.append(True)
                 else:
-                    torn = self._torn(number, line)
+                    torn = len(line)
+        if doubtful and not is_ours:
+            raise self._foreign(doubtful)
         if any(dropped):
             self._rewrite(dropped)
         elif torn:
             with self.target.open("r+b") as file:
                 file.truncate(file.seek(-torn, os.SEEK_END))
 
-    def _torn(self, number: int, line: bytes) -> int:
-        """The size of a line without an end, if it is the beginning of one of ours."""
-        is_ours = len(line) <= MAX_BATCH_OUT_BYTES and OUTPUT_START.startswith(line.lstrip(b"\0")[: len(OUTPUT_START)])
+    @staticmethod
+    def _may_be_ours(line: bytes) -> bool:
+        """Whether a damaged line may be one of ours. A power cut, which leaves zeros, may take its beginning."""
+        if len(line) > MAX_BATCH_OUT_BYTES or (b"\0" not in line and not may_be_torn(line)):
+            return False
         try:
             with contextlib.suppress(WireError):  # what is torn is no JSON
                 Mark.of(parse_json(line))  # all but its end is there; or it is the only line of somebody else's file
         except ValueError:
-            is_ours = False
-        if not is_ours:
-            raise self._foreign(number)
-        return len(line)
+            return False
+        return True
 
     def _takes_note(self, number: int, line: bytes) -> bool:
         """Whether a line of the output stays. Raises UsageError when it answers something else than was asked here."""
-        if b"\0" in line:  # so a file may look after a power cut, and JSON never does
-            return False
         try:
             body = parse_json(line)
             mark = Mark.of(body)
@@ -12328,16 +12370,23 @@ class Ledger:
             self.failed[printable(code)] += 1
 
     def add(self, line: Line, body: Json) -> None:
-        """Answer a line. Raises QMeshError when that cannot be written; then the output ends with a whole line."""
-        data = memoryview(dump_json(body) + b"\n")
+        """Answer a line. Raises QMeshError when that cannot be written; then the output ends with a whole line, or
+        takes no other. Raises ValueError, before anything is written, for what is no JSON.
+        """
+        if self._failure is not None:
+            raise self._failure
+        data = memoryview(dump_line(body) + b"\n")
         size = len(data)
         try:
             while data:
                 data = data[self._file.write(data) or 0 :]
         except OSError as error:
-            with contextlib.suppress(OSError):
+            failure = self._unwritable(error)
+            try:
                 self._file.truncate(self._end)
-            raise self._unwritable(error) from None
+            except OSError:
+                self._failure = failure
+            raise failure from None
         self._end += size
         self._done[line.mark.line] = True
         self._count(body.get("error"))
@@ -12429,7 +12478,9 @@ class Asking:
 
     @property
     def model(self) -> str | None:
-        return self.question.jobs[0].model
+        """By `model_key`."""
+        model = self.question.jobs[0].model
+        return None if model is None else model_key(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -12460,11 +12511,11 @@ class Batch:
         self._ledger, self._settings, self._show = ledger, settings, show
         self._parallel, self._give_up_s = parallel, math.inf if give_up_s is None else give_up_s
         self._questions = Questions(ledger, settings).read()
-        self._again: deque[Asking] = deque()  # those that were under way once
-        self._next: Asking | None = None
+        self._is_all_read = False
+        self._held: dict[str | None, deque[Asking]] = {}  # by model: to be asked when a worker has room for it
         self._flying: dict[asyncio.Task[None], Asking] = {}
         self._rooms: dict[str, Room] = {}
-        self._ceiling = parallel  # goes down when all refuse, and up again with time
+        self._ceilings: dict[str | None, int] = {}  # by model: go down when all refuse, and up again with time
         self._is_anybody_there = True
         self._at_work = 0.0  # when a worker was, last
         self._wake = asyncio.Event()
@@ -12492,7 +12543,7 @@ class Batch:
         while not self._stop.is_set():
             self._wake.clear()  # before anything is waited for, so that no end of a task is missed
             await self._fill()
-            if not self._flying and self._next is None:
+            if self._is_all_read and not self._flying and not self._held:
                 return
             await self._wake.wait()
             self._settle(helpers)
@@ -12515,15 +12566,29 @@ class Batch:
         await self._stop.wait()
 
     async def _fill(self) -> None:
-        """Ask as much as there is room for."""
-        while not self._stop.is_set():
-            if self._next is None:
-                self._next = self._again.popleft() if self._again else await self._read()
-            if self._next is None or not self._has_room(self._next.model):
+        """Ask as much as there is room for. A question whose model has none is held, and others go past it."""
+        for model, held in list(self._held.items()):
+            while held and self._has_room(model):
+                self._begin(held.popleft())
+                self._held[model] = self._held.pop(model)  # next time the others come first
+            if not held:
+                del self._held[model]
+        while self._is_taking() and sum(map(len, self._held.values())) < BATCH_HELD:
+            asking = await self._read()
+            if asking is None:
                 return
-            task = asyncio.create_task(self._ask(self._next))
-            self._flying[task], self._next = self._next, None
-            task.add_done_callback(self._on_end)
+            if asking.model in self._held or not self._has_room(asking.model):
+                self._hold(asking)
+            else:
+                self._begin(asking)
+
+    def _hold(self, asking: Asking) -> None:
+        self._held.setdefault(asking.model, deque()).append(asking)
+
+    def _begin(self, asking: Asking) -> None:
+        task = asyncio.create_task(self._ask(asking))
+        self._flying[task] = asking
+        task.add_done_callback(self._on_end)
 
     async def _read(self) -> Asking | None:
         for question in self._questions:
@@ -12531,18 +12596,26 @@ class Batch:
                 return Asking(question)
             await asyncio.sleep(0)
             if self._stop.is_set():
-                break
+                return None
+        self._is_all_read = True
         return None
+
+    def _is_taking(self) -> bool:
+        is_anybody_there = bool(self._rooms) or self._is_anybody_there
+        return is_anybody_there and len(self._flying) < self._parallel and not self._stop.is_set()
 
     def _has_room(self, model: str | None) -> bool:
         """Whether one more may be asked. One always may where anybody is there, who then says what is wrong."""
-        if not self._rooms and not self._is_anybody_there:
-            return False
-        key = None if model is None else model_key(model)
-        free = sum(room.free for room in self._rooms.values() if key is None or key in room.models)
-        rivals = [asking.model for asking in self._flying.values()]
-        taken = sum(key is None or other is None or model_key(other) == key for other in rivals)
-        return taken < max(1, free) and len(rivals) < min(self._ceiling, self._parallel)
+        free = sum(room.free for room in self._rooms.values() if model is None or model in room.models)
+        most = min(max(1, free), self._ceilings.get(model, self._parallel))
+        return self._is_taking() and self._rivals(model) < most
+
+    def _rivals(self, model: str | None) -> int:
+        """How many of those under way have room that a question for this model, or for any, could have."""
+        return sum(
+            asking.model == model or (not asking.waits if model is None else asking.model is None)
+            for asking in self._flying.values()
+        )
 
     async def _ask(self, asking: Asking) -> None:
         question, failure = asking.question, None
@@ -12555,12 +12628,23 @@ class Batch:
             failure = error
         asking.worker = ""
         if failure is None:
-            self._ledger.add(question.line, question.answered(asking.answers))
+            failure = self._write(asking)
+        if failure is None:
             self.tally.count(asking.answers)
         elif self._is_put_back(asking, failure):
-            self._again.append(asking)
+            self._hold(asking)
         else:
             self._ledger.add(question.line, question.line.failed(failure))
+
+    def _write(self, asking: Asking) -> WireError | None:
+        """Write an answer, or say why that answer cannot be written. Raises QMeshError when no other could be."""
+        question, answers = asking.question, asking.answers
+        try:
+            self._ledger.add(question.line, question.answered(answers))
+        except ValueError as error:
+            asking.answers = []  # another worker may have a better one
+            return WireError(f"the answer cannot be written: {error}")
+        return None
 
     async def _answer(self, asking: Asking, job: Job) -> Answer:
         request = asking.question.request
@@ -12568,9 +12652,11 @@ class Batch:
         async with contextlib.aclosing(self._mesh.run(job, worker=request.worker if request else None)) as events:
             async for event in events:
                 if isinstance(event, Answer):
+                    self._at_work = asyncio.get_running_loop().time()
                     return event
                 self._note(asking, event)
-                if isinstance(event, Queued) and event.wait_s > BATCH_QUEUE_S and len(self._flying) > 1:
+                is_long = isinstance(event, Queued) and event.wait_s > BATCH_QUEUE_S
+                if is_long and self._rivals(asking.model) > 1:
                     raise Refused("the line of the worker is long")
         raise WorkerLost("the answer has no end")
 
@@ -12586,14 +12672,14 @@ class Batch:
         elif isinstance(event, (Lost, Waiting)):
             asking.worker, asking.waits = "", False
             if isinstance(event, Waiting):
-                self._be_modest()
+                self._be_modest(asking.model)
 
     def _is_put_back(self, asking: Asking, error: QMeshError) -> bool:
         """Whether a question is asked again in this run: no worker took it, or those that did were lost."""
         was_late = isinstance(error, DeadlineExceeded) and asking.waits
         asking.waits = False
         if was_late or isinstance(error, Refused):
-            self._be_modest()
+            self._be_modest(asking.model)
             return True
         request = asking.question.request
         if isinstance(error, NoWorkerFound) and (request is None or request.worker is None):
@@ -12601,32 +12687,43 @@ class Batch:
         asking.losses += 1
         return isinstance(error, (WorkerLost, WireError, NoWorkerFound)) and asking.losses < BATCH_ATTEMPTS
 
-    def _be_modest(self) -> None:
-        self._ceiling = max(1, min(self._ceiling, len(self._flying)) - 1)
+    def _be_modest(self, model: str | None) -> None:
+        self._ceilings[model] = max(1, min(self._ceilings.get(model, self._parallel), self._rivals(model)) - 1)
 
     # --- Beside the asking ---
 
     async def _look_on(self) -> None:
         """See who is there and what they have room for, again and again. Raises NoWorkerFound to give up."""
+        clock = asyncio.get_running_loop().time
         while True:
+            began = clock()
             await self._look()
-            if any(asking.worker and not asking.waits for asking in self._flying.values()):
-                self._at_work = asyncio.get_running_loop().time()  # long prompts are read in silence
-            idle_s = asyncio.get_running_loop().time() - self._at_work
-            if idle_s > self._give_up_s:
+            is_at_work = any(asking.worker and not asking.waits for asking in self._flying.values())
+            if is_at_work or self._is_anybody_able():
+                self._at_work = clock()  # long prompts are read in silence
+            idle_s = clock() - self._at_work
+            if idle_s > self._give_up_s and self._at_work < began:
                 raise NoWorkerFound(f"no worker was at work for {duration(idle_s)}; tried: {self._mesh.tried()}")
             self._wake.set()
             if self._is_anybody_there:  # else it has waited for somebody as long already
                 await asyncio.sleep(BATCH_LOOK_S)
 
+    def _is_anybody_able(self) -> bool:
+        """Whether a worker is idle that will be at work on a question at once, as far as they are read."""
+        wanted = {*self._held, *(asking.model for asking in self._flying.values())}
+        is_for_any = not wanted or None in wanted
+        return any(room.free and (is_for_any or wanted & room.models) for room in self._rooms.values())
+
     async def _look(self) -> None:
         left_s = self._at_work + self._give_up_s - asyncio.get_running_loop().time()
+        look_s = max(left_s, LOOKUP_DEADLINE_S)  # who is there is found first, and given up then
         with contextlib.suppress(NoWorkerFound):
-            await self._mesh.discover(everything=True, timeout_s=max(left_s, MIN_TIMEOUT_S))
+            await self._mesh.discover(everything=True, timeout_s=look_s)
         workers, _ = await self._mesh.statuses()
         ours = Counter(asking.worker for asking in self._flying.values())
         self._rooms = {status["worker_id"]: Room.at(status, ours[status["worker_id"]]) for status in workers}
-        self._ceiling = min(self._parallel, self._ceiling + 1 + self._ceiling // 4)
+        raised = {model: ceiling + 1 + ceiling // 4 for model, ceiling in self._ceilings.items()}
+        self._ceilings = {model: ceiling for model, ceiling in raised.items() if ceiling < self._parallel}
         was_there, self._is_anybody_there = self._is_anybody_there, bool(self._mesh.records())
         if was_there and not self._is_anybody_there:
             self._show.say(f"⏳ No worker is there; waiting for one, Ctrl-C ends. Tried: {self._mesh.tried()}")

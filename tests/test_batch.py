@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import io
 import json
 import os
 import pty
@@ -11,6 +13,7 @@ import random
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -141,8 +144,8 @@ class Gate:
 class Echo:
     """A worker that answers "answer to" what it is asked, while `gate` is open. at_once: the most it had at a time."""
 
-    def __init__(self, *, slots: int = 4) -> None:
-        self.worker = ScriptedWorker(self.script)
+    def __init__(self, *, slots: int = 4, model: str = "tiny") -> None:
+        self.worker = ScriptedWorker(self.script, model=model)
         self.slots = slots
         self.others = 0
         self.gate = Gate()
@@ -157,7 +160,7 @@ class Echo:
         """What its status says from now on."""
         held = {"active": len(self.active) + self.others, "waiting": 0, "capacity": 16}
         load = {"health": health_of(80), "slots": self.slots, "queue": held, "speed": 1.0}
-        self.worker.status = {**load, "models": [{"name": "tiny"}]}
+        self.worker.status = {**load, "models": [{"name": self.worker.model}]}
 
     async def script(self, connection: Connection, request_id: str) -> bool:
         self.active.add(request_id)
@@ -444,7 +447,19 @@ async def test_a_broken_line_that_was_mended_and_lines_that_were_added_are_asked
     check_each_once(target, 5)
 
 
-@pytest.mark.parametrize("tail", [b'{"id":"q', b"{", b"\0" * 700, b'{"id":"\0\0', b'{"id":"x","text":"' + b"y" * 9000])
+TORN = [
+    b"{",
+    b'{"id":"batch_r',
+    b'{"request_id":"batch_req_3',
+    b'{"request_id":"batch_req_3_0123456789abcdef","id":"x","text":"' + b"y" * 9000,
+    b"\0" * 700,
+    b'{"id":"\0\0',
+    b'\0\0 and the end"}',
+    b'\0\0 and the end"}\n{"requ',
+]
+
+
+@pytest.mark.parametrize("tail", TORN)
 @in_a_loop
 async def test_a_torn_last_line_is_asked_again(place: harness.Mesh, source: Path, target: Path, tail: bytes) -> None:
     write(source, map(asks, range(3)))
@@ -455,6 +470,15 @@ async def test_a_torn_last_line_is_asked_again(place: harness.Mesh, source: Path
         summary = await Run(place).to_its_end()
     assert (summary["answered"], len(echo.worker.prompts)) == (3, 4)
     check_each_once(target, 3)
+
+
+@pytest.mark.parametrize("tail", [each for each in TORN if not each.startswith(b"\0\0 ")])
+def test_a_torn_line_that_is_all_there_is_is_known_by_its_beginning(source: Path, target: Path, tail: bytes) -> None:
+    write(source, map(asks, range(3)))
+    put(target, tail)
+    with Ledger(source, target) as ledger:
+        assert ledger.left == 3
+    assert content(target) == b""
 
 
 @in_a_loop
@@ -474,6 +498,11 @@ FOREIGN = {
     "prose without an end": b"Dear diary",
     "questions": b'{"id": "q1", "prompt": "hi"}\n',
     "one question without an end": b'{"id":"q1","prompt":"hi"}',
+    "half a question without an end": b'{"id":"q1","prompt":"hi",',
+    "half a note without an end": b'{"id": 7, "note": "mine",}',
+    "half a batch of OpenAI's": b'{"id":"batch_req_6f2e","custom_id":"q0","resp',
+    "text in UTF-16": "a diary\n".encode("utf-16"),
+    "zeros, and then something": b"\0\0\0 of mine",
     "a batch of OpenAI's": b'{"id": "batch_req_6f2e", "custom_id": "q0", "response": {}, "error": null}\n',
 }
 
@@ -490,6 +519,104 @@ def test_a_file_of_somebody_elses_is_refused_and_left_as_it_is(
     ):
         pass
     assert content(target) == theirs
+
+
+@in_a_loop
+async def test_what_somebody_wrote_behind_the_answers_is_refused_and_left(
+    place: harness.Mesh, source: Path, target: Path
+) -> None:
+    write(source, map(asks, range(3)))
+    async with Echo().on(place.topic):
+        await Run(place).to_its_end()
+    put(target, whole := content(target) + b"a note of mine")
+    with pytest.raises(qmesh.UsageError, match="its line 4 is none that this command writes"), Ledger(source, target):
+        pass
+    assert content(target) == whole
+
+
+@pytest.mark.parametrize("sign", ["\x85", "\u2028", "\u2029"])
+def test_an_answer_is_one_line_for_readers_too_that_know_more_line_ends(source: Path, target: Path, sign: str) -> None:
+    write(source, [asks(1)])
+    with Ledger(source, target) as ledger:
+        (question,) = filter(None, qmesh.Questions(ledger, Settings()).read())
+        ledger.add(question.line, {"request_id": str(question.line.mark), "text": f"a{sign}b"})
+    (line,) = content(target).decode().splitlines()
+    assert json.loads(line)["text"] == f"a{sign}b"
+
+
+@in_a_loop
+async def test_an_answer_that_cannot_be_written_fails_its_own_line_alone(
+    place: harness.Mesh, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(source, map(asks, range(4)))
+    answered = qmesh.Question.answered
+
+    def unwritable(self: qmesh.Question, answers: Any) -> Json:
+        return answered(self, answers) | ({"text": float("nan")} if self.line.name == "q1" else {})
+
+    monkeypatch.setattr(qmesh.Question, "answered", unwritable)
+    async with Echo().on(place.topic) as echo:
+        summary = await Run(place).to_its_end()
+    assert (summary["answered"], summary["failed"]) == (3, {qmesh.WireError.code: 1})
+    assert echo.answered == 3 + qmesh.BATCH_ATTEMPTS
+    (error,) = [line["error"] for line in read(target) if line.get("error")]
+    assert (error["message"].partition(": ")[0], error["retryable"]) == ("the answer cannot be written", True)
+
+
+def test_the_disk_is_told_of_a_new_output_and_of_one_that_took_its_place(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[os.stat_result] = []
+    fsync = os.fsync
+
+    def noted(handle: int) -> None:
+        told.append(os.fstat(handle))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write(source, map(asks, range(2)))
+    for _ in range(2):
+        told.clear()
+        with Ledger(source, target) as ledger:
+            assert os.path.samestat(told[-1], target.parent.stat())
+            question = next(filter(None, qmesh.Questions(ledger, Settings()).read()))
+            ledger.add(question.line, question.line.failed(qmesh.DeadlineExceeded("late")))
+    assert [stat.S_ISDIR(each.st_mode) for each in told] == [False, True, False]
+
+
+class BrokenDisk(io.FileIO):
+    """Takes half of the first line, and then cannot take that back."""
+
+    def write(self, data: Any) -> int:
+        if self.tell() == 0:
+            return super().write(bytes(data[: len(data) // 2]))
+        raise OSError(errno.EIO, "Input/output error")
+
+    def truncate(self, size: int | None = None) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_after_half_a_line_that_cannot_be_taken_back_nothing_is_written(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(source, map(asks, range(2)))
+    opened = Path.open
+
+    def open_path(self: Path, mode: str = "r", *args: Any, **more: Any) -> Any:
+        is_output = self == target.resolve() and mode == "ab"
+        return BrokenDisk(self, "ab") if is_output else opened(self, mode, *args, **more)
+
+    monkeypatch.setattr(Path, "open", open_path)
+    with Ledger(source, target) as ledger:
+        lines = [question.line for question in filter(None, qmesh.Questions(ledger, Settings()).read())]
+        with pytest.raises(qmesh.QMeshError, match="cannot be written"):
+            ledger.add(lines[0], {"id": str(lines[0].mark)})
+        torn = content(target)
+        monkeypatch.setattr(BrokenDisk, "write", io.FileIO.write)
+        with pytest.raises(qmesh.QMeshError, match="cannot be written"):
+            ledger.add(lines[1], {"id": str(lines[1].mark)})
+        assert content(target) == torn != b""
+        assert ledger.left == 2
 
 
 @in_a_loop
@@ -526,6 +653,26 @@ def test_what_cannot_be_a_batch_is_refused_with_exit_code_2(place: harness.Mesh,
         assert (finished.returncode, finished.stdout) == (2, ""), finished.stderr
         assert words in finished.stderr
     assert not target.exists() or content(target) == b""
+
+
+def test_no_file_of_somebody_elses_is_taken_for_the_lock(tmp_path: Path, target: Path) -> None:
+    """Not even the questions, whatever their name is; and none of these is touched."""
+    lock = tmp_path / ".out.jsonl.qmesh-lock"
+    for source, size in ((tmp_path / "out.jsonl.lock", 1), (lock, 1), (lock, 0)):
+        write(source, map(asks, range(size)))
+        before = content(source)
+        is_lock = pytest.raises(qmesh.UsageError, match="name of the output's lock")
+        with is_lock if source == lock else contextlib.nullcontext(), Ledger(source, target) as ledger:
+            assert ledger.left == size
+            assert lock.exists()
+        assert source.exists()
+        assert content(source) == before
+        assert lock.exists() == (source == lock)
+    put(lock, b"a note")
+    write(other := tmp_path / "in.jsonl", [asks(0)])
+    with pytest.raises(qmesh.UsageError, match="is in the way, and no lock of ours"), Ledger(other, target):
+        pass
+    assert content(lock) == b"a note"
 
 
 @in_a_loop
@@ -616,6 +763,60 @@ async def test_it_grows_with_the_mesh_and_makes_room_for_others(
             summary = await ending
     assert summary["answered"] == 100
     check_each_once(target, 100)
+
+
+def wants(number: int, model: str | None) -> Json:
+    return {"id": f"q{number}", "prompt": f"question {number}"} | ({"model": model} if model else {})
+
+
+@contextlib.asynccontextmanager
+async def busy_and_idle(topic: str) -> AsyncIterator[tuple[Echo, Echo]]:
+    """A worker whose only slot is somebody else's, so that we stand in its line; and one that is idle."""
+    busy, idle = Echo(slots=1, model="big"), Echo(slots=1)
+    busy.gate.clear()
+    busy.others = 1
+    busy.tell()
+
+    async def lines_up(connection: Connection, request_id: str) -> bool:
+        await connection.send({"type": "inference_queued", "position": 1, "wait_s": 60.0, "request_id": request_id})
+        return await busy.script(connection, request_id)
+
+    busy.worker.script = lines_up
+    async with busy.on(topic), idle.on(topic):
+        yield busy, idle
+
+
+@in_a_loop
+async def test_questions_for_a_busy_model_hold_up_no_others(
+    place: harness.Mesh, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "BATCH_LOOK_S", 0.1)
+    write(source, [wants(number, "big" if number < 20 else (None, "tiny")[number % 2]) for number in range(40)])
+    async with busy_and_idle(place.topic) as (busy, idle):
+        ending = asyncio.create_task(Run(place).to_its_end())
+        await until(lambda: idle.answered >= 20)
+        assert busy.answered == 0
+        assert busy.at_once == 1
+        busy.gate.set()
+        assert (await ending)["answered"] == 40
+    check_each_once(target, 40)
+
+
+@in_a_loop
+async def test_only_so_many_questions_are_held_for_a_busy_model(
+    place: harness.Mesh, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "BATCH_LOOK_S", 0.1)
+    monkeypatch.setattr(qmesh, "BATCH_HELD", 3)
+    write(source, [wants(number, "tiny" if number in (3, 9) else "big") for number in range(10)])
+    async with busy_and_idle(place.topic) as (busy, idle):
+        ending = asyncio.create_task(Run(place).to_its_end())
+        await until(lambda: idle.answered == 1)
+        await looked_at(idle)
+        assert (busy.answered, idle.answered) == (0, 1)
+        busy.gate.set()
+        assert (await ending)["answered"] == 10
+    check_each_once(target, 10)
 
 
 @in_a_loop
@@ -718,10 +919,39 @@ def test_it_gives_up_with_exit_code_3_where_that_was_asked_for(place: harness.Me
 
 
 @in_a_loop
+async def test_it_does_not_give_up_where_a_worker_is_there(
+    place: harness.Mesh, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither before it is found, nor while it is at work, nor between two questions."""
+    monkeypatch.setattr(qmesh, "BATCH_LOOK_S", 0.01)
+    write(source, map(asks, range(10)))
+    async with Echo(slots=2).on(place.topic) as echo:
+        echo.gate.clear()
+        ending = asyncio.create_task(Run(place, give_up_s=0.0).to_its_end())
+        await until(lambda: echo.worker.statuses > 9 or ending.done())
+        echo.gate.set()
+        assert (await ending)["answered"] == 10
+    check_each_once(target, 10)
+
+
+@in_a_loop
+async def test_it_gives_up_where_all_workers_that_have_the_model_are_busy_with_others(
+    place: harness.Mesh, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "BATCH_LOOK_S", 0.1)
+    write(source, [wants(0, "big")])
+    async with busy_and_idle(place.topic) as (busy, _):
+        with pytest.raises(qmesh.NoWorkerFound, match="no worker was at work for"):
+            await Run(place, give_up_s=0.5).to_its_end()
+        assert len(busy.worker.prompts) == 1
+
+
+@in_a_loop
 async def test_what_ends_it_is_not_missed_while_answered_lines_are_passed_over(
     place: harness.Mesh, source: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qmesh, "BATCH_YIELD_LINES", 1)
+    monkeypatch.setattr(qmesh, "LOOKUP_DEADLINE_S", 0.3)
     write(source, map(asks, range(5000)))
     with Ledger(source, target) as ledger:
         for question in filter(None, qmesh.Questions(ledger, Settings()).read()):
@@ -862,7 +1092,7 @@ async def test_a_file_of_200_000_lines_that_are_answered_already_takes_little_me
             if number < count:
                 mark = qmesh.Mark(number, qmesh.digest_of(question))
                 answers.write(
-                    b'{"id":"q%d","text":"%s","request_id":"%s"}\n' % (number, b"word " * 40, str(mark).encode())
+                    b'{"request_id":"%s","id":"q%d","text":"%s"}\n' % (str(mark).encode(), number, b"word " * 40)
                 )
     async with Echo().on(place.topic) as echo:
         peaks: list[int] = []

@@ -709,8 +709,9 @@ def test_keys_that_cannot_be_used_are_refused(tmp_path: Path, content: bytes) ->
 def test_the_name_of_a_file_that_cannot_be_had_is_no_key(tmp_path: Path, name: str) -> None:
     with pytest.raises(qmesh.UsageError, match="API keys"):
         qmesh.read_api_keys(str(tmp_path / name))
-    with pytest.raises(qmesh.UsageError, match="API keys"):
-        qmesh.read_api_keys("~nobody-of-this-name/keys")
+    for name_alone in ("~nobody-of-this-name/keys", "lab-keys.txt", "secrets/keys", "secrets\\keys"):
+        with pytest.raises(qmesh.UsageError, match="API keys"):
+            qmesh.read_api_keys(name_alone)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
@@ -807,6 +808,25 @@ async def test_a_gateway_that_is_told_to_stop_lets_a_stream_come_to_its_end(topi
         assert process.stdout is not None
         assert json.loads(await process.stdout.readline()) == {"event": "stopped"}
         assert await process.wait() == 0
+
+
+@in_a_loop
+async def test_a_stream_that_does_not_end_in_time_is_told_that_it_is_cut(topic: str, tmp_path: Path) -> None:
+    worker = ScriptedWorker(sends(token_frame("", 0, "he")))
+    async with mesh_of(topic, tmp_path, worker) as client:
+        gateway = Gateway(client, GatewayOptions(LOOPBACK, 0, grace_s=0.1))
+        url, *_ = await gateway.start()
+        async with connected(urllib.parse.urlsplit(url).port or 0) as peer:
+            peer.post(CHAT_PATH, STREAM)
+            assert (await peer.head()).status == 200
+            body = await peer.chunk()
+            stopping = asyncio.create_task(gateway.stop())
+            while chunk := await peer.chunk():
+                body += chunk
+            await stopping
+    *said, last = Events.of(body).data
+    assert said
+    assert last["error"]["type"] == "server_error"
 
 
 @pytest.fixture(scope="module")

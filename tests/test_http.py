@@ -676,6 +676,17 @@ async def test_a_connection_that_waits_makes_room_for_a_new_one(monkeypatch: pyt
 
 
 @in_a_loop
+async def test_so_does_one_whose_request_has_begun_and_was_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmesh, "MAX_HTTP_CONNECTIONS", 2)
+    async with serving(echo) as (_, port), connected(port) as first, connected(port) as second:
+        for peer in (first, second):
+            peer.send(b"G")
+        for _ in range(3):
+            assert (await fetch(port)).status == 200
+        assert await is_hung_up(first)
+
+
+@in_a_loop
 async def test_where_all_are_at_work_a_new_one_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmesh, "MAX_HTTP_CONNECTIONS", 1)
     blocked = Blocked()

@@ -154,6 +154,7 @@ NEUTRAL = [
     ("tools", []),
     ("top_logprobs", 0),
     ("user", "me"),
+    ("store", True),
     ("metadata", {"a": "b"}),
     ("safety_identifier", "x"),
     ("prompt_cache_key", "x"),
