@@ -12725,7 +12725,7 @@ class Batch:
         raised = {model: ceiling + 1 + ceiling // 4 for model, ceiling in self._ceilings.items()}
         self._ceilings = {model: ceiling for model, ceiling in raised.items() if ceiling < self._parallel}
         was_there, self._is_anybody_there = self._is_anybody_there, bool(self._mesh.records())
-        if was_there and not self._is_anybody_there:
+        if was_there and not self._is_anybody_there and not self._stop.is_set():
             self._show.say(f"⏳ No worker is there; waiting for one, Ctrl-C ends. Tried: {self._mesh.tried()}")
         elif self._is_anybody_there and not was_there:
             self._show.say(f"🌐 Discovered {plural(len(workers), 'worker')}")
@@ -12841,8 +12841,9 @@ def batch_summary(ledger: Ledger, tally: Tally, seconds: float) -> Json:
 def tell_summary(ledger: Ledger, tally: Tally, seconds: float, terminal: Terminal) -> None:
     failed = ledger.failed
     tokens = f"{tally.tokens['completion_tokens']:,} tokens"
+    sign = "✅" if ledger.answered == ledger.total else "🧮"
     terminal.say(
-        f"✅ {ledger.answered:,} of {ledger.total:,} answered; in this run {tally.answered:,}, with {tokens} from "
+        f"{sign} {ledger.answered:,} of {ledger.total:,} answered; in this run {tally.answered:,}, with {tokens} from "
         f"{plural(len(tally.workers), 'worker')}, in {duration(seconds)}"
     )
     if failed:
@@ -12850,7 +12851,7 @@ def tell_summary(ledger: Ledger, tally: Tally, seconds: float, terminal: Termina
         terminal.say(f"❌ {failed.total():,} failed: {reasons}. {ledger.target.name} says why each did")
     again = ledger.left + failed.total() - failed[InvalidRequest.code]
     if again:
-        terminal.say(f"👉 Run the same command again to have {plural(again, 'line')} asked that may be answered then")
+        terminal.say(f"👉 Run the same command again to ask {plural(again, 'line')} again")
 
 
 # ======================================================================================================

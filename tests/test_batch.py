@@ -982,7 +982,7 @@ async def test_an_interrupt_lets_what_is_under_way_end_takes_nothing_new_and_say
         echo.gate.set()
         code, _, stderr = await ended(process)
         assert code == qmesh.EXIT_INTERRUPTED
-        assert "✅ 2 of 30 answered" in stderr
+        assert "🧮 2 of 30 answered" in stderr
         assert "Run the same command again to have 28 lines asked" in stderr
         assert "Traceback" not in stderr
         assert len(read(target)) == echo.answered == 2
@@ -1045,7 +1045,7 @@ async def test_on_a_terminal_a_bar_is_redrawn_in_place(place: harness.Mesh, sour
     assert bars
     assert all("/7, " in bar and "in flight" in bar for bar in bars)
     last = shown.splitlines()[-2:]
-    assert last[0].startswith("✅ 6 of 7 answered; in this run 6, with 6 tokens from 1 worker, in ")
+    assert last[0].startswith("🧮 6 of 7 answered; in this run 6, with 6 tokens from 1 worker, in ")
     assert last[1] == "❌ 1 failed: 1 invalid_request. out.jsonl says why each did"
 
 
