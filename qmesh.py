@@ -297,7 +297,7 @@ MIN_CONTEXT: Final = 256
 MIN_CHUNK_TOKENS: Final = 16  # of prompt in one step, however slow the machine: less is all overhead
 FIRST_CHUNK_TOKENS: Final = 64  # while its speed is not known
 MAX_CHUNK_TOKENS: Final = 512  # larger ones are no faster
-STEP_S: Final = 0.5  # a step may take about this long: cancelling and deadlines take effect between two
+STEP_S: Final = 0.5  # a step takes about this long, but for a long text to embed; cancelling takes effect between two
 SHARED_STEP_S: Final = 0.2  # while answers are written: the gap that a reader of one sees beside a long prompt
 QUEUE_NEWS_S: Final = 2.0  # who waits hears at least this often how the expected wait has changed
 MAX_GPU_LAYERS: Final = 10_000  # the deepest models have some hundreds
@@ -305,7 +305,10 @@ MEMORY_RESERVE: Final = 0.1  # share of the free memory that loading a model lea
 DEFAULT_GRACE_S: Final = 5.0  # a worker that is told to stop hands over what is not finished by then
 MAX_GRACE_S: Final = 3600.0
 ENGINE_JOIN_S: Final = 5.0  # for llama.cpp to end its step, when a worker ends
-ENGINE_STUCK_S: Final = 120.0  # a step takes a second or so, and the first on a slow machine half a minute
+MAX_TEXT_S: Final = 30.0  # for a text to embed, as reckoned: it is one step, in which nobody else is served
+# A step takes a second or so, and the first on a slow machine half a minute. A text to embed may take a few times
+# MAX_TEXT_S: long ones need more for each token than short ones, and the machine's owner may come back meanwhile.
+ENGINE_STUCK_S: Final = 120.0
 YIELD_ABOVE: Final = 50.0  # per cent of the processor in use by others: with --yield the worker makes way
 YIELD_BELOW: Final = 25.0  # and takes work again
 DEFAULT_NICE: Final = 10  # whoever sits at the machine goes first
@@ -1089,9 +1092,12 @@ class EmbedJob:
     @classmethod
     def from_json(cls, body: Json) -> EmbedJob:
         """Raises InvalidRequest, naming the field."""
+        texts = _list("texts", body.get("texts"))
+        if len(texts) <= MAX_EMBED_TEXTS:  # of more none is looked at, as the constructor refuses them
+            texts = [_text(f"texts[{at}]", text) for at, text in enumerate(texts)]
         return cls(
             request_id=_text("request_id", body.get("request_id")),
-            texts=tuple(_text(f"texts[{at}]", text) for at, text in enumerate(_list("texts", body.get("texts")))),
+            texts=tuple(texts),
             model=_text("model", body["model"]) if "model" in body else None,
             resume=Resume.from_json(body["resume"]) if "resume" in body else None,
             timeout_s=_number("timeout_s", body.get("timeout_s", DEFAULT_TIMEOUT_S)),
@@ -1179,8 +1185,9 @@ class Embeddings:
     """The embeddings of some texts, in their order, each of length 1: the product of two is their likeness.
 
     data: the vectors' numbers one after the other, as 32-bit floating-point numbers, little-endian; `dimensions` of
-    them each. usage: prompt_tokens. worker_id: who made them, or the first of them. fingerprint: the model's, in
-    hexadecimal; only what the same model made can be compared.
+    them each. Those from elsewhere are finite: `from_json` looks at them, once. usage: prompt_tokens. worker_id: who
+    made them, or the first of them. fingerprint: the model's, in hexadecimal; only what the same model made can be
+    compared.
     """
 
     data: bytes = field(repr=False)
@@ -1195,8 +1202,6 @@ class Embeddings:
             raise InvalidRequest(f"dimensions must be from 1 to {MAX_DIMENSIONS}, not {self.dimensions}")
         if not self.data or len(self.data) % (FLOAT_BYTES * self.dimensions):
             raise InvalidRequest(f"vectors must hold whole vectors, not {len(self.data)} bytes")
-        if not all(map(math.isfinite, self._numbers())):
-            raise InvalidRequest("vectors must hold finite numbers")
 
     def __len__(self) -> int:
         return len(self.data) // (FLOAT_BYTES * self.dimensions)
@@ -1218,12 +1223,15 @@ class Embeddings:
     def from_json(cls, body: Json) -> Embeddings:
         try:
             usage = _object("usage", body.get("usage"))
-            return cls(
+            made = cls(
                 data=base64.b64decode(_text("vectors", body.get("vectors")).encode(), validate=True),
                 dimensions=_integer("dimensions", body.get("dimensions")),
                 usage=_usage(usage),
                 **{name: _text(name, body.get(name)) for name in ("model", "worker_id", "fingerprint")},
             )
+            if not all(map(math.isfinite, made._numbers())):
+                raise InvalidRequest("vectors must hold finite numbers")
+            return made
         except (InvalidRequest, binascii.Error) as error:
             raise WireError(f"embeddings that make no sense ({error})") from None
 
@@ -4709,7 +4717,7 @@ class ModelFile:
 
     size: bytes of the file. context_length: tokens it was trained for. kv_bytes: of key and value cache for
     one token at 16 bits, and of what else it takes meanwhile; 0 when the header does not tell. fingerprint: of header
-    and sampled tensor data. kind: one of MODEL_KINDS, or "other"; see `_kind_of`.
+    and sampled tensor data. kind: one of MODEL_KINDS, or "other"; see `_kind_of`. heads: of attention, in each layer.
     """
 
     path: Path
@@ -4722,6 +4730,7 @@ class ModelFile:
     kv_bytes: int
     fingerprint: bytes
     kind: str = WRITES
+    heads: int = 1
 
     def to_json(self) -> Json:
         body = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -4865,6 +4874,7 @@ def _describe_model(path: Path, size: int, reader: GgufReader, fingerprint: byte
         kv_bytes=kv_bytes,
         fingerprint=fingerprint,
         kind=kind,
+        heads=heads,
     )
 
 
@@ -5228,7 +5238,8 @@ class _Download:
 # Rule 3: a slot belongs to one request at a time. When it is free its tokens stay: the next request takes
 # the slot with the longest common prefix, and evaluates only the rest.
 # Rule 4: text leaves in whole characters, and never any part of a stop string.
-# Rule 5: a model made for embeddings is run the same way, but that a step evaluates whole texts, each alone.
+# Rule 5: with a model made for embeddings a step evaluates whole texts, each in a sequence of its own, in which it sees
+# no other; a slot is a request's turn, and keeps nothing.
 # ======================================================================================================
 
 LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
@@ -5246,6 +5257,7 @@ FLOAT16: Final = 1  # enum ggml_type
 BFLOAT16: Final = 30
 UNIFORM_CACHE: Final = (BFLOAT16, FLOAT16) if platform.machine() in ("x86_64", "AMD64") else (FLOAT16, BFLOAT16)
 """Types of keys and values that only one of llama.cpp's routines for attention takes; the faster pair by processor."""
+ATTENTION_FACTOR: Final = 1.25  # measured with 2,048 to 16,384 tokens: 1.2 times what the weights by themselves take
 MAX_STEP_TEXTS: Final = 32  # to embed in one step; llama.cpp keeps accounts for each
 PENALTY_WINDOW: Final = 64  # tokens that the repeat penalty looks back on
 PIECE_BYTES: Final = 256  # longer than any token's text; a longer one is asked for again
@@ -5281,7 +5293,9 @@ def plan_engine(
     tokens = context or min(most, model.context_length or most)
 
     def cache_bytes() -> int:
-        return tokens * (1 if model.kind == EMBEDS else slot_count) * model.kv_bytes
+        if model.kind == EMBEDS:
+            return tokens * model.kv_bytes + attention_bytes(model, tokens)
+        return tokens * slot_count * model.kv_bytes
 
     if gpu.layers == 0:
         while context is None and tokens > MIN_CONTEXT and cache_bytes() > usable:
@@ -5295,6 +5309,14 @@ def plan_engine(
                 f"and {free_bytes / 1e9:.1f} GB of memory are free; take a smaller model, or lower --slots or --ctx"
             )
     return EnginePlan(model, slot_count, tokens, threads, gpu)
+
+
+def attention_bytes(model: ModelFile, tokens: int) -> int:
+    """What attention that is not flash attention takes for a step of so many tokens.
+
+    Each head weighs every token against every other, and llama.cpp keeps all the weights of a layer at once.
+    """
+    return int(ATTENTION_FACTOR * model.heads * tokens**2 * FLOAT_BYTES)
 
 
 def _check_kind(model: ModelFile, context: int | None) -> None:
@@ -5472,6 +5494,7 @@ class LoadedModel:
     """
 
     has_template = False
+    tries_again = False  # where no context can be made: with another, in which a token's value depends on its company
 
     def __init__(self, plan: EnginePlan) -> None:
         self._llama = load_llama()
@@ -5503,7 +5526,7 @@ class LoadedModel:
     def _make_context(self, plan: EnginePlan) -> None:
         uniform = plan.gpu.layers == 0
         self._context = self._llama.llama_init_from_model(self._model, self._context_params(plan, uniform=uniform))
-        if not self._context and uniform:
+        if not self._context and uniform and self.tries_again:
             log.info("llama.cpp cannot evaluate %s alike in every batch: %s", plan.model.name, self._last_error())
             self.log.errors.clear()
             self._context = self._llama.llama_init_from_model(self._model, self._context_params(plan, uniform=False))
@@ -5577,6 +5600,8 @@ class LoadedModel:
 
 class LlamaModel(LoadedModel):
     """A model that writes."""
+
+    tries_again = True
 
     def __init__(self, plan: EnginePlan) -> None:
         super().__init__(plan)
@@ -5887,9 +5912,11 @@ TaskT = TypeVar("TaskT", bound=Task)
 
 @dataclass(slots=True)
 class Slot(Generic[TaskT]):
-    """A place for a task at work; where it writes, a sequence of the context and the tokens in that one's memory.
+    """A place for a task at work.
 
-    pending: what of the task is not evaluated yet: its tokens, or the numbers of its texts.
+    tokens: where texts are written, those in the memory of the context's sequence `index`, also when the task has
+    ended; where they are embedded, none. pending: what of the task is not evaluated yet: its tokens, or the numbers of
+    its texts.
     """
 
     index: int
@@ -5957,10 +5984,9 @@ class Scheduler(Generic[TaskT]):
     Not safe for threads: the engine's thread owns it. Time comes from `clock`, in seconds.
     """
 
-    def __init__(self, model: LoadedModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
+    def __init__(self, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
         self.speed = SpeedMeter()
         self._pacer = StepPacer()
-        self._loaded = model
         self._plan = plan
         self._worker_id = worker_id
         self._clock = clock
@@ -6007,16 +6033,10 @@ class Scheduler(Generic[TaskT]):
             self._release(task)
 
     def fail_all(self, error: QMeshError) -> None:
-        """End every request, and start all slots afresh: after a fault nothing in them can be trusted."""
+        """End every request, after a fault."""
         for task in list(self._tasks.values()):
             self._queue.remove(task.client, str(task.ticket))
             self._end(task, error)
-        self._clear_slots()
-
-    def _clear_slots(self) -> None:
-        for slot in self._slots:
-            self._loaded.keep(slot.index, 0)
-            slot.tokens = []
 
     def close(self) -> None:
         for task in list(self._tasks.values()):
@@ -6055,13 +6075,11 @@ class Scheduler(Generic[TaskT]):
             if slot.task is task:
                 slot.task, slot.pending, slot.used_at = None, [], self._clock()
 
-    def _recover(self) -> None:
-        """After a failed evaluation nothing in the context can be trusted: start all slots afresh."""
-        log.error("llama.cpp could not evaluate a batch; all running requests end here")
-        for slot in self._slots:
-            if slot.task is not None:
-                self._end(slot.task, WorkerLost(ENGINE_FAILED))
-        self._clear_slots()
+    def _recover(self, lost: Iterable[TaskT]) -> None:
+        """End the requests that a failed evaluation leaves without what they need."""
+        log.error("llama.cpp could not evaluate a batch; the requests in it end here")
+        for task in lost:
+            self._end(task, WorkerLost(ENGINE_FAILED))
 
     # --- The queue ---
 
@@ -6090,7 +6108,7 @@ class Batcher(Scheduler[TextTask]):
     """Texts that are written: a step chooses one token for each slot that generates (continuous batching)."""
 
     def __init__(self, model: LlamaModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
-        super().__init__(model, plan, worker_id, clock)
+        super().__init__(plan, worker_id, clock)
         self._model = model
 
     def _prepare(self, ticket: int, client: str, job: AnyJob) -> TextTask:
@@ -6133,7 +6151,8 @@ class Batcher(Scheduler[TextTask]):
         if not entries:
             return
         if not self._model.decode(entries):
-            self._recover()
+            self._recover([slot.task for slot in self._slots if slot.task is not None])
+            self._clear_slots()
             return
         self._pacer.stepped(len(entries), self._clock() - started, filling=filling)
         for index, slot in chosen:
@@ -6141,6 +6160,16 @@ class Batcher(Scheduler[TextTask]):
         if chosen:
             self.speed.stepped(len(chosen), self._clock() - started)
         self._tell_places()
+
+    def fail_all(self, error: QMeshError) -> None:
+        super().fail_all(error)
+        self._clear_slots()
+
+    def _clear_slots(self) -> None:
+        """After a fault nothing in the context can be trusted: start all slots afresh."""
+        for slot in self._slots:
+            self._model.keep(slot.index, 0)
+            slot.tokens = []
 
     def _best_slot(self, wanted: Sequence[int]) -> Slot[TextTask]:
         """The free slot whose tokens can be reused most; of equals, the longest unused."""
@@ -6231,7 +6260,7 @@ class Embedder(Scheduler[EmbedTask]):
     """Embeddings that are made: a step evaluates whole texts of the requests that have a slot, which take turns."""
 
     def __init__(self, model: EmbeddingModel, plan: EnginePlan, worker_id: str, clock: Callable[[], float]) -> None:
-        super().__init__(model, plan, worker_id, clock)
+        super().__init__(plan, worker_id, clock)
         self._model = model
         self._turn = 0  # the slot whose text comes next
 
@@ -6244,10 +6273,34 @@ class Embedder(Scheduler[EmbedTask]):
                 raise InvalidRequest(f"texts[{number}] has no tokens")
             if len(tokens) > room:
                 raise InvalidRequest(
-                    f"texts[{number}] has {len(tokens):,} tokens and this worker's context holds {room:,}",
+                    f"texts[{number}] has {len(tokens):,} tokens and this worker's context holds {room:,}; split the "
+                    "text, or start a worker with a larger --ctx, if the model allows",
                     code="context_exceeded",
                 )
+            self._check_time(number, tokens)
         return EmbedTask(ticket, client, job, texts, self._clock())
+
+    def _check_time(self, number: int, tokens: Sequence[int]) -> None:
+        """Refuse a text that would keep the engine for too long: it is one step, which nothing can interrupt."""
+        if len(tokens) * self._pacer.token_s > MAX_TEXT_S and self.idle:
+            self.measure()  # its owner may have used the machine, and no text would be read that shows it free again
+        takes_s = len(tokens) * self._pacer.token_s
+        if takes_s > MAX_TEXT_S:
+            raise InvalidRequest(
+                f"texts[{number}] has {len(tokens):,} tokens, which would take this worker {takes_s:.0f} s, and "
+                f"{MAX_TEXT_S:g} s are its most for one text; split the text, or use a faster worker",
+                code="context_exceeded",
+            )
+
+    def measure(self) -> None:
+        """Find out anew how fast texts are read. Nothing may be at work."""
+        count = min(FIRST_CHUNK_TOKENS, self._model.slot_tokens)
+        entries = [BatchEntry(0, position, 0, True) for position in range(count)]  # which token makes no difference
+        self._model.decode(entries)  # what of the model is not in memory is read now, which says nothing of later steps
+        started = self._clock()
+        if self._model.decode(entries):
+            self._pacer = StepPacer()
+            self._pacer.stepped(count, self._clock() - started, filling=count)
 
     def step(self) -> None:
         """Fill free slots from the queue, evaluate some texts, and end the requests that have all their vectors."""
@@ -6263,7 +6316,7 @@ class Embedder(Scheduler[EmbedTask]):
             for position, token in enumerate(task.texts[number])
         ]
         if not self._model.decode(entries):
-            self._recover()
+            self._recover(dict.fromkeys(task for task, _ in taken))  # a batch leaves nothing that the next one needs
             return
         self._pacer.stepped(len(entries), self._clock() - started, filling=len(entries))
         self.speed.stepped(len(entries), self._clock() - started)
@@ -6321,7 +6374,9 @@ def load_engine(plan: EnginePlan, worker_id: str, clock: Callable[[], float]) ->
     """A model, and who schedules the requests that are made to it. Raises ModelError."""
     if plan.model.kind == EMBEDS:
         reader = EmbeddingModel(plan)
-        return reader, Embedder(reader, plan, worker_id, clock)
+        embedder = Embedder(reader, plan, worker_id, clock)
+        embedder.measure()
+        return reader, embedder
     writer = LlamaModel(plan)
     return writer, Batcher(writer, plan, worker_id, clock)
 
@@ -8098,7 +8153,7 @@ class RequestTable:
     while, so that a client that comes back hears the rest, and nothing is computed twice.
 
     tally: of those that were taken, each counted once, when it leaves the engine. refused: those that were not.
-    resumed: those whose client had tokens already, known "here" or begun "elsewhere".
+    resumed: those that were asked for again and known "here", and those with tokens begun "elsewhere".
     """
 
     def __init__(self, engine: Engine, capacity: int) -> None:
@@ -8274,7 +8329,7 @@ class RequestTable:
 
     def metrics(self) -> list[Metric]:
         refused = "Requests that were not taken, by reason."
-        resumed = "Requests whose client had tokens already: kept here for it, or begun elsewhere (a failover)."
+        resumed = "Requests asked for again and known here, and those with tokens begun elsewhere (a failover)."
         kept = "Requests that have left the engine, kept for a client that comes back."
         return [
             *self.tally.metrics("qmesh_worker"),
@@ -8613,7 +8668,10 @@ class Session:
                 self._flush()
 
     def tell(self, request_id: str, said: Said) -> None:
-        """Queue what is to be said of a request. What the engine makes bounds the queue: so many tokens."""
+        """Queue what is to be said of a request.
+
+        The queue is bounded by what requests come to, of which a worker takes so many: tokens, or one frame of vectors.
+        """
         self._outbox.append((request_id, said))
 
     def follow(self, request: Request) -> None:
@@ -9462,6 +9520,17 @@ def line_in(status: Json) -> float:
     return math.inf  # it makes no sense
 
 
+def check_vectors(made: Embeddings, job: AnyJob, *fingerprints: str) -> None:
+    """Raises WireError where these are not what a job asks for, of the model that has all these fingerprints."""
+    wanted = len(job.texts) if isinstance(job, EmbedJob) else 0
+    if len(made) != wanted:
+        raise WireError(f"the worker gave {plural(len(made), 'vector')} for {plural(wanted, 'text')}")
+    if {made.fingerprint} != set(fingerprints):
+        raise WireError("the worker's vectors are another model's than it was asked for")
+    if not re.fullmatch(f"[0-9a-f]{{{2 * FINGERPRINT_BYTES}}}", made.fingerprint):  # the parts to come ask for it
+        raise WireError("the worker's vectors are of a model without a fingerprint")
+
+
 def fingerprint_in(status: Json) -> str:
     """The fingerprint of the model that a worker's status tells; "" where it makes no sense."""
     with contextlib.suppress(InvalidRequest, IndexError):
@@ -9624,7 +9693,7 @@ class Delivery:
                         choice = speaker
                         yield choice.selected()
                     try:
-                        piece = self._take(said, choice) if isinstance(said, Token) else self._rest_of(said)
+                        piece = self._take(said, choice) if isinstance(said, Token) else self._rest_of(said, choice)
                     except WireError as error:
                         raise _Failed(choice, error, took_it=True) from None
                     if piece is not None:
@@ -9680,23 +9749,16 @@ class Delivery:
             self._goes_on(choice)
         return token
 
-    def _rest_of(self, result: Outcome) -> Token | None:
+    def _rest_of(self, result: Outcome, choice: Choice) -> Token | None:
         """What of the text no token has shown, if any. Raises WireError when it is not what was asked for."""
         if isinstance(result, Embeddings):
-            self._check_vectors(result)
+            check_vectors(result, self._job, self._fingerprint or choice.fingerprint, choice.fingerprint)
             return None
         shown = "".join(self._text)
         if not result.text.startswith(shown) or result.usage.get("completion_tokens") != len(self._tokens):
             raise WireError("the worker's answer is not the sum of its tokens")
         rest = result.text[len(shown) :]
         return Token(len(self._tokens), (), rest) if rest else None
-
-    def _check_vectors(self, made: Embeddings) -> None:
-        wanted = len(self._job.texts) if isinstance(self._job, EmbedJob) else 0
-        if len(made) != wanted:
-            raise WireError(f"the worker gave {plural(len(made), 'vector')} for {plural(wanted, 'text')}")
-        if self._fingerprint not in ("", made.fingerprint):
-            raise WireError("the worker's vectors are another model's than it was asked for")
 
     def _finished(self, result: Outcome, choice: Choice) -> Answer | Embeddings:
         self._goes_on(choice)
@@ -11978,16 +12040,20 @@ class EmbeddingsRequest:
             encoding = _one_of("encoding_format", given.get("encoding_format", "float"), ("float", "base64"))
         return cls(texts, model, encoding)
 
-    def reply(self, made: Embeddings) -> Json:
-        """The answer, in OpenAI's shape."""
-        size, vectors = FLOAT_BYTES * made.dimensions, list[Any](made.vectors)
-        if self.encoding == "base64":
-            starts = range(0, len(made.data), size)
-            vectors = [base64.b64encode(made.data[at : at + size]).decode() for at in starts]
-        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
+    def reply(self, made: Embeddings) -> Iterator[bytes]:
+        """The answer, in OpenAI's shape, as pieces of JSON: with many vectors it takes a second or two to write."""
         tokens = made.usage.get("prompt_tokens", 0)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": made.model, "usage": usage}
+        head = dump_json({"object": "list", "model": made.model, "usage": usage})
+        yield head[:-1] + b',"data":['
+        size = FLOAT_BYTES * made.dimensions
+        for index in range(len(made)):
+            data = made.data[index * size : (index + 1) * size]
+            is_text = self.encoding == "base64"
+            vector = base64.b64encode(data).decode() if is_text else struct.unpack(f"<{made.dimensions}f", data)
+            one = dump_json({"object": "embedding", "index": index, "embedding": vector})
+            yield b"," + one if index else one
+        yield b"]}"
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> Json:
@@ -14873,12 +14939,24 @@ class Gateway:
     async def _embed(self, request: HttpRequest) -> HttpResponse:
         asked = EmbeddingsRequest.from_json(_json_in(request))
         self._check_room(1)
+        pieces = self._vectors(asked)
+        await anext(pieces)
+        return HttpResponse(200, pieces, headers=NOT_STORED)
+
+    async def _vectors(self, asked: EmbeddingsRequest) -> AsyncGenerator[bytes, None]:
+        """The body of an answer. The first piece is empty, and comes when the vectors are there.
+
+        Raises a QMeshError before that. Others are served between two pieces.
+        """
         self._jobs += 1
         try:
             made = await self._client.embed(
                 asked.texts, model=asked.model, wait_s=self.options.wait_s, tally=self._tally
             )
-            return json_response(asked.reply(made))
+            yield b""
+            for piece in asked.reply(made):
+                yield piece
+                await asyncio.sleep(0)
         finally:
             self._jobs -= 1
 

@@ -983,7 +983,7 @@ async def test_an_interrupt_lets_what_is_under_way_end_takes_nothing_new_and_say
         code, _, stderr = await ended(process)
         assert code == qmesh.EXIT_INTERRUPTED
         assert "🧮 2 of 30 answered" in stderr
-        assert "Run the same command again to have 28 lines asked" in stderr
+        assert "Run the same command again to ask 28 lines again" in stderr
         assert "Traceback" not in stderr
         assert len(read(target)) == echo.answered == 2
         assert (await ended(place.popen("batch", str(source), "-o", str(target))))[0] == 0

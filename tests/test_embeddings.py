@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import http_client
 import llama_cpp
 import pytest
 import tiny_models
@@ -61,7 +62,7 @@ def product(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 class WatchedModel(qmesh.EmbeddingModel):
-    """A model whose steps are watched, take a second each, and may fail."""
+    """A model whose steps are watched, take a second each or more, and may fail."""
 
     def __init__(self, plan: qmesh.EnginePlan) -> None:
         super().__init__(plan)
@@ -69,6 +70,7 @@ class WatchedModel(qmesh.EmbeddingModel):
         self.clock = Clock()
         self.batches: list[list[int]] = []  # how many tokens of each text
         self.fails = False
+        self.step_s = 1.0
 
     def decode(self, entries: Sequence[qmesh.BatchEntry]) -> bool:
         sizes: dict[int, int] = {}
@@ -76,7 +78,7 @@ class WatchedModel(qmesh.EmbeddingModel):
             assert entry.position == sizes.get(entry.slot, 0), "a text has a gap, or two are mixed up"
             sizes[entry.slot] = entry.position + 1
         self.batches.append(list(sizes.values()))
-        self.clock.now += 1.0
+        self.clock.now += self.step_s
         return not self.fails and super().decode(entries)
 
 
@@ -140,7 +142,7 @@ def mean(files: dict[str, Path]) -> Iterator[WatchedModel]:
 
 @pytest.fixture
 def desk(mean: WatchedModel) -> Desk:
-    mean.fails = False
+    mean.fails, mean.step_s = False, 1.0
     return Desk(mean)
 
 
@@ -191,8 +193,25 @@ def test_a_text_as_long_as_the_context_is_taken_and_one_token_more_refused_with_
     error = desk.last(refused)
     assert isinstance(error, InvalidRequest)
     assert error.reason == "context_exceeded"
-    assert str(error) == "texts[1] has 513 tokens and this worker's context holds 512"
+    assert str(error).startswith("texts[1] has 513 tokens and this worker's context holds 512; split the text, or")
     assert desk.embedder.idle
+
+
+def test_a_text_that_takes_too_long_is_refused_until_the_machine_is_fast_again(desk: Desk) -> None:
+    text, short = embed("c" * (CONTEXT - 1)), embed("c" * 99)
+    desk.model.step_s = qmesh.FIRST_CHUNK_TOKENS / 10  # ten tokens a second
+    desk.embedder.measure()
+    error = desk.last(desk.submit(text))
+    assert isinstance(error, InvalidRequest)
+    assert error.reason == "context_exceeded"
+    assert str(error).startswith("texts[0] has 512 tokens, which would take this worker 51 s, and 30 s are its most")
+    accepted = desk.submit(short)
+    desk.finish()
+    assert isinstance(desk.last(accepted), Embeddings)
+    desk.model.step_s = 1.0
+    accepted = desk.submit(text)
+    desk.finish()
+    assert isinstance(desk.last(accepted), Embeddings)
 
 
 def test_requests_with_a_slot_take_turns_so_that_a_small_one_is_soon_done(desk: Desk) -> None:
@@ -238,13 +257,15 @@ def test_a_request_that_is_not_done_in_time_ends_so(desk: Desk) -> None:
     assert isinstance(desk.last(other), Embeddings)
 
 
-def test_after_a_failed_step_those_at_work_may_go_elsewhere_and_the_next_are_answered_right(desk: Desk) -> None:
+def test_after_a_failed_step_those_in_it_may_go_elsewhere_and_the_next_are_answered_right(desk: Desk) -> None:
     (whole,) = desk.vectors("whole")
-    failed = desk.submit(embed("one", "two"))
+    tickets = [desk.submit(embed("one" * 100, "two")), desk.submit(embed("three" * 60))]  # too long to share a step
     desk.model.fails = True
     desk.step()
-    assert isinstance(desk.last(failed), WorkerLost)
     desk.model.fails = False
+    (other,) = (ticket for ticket in tickets if not isinstance(desk.last(ticket), WorkerLost))
+    desk.finish()
+    assert isinstance(desk.last(other), Embeddings)
     assert desk.vectors("whole") == [whole]
 
 
@@ -291,6 +312,16 @@ def test_a_plan_holds_the_longest_text_once_and_no_more_than_the_model_knows_pla
         planned(model, 1025)
     with pytest.raises(ModelError, match="neither to write text nor to give embeddings"):
         planned(replace(model, kind="other"), None)
+
+
+def test_the_memory_that_attention_takes_grows_with_the_square_of_the_context(files: dict[str, Path]) -> None:
+    model = qmesh.read_model(files["mean"])
+    assert model.heads == tiny_models.HEADS
+    assert qmesh.attention_bytes(model, 8192) == pytest.approx(1293 * 2**20, rel=0.05)  # as was measured
+    many = replace(model, context_length=32_768, heads=64)  # 1,342 MB for 2,048 tokens, and a quarter for half as many
+    assert planned(many, None).context == 1024
+    with pytest.raises(ModelError, match=r"needs about 1\.3 GB .* lower --slots or --ctx"):
+        planned(many, 2048)
 
 
 # --- Values and frames ---
@@ -392,6 +423,7 @@ FAULTS: dict[str, Script] = {
     "it hangs up": HANGS_UP,
     "it gives too few vectors": sends_instead((1.0, 0.0)),
     "it gives no vectors": sends({**made((1.0,)).to_json("r"), "vectors": "?"}),
+    "its vectors are of another model than its status tells": sends_instead((1.0,), (1.0,), fingerprint="ff" * 8),
     "it begins to write": sends({"type": "inference_token", "seq": 0, "tokens": [1], "text": "No"}),
     "it writes": sends(qmesh.Result("No", "stop", {"completion_tokens": 0}, {}, "tiny", "0" * 64).to_json("r")),
     "it has not the model, after all": sends(qmesh.error_frame(None, ModelNotFound("none of mine"))),
@@ -411,6 +443,46 @@ async def test_what_one_worker_does_not_give_the_next_one_does(fault: str, topic
     assert (len(bad.prompts), len(good.prompts)) == (1 + again, 1)
     assert good.prompts[0]["request_id"] == bad.prompts[0]["request_id"]
     assert good.prompts[0]["resume"] == {"tokens": [], "fingerprint": ""}  # it is not the first that is asked
+
+
+@pytest.mark.usefixtures("parting_without_waiting")
+@in_a_loop
+async def test_a_model_without_a_fingerprint_gives_no_vectors_as_others_could_not_be_asked_for_its_like(
+    topic: str, tmp_path: Path
+) -> None:
+    nameless, good = Embedding(score=95, fingerprint="any"), Embedding(score=70)
+    async with mesh_of(topic, tmp_path, nameless, good) as mesh:
+        result = await mesh.embed("text")
+    assert (len(nameless.prompts), result.fingerprint) == (1, good.fingerprint)
+
+
+@pytest.mark.usefixtures("parting_without_waiting")
+@in_a_loop
+async def test_a_gateway_gives_vectors_piece_by_piece_in_both_encodings(topic: str, tmp_path: Path) -> None:
+    texts = [f"{'long ' * (number % 7)}{number}" for number in range(100)]
+    async with mesh_of(topic, tmp_path, Embedding()) as mesh:
+        gateway = qmesh.Gateway(mesh, qmesh.GatewayOptions(qmesh.LOOPBACK, 0))
+        url, *_ = await gateway.start()
+        port = int(url.rstrip("/").rpartition(":")[2])
+        try:
+            async with http_client.connected(port) as peer:
+                peer.post("/v1/embeddings", {"input": texts})
+                assert (await peer.head()).status == 200
+                pieces = []
+                while piece := await peer.chunk():
+                    pieces.append(piece)
+                assert len(pieces) > len(texts)  # none holds two vectors
+                floats = json.loads(b"".join(pieces))
+            coded = await http_client.fetch(port, "/v1/embeddings", {"input": texts, "encoding_format": "base64"})
+            refused = await http_client.fetch(port, "/v1/embeddings", {"input": texts, "model": "none such"})
+        finally:
+            await gateway.stop()
+    assert [one["embedding"] for one in floats["data"]] == [vector_of(text) for text in texts]
+    assert [one["index"] for one in floats["data"]] == list(range(100))
+    assert floats["usage"] == {"prompt_tokens": 14, "total_tokens": 14}
+    data = [base64.b64decode(one["embedding"]) for one in coded.json["data"]]
+    assert [list(struct.unpack("<3f", one)) for one in data] == [vector_of(text) for text in texts]
+    assert (refused.status, refused.error["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.usefixtures("parting_without_waiting")
@@ -622,6 +694,7 @@ async def test_a_worker_answers_in_one_frame(mixed: Mixed) -> None:
     [
         ({"texts": []}, "texts must be 1 to 64, not 0"),
         ({"texts": ["a"] * 65}, "texts must be 1 to 64, not 65"),
+        ({"texts": [7] * 65}, "texts must be 1 to 64, not 65"),
         ({"texts": ["a", 7]}, "texts[1] must be text"),
         ({"texts": "a"}, "texts must be a list"),
         ({"texts": ["a"], "timeout_s": 0}, "timeout_s must be more than 0"),
