@@ -84,6 +84,7 @@ def test_a_prompt_is_asked_as_it_is() -> None:
     [
         ("max_tokens", 7, "max_tokens", 7),
         ("max_completion_tokens", 7, "max_tokens", 7),
+        ("max_tokens", -1, "max_tokens", qmesh.REST_OF_CONTEXT),
         ("temperature", 0, "temperature", 0.0),
         ("temperature", 1.5, "temperature", 1.5),
         ("top_p", 0.5, "top_p", 0.5),
@@ -188,6 +189,23 @@ def test_every_role_is_read() -> None:
 def test_the_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two", "cache_control": {"type": "ephemeral"}}]
     assert said({"role": "user", "content": parts}) == [("user", "one\ntwo")]
+
+
+def test_who_says_it_and_an_answer_without_a_word_are_taken() -> None:
+    turns = said(
+        {"role": "user", "content": "hello", "name": "Ada"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": "and?"},
+    )
+    assert turns == [("user", "hello"), ("assistant", ""), ("user", "and?")]
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[1, 2], [3]]])
+def test_texts_that_come_as_tokens_are_refused_with_what_to_send(tokens: Any) -> None:
+    with pytest.raises(BadParameter, match="prompt as tokens is not supported: send texts"):
+        text(tokens)
+    with pytest.raises(BadParameter, match="input as tokens is not supported: send texts"):
+        qmesh.EmbeddingsRequest.from_json({"input": tokens})
 
 
 def test_an_answer_is_taken_back_as_it_was_given() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -490,6 +491,16 @@ class Seat:
     def types(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
+    def interrupts(self) -> None:
+        """Ctrl-C, once the program waits for what is typed: one that comes between a prompt and the wait behind it
+        Python's readline notices only with the next key.
+        """
+        deadline = time.monotonic() + PATIENCE_S
+        while psutil.Process(self._process.pid).status() != psutil.STATUS_SLEEPING:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        self.types("\x03")
+
     def sees(self, pattern: str) -> re.Match[str]:
         """Wait until it is shown, behind what was seen before; and look no further back from then on."""
         deadline = time.monotonic() + PATIENCE_S
@@ -541,13 +552,15 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(two_workers: harness.Mesh, seat
     person.sees("what was written is kept, and /retry asks again.*> ")
     person.types("/forget 1\r")
     person.sees("forgot 1 turn; 0 turns left\r\n.*> ")
-    person.types("half a question\x03")
+    person.types("half a question")
+    person.sees("half a question")
+    person.interrupts()
     person.sees("Ctrl-C again, or Ctrl-D, leaves.*> ")
     person.types("/help\r")  # so the next one is the first again
     person.sees("/quit .*> ")
-    person.types("\x03")
+    person.interrupts()
     person.sees("Ctrl-C again, or Ctrl-D, leaves.*> ")
-    person.types("\x03")
+    person.interrupts()
     assert person.leaves() == 0
 
 
