@@ -84,6 +84,8 @@ class Traffic:
         """By flow, in the order of sequence numbers; every one from its beginning, and without a gap."""
         found = {}
         for flow, segments in self._segments.items():
+            if not segments:
+                continue  # the end of a connection that was there before
             stream = b""
             start = self._starts[flow]
             for at, payload in sorted(((sequence - start) % 2**32, data) for sequence, data in segments.items()):
