@@ -10883,6 +10883,15 @@ def unechoed() -> Iterator[None]:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
+def bar(done: int, total: int) -> str:
+    """
+    >>> bar(1, 3)
+    '[##########....................]'
+    """
+    filled = BAR_CHARS * done // max(1, total)
+    return f"[{'#' * filled}{'.' * (BAR_CHARS - filled)}]"
+
+
 class Terminal:
     """What a person sees on stderr; silent where nobody looks, unless told otherwise."""
 
@@ -10915,9 +10924,7 @@ class Terminal:
             return
         self._drawing = True
         if total:
-            filled = BAR_CHARS * done // total
-            bar = "#" * filled + "." * (BAR_CHARS - filled)
-            self._write(f"\r   [{bar}] {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            self._write(f"\r   {bar(done, total)} {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
         else:
             self._write(f"\r   {done / 1e6:,.0f} MB")
 
@@ -12879,8 +12886,7 @@ class BatchDisplay:
         told += [f"{duration(ledger.left / rate)} left"] if rate else []
         told += [f"{flying} in flight", plural(ledger.failed.total(), "error")]
         if sys.stderr.isatty():
-            filled = BAR_CHARS * done // max(1, ledger.total)
-            self._redraw(f"[{'#' * filled}{'.' * (BAR_CHARS - filled)}] {', '.join(told)}")
+            self._redraw(f"{bar(done, ledger.total)} {', '.join(told)}")
         elif self._said_at is None or now - self._said_at >= BATCH_WORD_S:
             self._said_at = now
             self._terminal.say(", ".join(told))
@@ -14922,9 +14928,7 @@ class Gateway:
     async def _model_names(self) -> list[str]:
         view = await self._view.look()
         names = {model["name"] for worker in view["workers"] for model in worker["models"]}
-        return sorted(
-            name for name in names if name == printable(name, MAX_ERROR_CHARS)
-        )  # the rest cannot be asked for
+        return sorted(name for name in names if name == printable(name, MAX_ERROR_CHARS))  # others cannot be asked for
 
     async def _complete(self, request: HttpRequest) -> HttpResponse:
         """An answer to /v1/chat/completions or /v1/completions, in pieces or whole."""
@@ -14995,11 +14999,13 @@ class Gateway:
         return early
 
     async def _whole(self, asked: CompletionRequest) -> HttpResponse:
+        by_index: dict[int, Answer] = {}
         async with self._under_way(asked) as told:
-            happened = await self._until_taken(told)
             while (one := await told.next()) is not None:
-                happened += [one] if isinstance(one[1], Answer) else []
-        answers = [event for _, event in sorted(happened, key=lambda one: one[0]) if isinstance(event, Answer)]
+                index, event = one
+                if isinstance(event, Answer):
+                    by_index[index] = event
+        answers = [by_index[index] for index in sorted(by_index)]
         headers = {"X-QMesh-Worker": answers[0].result.worker_id}
         headers |= {"X-QMesh-Failovers": str(sum(answer.failovers for answer in answers))}
         return json_response(Reply(asked).whole(answers), headers=headers)
@@ -15558,19 +15564,21 @@ async def work_off(batch: Batch) -> bool:
 # --- status ---
 
 
-async def ask_all(settings: Settings) -> tuple[list[Json], list[Json], Json, MeshKeys]:
+async def ask_all(settings: Settings) -> tuple[Json, MeshKeys]:
+    """What `Client.overview` tells, and whose keys are in force."""
     async with Client(settings) as mesh:
         await mesh.discover(everything=True)
-        return (*await mesh.statuses(), mesh.node.report(), mesh.meshes[0])
+        return await mesh.overview(), mesh.meshes[0]
 
 
 def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.watch is not None:
         return asyncio.run(watch_status(settings, arguments.watch, as_json=arguments.json))
     started = time.monotonic()
-    workers, silent, network, mesh = asyncio.run(ask_all(settings))
+    view, mesh = asyncio.run(ask_all(settings))
+    workers, silent = view["workers"], view["unreachable"]
     if arguments.json:
-        print_json(status_body(workers, silent, network, mesh, started))
+        print_json(view | elapsed_since(started))
     else:
         print_status(mesh, workers, silent)
     if not workers and not arguments.json:
@@ -15578,10 +15586,8 @@ def run_status(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0 if workers else NoWorkerFound.exit_code
 
 
-def status_body(workers: Sequence[Json], silent: Sequence[Json], network: Json, mesh: MeshKeys, started: float) -> Json:
-    elapsed_ms = round(1000 * (time.monotonic() - started), 1)
-    answer = {"workers": workers, "unreachable": silent, "network": network, "mesh": mesh.to_json()}
-    return answer | {"elapsed_ms": elapsed_ms}
+def elapsed_since(started: float) -> Json:
+    return {"elapsed_ms": round(1000 * (time.monotonic() - started), 1)}
 
 
 async def watch_status(settings: Settings, period_s: float, *, as_json: bool) -> int:
@@ -15611,12 +15617,12 @@ async def keep_watching(mesh: Client, period_s: float, *, as_json: bool) -> None
             await mesh.discover(everything=True)
         while True:
             started, next_at = time.monotonic(), loop.time() + period_s
-            workers, silent = await mesh.statuses()
-            look = Look(title, workers, silent, loop.time(), period_s)
-            history.take(workers, silent, look.now)
+            view = await mesh.overview()
+            look = Look(title, view["workers"], view["unreachable"], loop.time(), period_s)
+            history.take(look.workers, look.silent, look.now)
             if as_json:
-                body = status_body(workers, silent, mesh.node.report(), mesh.meshes[0], started)
-                print_json({"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")} | body)
+                now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                print_json({"time": now} | view | elapsed_since(started))
             elif screen is None:
                 print(datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
                 print(*watch_lines(look, history, UNBOUNDED, UNBOUNDED, colour=False), "", sep="\n", flush=True)

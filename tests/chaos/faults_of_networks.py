@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors import ANSWER_TIMEOUT_S, STALL_TIMEOUT_S, Server
+from actors import STALL_TIMEOUT_S, Server
 from arena import LanArena
 from cells import Cell, Scene
-from stages import MID_STREAM, Stage
+from stages import MID_STREAM, Stage, strike_in
 from story import Story
 
 WORKERS = 2
@@ -80,12 +80,7 @@ def _flip(arena: LanArena, victim: Server, story: Story) -> None:
 def _cell(fault: str, strike: Strike, *, proxied: bool = False, stage: Stage = MID_STREAM) -> Cell:
     def play(scene: Scene) -> None:
         with scene.lan(proxied=proxied) as arena:
-            arena.start(WORKERS, *stage.flags)
-            story = stage.reach(arena)
-            arena.strike()
-            strike(arena, arena.server_of(story), story)
-            arena.asker.follow(story, within_s=ANSWER_TIMEOUT_S)
-            arena.expect(story.is_whole, f"no whole answer, with a worker left that is well: {story.ending}")
+            strike_in(stage, arena, WORKERS, strike)
 
     return Cell(fault, stage.name, play, needs_lan=True)
 

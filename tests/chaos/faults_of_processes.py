@@ -9,7 +9,7 @@ from actors import ANSWER_TIMEOUT_S, STAGE_TIMEOUT_S, Server
 from arena import LoopbackArena
 from cells import Cell, Scene
 from questions import QUICK, STREAM
-from stages import MID_STREAM, STAGES, Stage
+from stages import MID_STREAM, STAGES, Stage, strike_in
 from story import Story
 
 WORKERS = 2
@@ -40,12 +40,7 @@ def _terminate(arena: LoopbackArena, victim: Server, story: Story) -> None:
 def _cell(fault: str, strike: Strike, stage: Stage) -> Cell:
     def play(scene: Scene) -> None:
         with scene.loopback() as arena:
-            arena.start(WORKERS, *stage.flags)
-            story = stage.reach(arena)
-            arena.strike()
-            strike(arena, arena.server_of(story), story)
-            arena.asker.follow(story, within_s=ANSWER_TIMEOUT_S)
-            arena.expect(story.is_whole, f"no whole answer, with a worker left that is well: {story.ending}")
+            strike_in(stage, arena, WORKERS, strike)
 
     return Cell(fault, stage.name, play)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from actors import ANSWER_TIMEOUT_S, STAGE_TIMEOUT_S, wait_until
-from arena import Arena
+from actors import ANSWER_TIMEOUT_S, STAGE_TIMEOUT_S, Server, wait_until
+from arena import Arena, LanArena, LoopbackArena
 from questions import KEEP_BUSY, LONG_PROMPT, STREAM
 from story import Story
 
@@ -62,3 +63,16 @@ READING = Stage("prompt evaluation", ("--slots", "2"), _reading)
 MID_STREAM = Stage("mid-stream", ("--slots", "2"), _streaming)
 LAST_TOKEN = Stage("last token", ("--slots", "2"), _ending)
 STAGES = (QUEUED, READING, MID_STREAM, LAST_TOKEN)
+
+
+AnyArena = TypeVar("AnyArena", LoopbackArena, LanArena)
+
+
+def strike_in(stage: Stage, arena: AnyArena, workers: int, strike: Callable[[AnyArena, Server, Story], None]) -> None:
+    """Strike the worker that is at an answer when it has come to this stage; the others are to make it whole."""
+    arena.start(workers, *stage.flags)
+    story = stage.reach(arena)
+    arena.strike()
+    strike(arena, arena.server_of(story), story)
+    arena.asker.follow(story, within_s=ANSWER_TIMEOUT_S)
+    arena.expect(story.is_whole, f"no whole answer, with a worker left that is well: {story.ending}")
