@@ -21,32 +21,33 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     10  Health and selection   samples to a score, scores to a choice
     11  Fair queue             whose request runs next
     12  Metrics                what is counted, in the text that Prometheus reads
-    13  This machine           keys and state files, processor, memory, GPU
-    14  Models                 GGUF headers, finding and fetching model files
-    15  Engine                 the one thread that owns llama.cpp
-    16  UDP shell              moves datagrams and arms one timer
-    17  TCP shell              moves frames inside TLS, with deadlines and limits
-    18  Worker                 serves a model to the mesh
-    19  Client                 finds workers, chooses one, sees its answer through
-    20  Doctor                 what keeps machines apart, and what to do about it
-    21  Terminal               what a person sees there: progress, answers, live tables
-    22  Chat                   a conversation, turn by turn
-    23  OpenAI's API           what programs made for it send and read
-    24  Batch                  a file of questions, each answered exactly once
-    25  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
-    26  Web page               the page that a gateway serves
-    27  Gateway                the mesh as programs made for OpenAI's API see it
-    28  Command line           arguments in, text and exit codes out
+    13  Files and archive     whole files, and what the program's own file carries
+    14  This machine           keys and state files, processor, memory, GPU
+    15  Models                 GGUF headers, finding and fetching model files
+    16  Engine                 the one thread that owns llama.cpp
+    17  UDP shell              moves datagrams and arms one timer
+    18  TCP shell              moves frames inside TLS, with deadlines and limits
+    19  Worker                 serves a model to the mesh
+    20  Client                 finds workers, chooses one, sees its answer through
+    21  Doctor                 what keeps machines apart, and what to do about it
+    22  Terminal               what a person sees there: progress, answers, live tables
+    23  Chat                   a conversation, turn by turn
+    24  OpenAI's API           what programs made for it send and read
+    25  Batch                  a file of questions, each answered exactly once
+    26  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
+    27  Web page               the page that a gateway serves
+    28  Gateway                the mesh as programs made for OpenAI's API see it
+    29  Command line           arguments in, text and exit codes out
 
 The journey of one request:
 
-    prompt -> find peers (16) -> look up the topic (7, 9) -> records with health
+    prompt -> find peers (17) -> look up the topic (7, 9) -> records with health
            -> keep those with the model that are not overloaded (10)
-           -> fresh status from the best three at once, and from more while none has a slot free (17)
+           -> fresh status from the best three at once, and from more while none has a slot free (18)
            -> highest score
-           -> `prompt` on that connection, inside TLS (4, 5, 17, 19) -> worker admits or refuses (18)
-           -> queue (11) -> slot (15) -> tokens stream back -> `inference_result`
-           -> worker lost? the next best one, with the tokens that were given (19)
+           -> `prompt` on that connection, inside TLS (4, 5, 18, 20) -> worker admits or refuses (19)
+           -> queue (11) -> slot (16) -> tokens stream back -> `inference_result`
+           -> worker lost? the next best one, with the tokens that were given (20)
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from __future__ import annotations
 import argparse
 import array
 import asyncio
+import atexit
 import base64
 import binascii
 import bisect
@@ -71,6 +73,8 @@ import heapq
 import hmac
 import http.client
 import importlib
+import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -541,6 +545,7 @@ _SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
 #      +- ModelNotFound     exit 5      +- DeadlineExceeded
 #      +- MissingPackage                +- WireError
 #      +- MissingTls                    +- WrongMesh
+#                                       +- DamagedArchive
 #
 # Rule 1: a message says what happened; the class's docstring says what to do about it, and both are shown.
 # Rule 2: `code` is what crosses the wire; `retryable` says whether another worker, or a later try, may help.
@@ -614,6 +619,12 @@ class InvalidRequest(QMeshError):
     def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(message)
         self.reason = code
+
+
+class DamagedArchive(QMeshError):
+    """Copy it to this machine once more; `version` shows what a copy holds, and its SHA-256."""
+
+    code = "damaged_archive"
 
 
 class WrongMesh(QMeshError):
@@ -4053,7 +4064,394 @@ def grafana_board() -> Json:
 
 
 # ======================================================================================================
-# 13  This machine
+# 13  Files and archive
+#
+# Files that are there whole or not at all; and the file that this program runs from, what it carries besides
+# the program, and where that is unpacked:
+#
+#     #! line | engine, a zip of Python packages | model, a GGUF file | zip of the program, contents.json and key
+#
+# Rule 1: the parts stand before the program's zip and are no members of it. Python reads that zip's directory
+# at each start, and cannot read it at all where a member pushes it beyond 4 GiB.
+# Rule 2: a part is unpacked when it is needed, once, under the hash of its bytes, by one process at a time;
+# what is there under that name is whole. Who uses it holds a lock, so that nobody takes it for stale.
+# ======================================================================================================
+
+SEALED_KEY_FILE: Final = "mesh.key"  # in an archive
+CONTENTS_FILE: Final = "contents.json"  # in an archive
+CONTENTS_FORMAT: Final = 1  # of contents.json and of how the parts lie
+SIZES_FILE: Final = "sizes.json"  # of an unpacked part: what belongs to it, and how large it is
+ENGINE: Final = "engine"
+MODEL: Final = "model"
+COPY_CHUNK_BYTES: Final = 1024 * 1024
+ZIP_MODE: Final = 0o644
+SEALED_MODE: Final = 0o600
+LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
+UNPACK_TIMEOUT_S: Final = 900.0  # another process unpacks 10 GB from a slow disk to the same one
+UNPACK_POLL_S: Final = 0.05
+STALE_AFTER_S: Final = 86_400.0  # of yesterday's version nobody starts another worker; and then it is unpacked again
+SPARE_BYTES: Final = 64 * 1024 * 1024  # that unpacking leaves to others on a disk that is nearly full
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file, of this user alone, that takes a path's place when it is whole; else what was there stays."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file's content so that a reader sees the old or the new, whole."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def try_lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:
+    """An open file that holds the lock until it is closed or the process ends; None when another has it.
+
+    shared: with others who share it. On Windows such a lock is none: there, what is open cannot be removed anyway.
+    """
+    file = path.open("ab")
+    try:
+        if sys.platform == "win32":
+            if not shared:
+                import msvcrt
+
+                file.seek(LOCK_OFFSET)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return None
+        raise
+    return file
+
+
+# --- What an archive holds ---
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What an archive carries besides the program: `size` bytes from `offset` on, with this hash (hexadecimal).
+
+    unpacked: bytes on the disk. about: of an engine its platform, Python and packages, as build_zipapp.py tells them.
+    """
+
+    kind: str
+    name: str
+    offset: int
+    size: int
+    sha256: str
+    unpacked: int
+    about: Mapping[str, Any] = field(hash=False)
+
+    @property
+    def folder(self) -> str:
+        """The name under which it is unpacked."""
+        return f"{self.kind}-{self.sha256[:32]}"
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Part:
+        return cls(**{part.name: body[part.name] for part in fields(cls)})
+
+    def to_json(self) -> dict[str, Any]:
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is in an archive: the program's version and its SHA-256, the parts by their kind."""
+
+    version: str
+    program: str
+    parts: Mapping[str, Part]
+
+    def to_json(self) -> dict[str, Any]:
+        parts = {kind: part.to_json() for kind, part in self.parts.items()}
+        return {"format": CONTENTS_FORMAT, "version": self.version, "program": self.program, "parts": parts}
+
+
+def running_archive() -> Path | None:
+    """The archive that this program runs from; None where it runs from its source."""
+    place = Path(__file__).resolve().parent
+    return place if place.is_file() else None
+
+
+def read_contents(archive: Path) -> Contents | None:
+    """What an archive says that it holds; None of one that says nothing, as those of 0.1 did. Raises DamagedArchive."""
+    try:
+        with zipfile.ZipFile(archive) as members:
+            if CONTENTS_FILE not in members.namelist():
+                return None
+            body = json.loads(members.read(CONTENTS_FILE))
+        parts = {kind: Part.from_json(part) for kind, part in body["parts"].items()}
+        return Contents(body["version"], body["program"], parts)
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArchive(f"{archive} is damaged: its list of contents cannot be read ({error})") from None
+
+
+def check_archive(archive: Path, contents: Contents | None) -> str:
+    """An archive's SHA-256, in hexadecimal, once all of it was read. Raises DamagedArchive when a part is not whole."""
+    whole = hashlib.sha256()
+    with archive.open("rb") as file:
+        for part in sorted(contents.parts.values() if contents else [], key=lambda part: part.offset):
+            _pass_bytes(file, part.offset - file.tell(), whole.update)
+            if _pass_bytes(file, part.size, whole.update) != part.sha256:
+                raise DamagedArchive(f"{archive} is damaged: its {part.kind} is not what was packed")
+        _pass_bytes(file, archive.stat().st_size - file.tell(), whole.update)
+    return whole.hexdigest()
+
+
+def program_zip(members: Mapping[str, bytes]) -> bytes:
+    """The last piece of an archive: its members sorted, stored, dated 1980-01-01; the same bytes each time."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(members):
+            info = zipfile.ZipInfo(name)  # dated 1980-01-01, whenever it is made
+            info.create_system = 3  # Unix, also where this runs on Windows
+            info.external_attr = (SEALED_MODE if name == SEALED_KEY_FILE else ZIP_MODE) << 16
+            archive.writestr(info, members[name])
+    return buffer.getvalue()
+
+
+def seal(archive: Path, keys: str, target: Path) -> None:
+    """Copy an archive as it is, with these keys in it: the same bytes each time. Only this user can read it."""
+    with zipfile.ZipFile(archive) as zipped:
+        start = min(info.header_offset for info in zipped.infolist())  # all before it is the parts
+        members = {name: zipped.read(name) for name in zipped.namelist()}
+    with replacing(target) as file, archive.open("rb") as original:
+        copy_bytes(original, file, start)
+        file.write(program_zip(members | {SEALED_KEY_FILE: keys.encode("ascii")}))
+    target.chmod(0o700)
+
+
+def copy_bytes(source: IO[bytes], target: IO[bytes], size: int) -> str:
+    """Copy so many bytes, or fewer where there are no more; returns the SHA-256 of what was copied, in hexadecimal."""
+    return _pass_bytes(source, size, target.write)
+
+
+def _pass_bytes(source: IO[bytes], size: int, take: Callable[[bytes], object]) -> str:
+    digest = hashlib.sha256()
+    while size > 0 and (data := source.read(min(size, COPY_CHUNK_BYTES))):
+        take(data)
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest()
+
+
+# --- Unpacking ---
+
+
+def cache_places(environ: Mapping[str, str]) -> list[Path]:
+    """Where this user's unpacked parts may be, best first: one that is set, or the platform's and a temporary one."""
+    if environ.get("QMESH_CACHE_DIR"):
+        return [Path(environ["QMESH_CACHE_DIR"]).expanduser().absolute()]
+    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or os.devnull)  # nothing can be made in there
+    if sys.platform == "win32":
+        usual = Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "qmesh" / "cache"
+    elif sys.platform == "darwin":
+        usual = home / "Library" / "Caches" / "qmesh"
+    else:
+        usual = Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "qmesh"
+    owner = os.getuid() if hasattr(os, "getuid") else "cache"
+    return [usual, Path(tempfile.gettempdir()) / f"qmesh-{owner}"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """A folder with a part's content, which nobody removes while the lock is open."""
+
+    path: Path
+    lock: IO[bytes]
+
+
+class Cache:
+    """A folder of unpacked parts, which this user alone can write."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises OSError where it can be no such folder."""
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.stat()
+        owners = {found.st_uid, root.lstat().st_uid}  # of the folder, and of a link to it
+        if hasattr(os, "getuid") and (owners != {os.getuid()} or found.st_mode & 0o022):
+            raise PermissionError(errno.EPERM, "others can write there", str(root))  # and what is there is run
+        self.root = root
+
+    def find(self, part: Part) -> Unpacked | None:
+        """The part as it was unpacked before, if it is whole."""
+        path = self.root / part.folder
+        lock = self._lock(part.folder, shared=True) if path.is_dir() else None
+        if lock is None:
+            return None
+        if not _is_whole(path):
+            lock.close()
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(lock.name)  # it is not stale
+        return Unpacked(path, lock)
+
+    def unpack(self, archive: Path, part: Part) -> Unpacked:
+        """The part, unpacked now or before. Raises OSError, DamagedArchive, and QMeshError after UNPACK_TIMEOUT_S."""
+        deadline = time.monotonic() + UNPACK_TIMEOUT_S
+        while (found := self.find(part)) is None:
+            lock = self._lock(part.folder)
+            if lock is not None:
+                with lock:
+                    if not _is_whole(self.root / part.folder):
+                        self._sweep(part.folder)
+                        self._unpack(archive, part)
+                        self._remove_stale()
+            elif time.monotonic() > deadline:
+                raise QMeshError(f"another process has been unpacking {part.name} into {self.root} for too long")
+            else:
+                time.sleep(UNPACK_POLL_S)
+        return found
+
+    def _lock(self, name: str, *, shared: bool = False) -> IO[bytes] | None:
+        """The lock of a part; None when another has it, or has just removed its file."""
+        path = self.root / f"{name}.lock"
+        lock = try_lock(path, shared=shared)
+        if lock is not None and not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
+            lock.close()
+            return None
+        return lock
+
+    def _unpack(self, archive: Path, part: Part) -> None:
+        """Unpack beside the place, and move it there. Its lock is held."""
+        free = shutil.disk_usage(self.root).free - SPARE_BYTES
+        if free < part.size + part.unpacked:
+            raise OSError(errno.ENOSPC, f"{human_bytes(part.size + part.unpacked)} are needed", str(self.root))
+        scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{part.folder}."))
+        try:
+            tree = scratch / "tree"
+            tree.mkdir(mode=0o700)
+            packed = tree / part.name
+            with archive.open("rb") as source, packed.open("wb") as file:
+                source.seek(part.offset)
+                if copy_bytes(source, file, part.size) != part.sha256:
+                    raise DamagedArchive(f"{archive} is damaged: its {part.kind} is not what was packed")
+            if part.kind == ENGINE:
+                _extract(packed, tree, part.about.get("links", {}))
+                packed.unlink()
+            sizes = {str(path.relative_to(tree)): path.stat().st_size for path in tree.rglob("*") if path.is_file()}
+            (tree / SIZES_FILE).write_text(json.dumps(sizes))
+            if hasattr(os, "sync"):
+                os.sync()  # or, after a power cut, the folder has its name and not its content
+            place = self.root / part.folder
+            if place.exists():
+                place.rename(scratch / "damaged")
+            tree.rename(place)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _sweep(self, name: str) -> None:
+        """Remove what processes left that were killed as they unpacked this part, whose lock is held."""
+        for scratch in self.root.glob(f".{name}.*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _remove_stale(self) -> None:
+        """Remove parts that nobody uses, nor has used of late: those of earlier versions."""
+        for path in self.root.glob("*.lock"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime > time.time() - STALE_AFTER_S or (lock := self._lock(path.stem)) is None:
+                    continue
+                with lock:
+                    trash = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{path.stem}."))
+                    if (place := self.root / path.stem).exists():
+                        place.rename(trash / "stale")  # at once, so that what has the name is whole
+                    self._sweep(path.stem)
+                    path.unlink()
+
+
+def _extract(packed: Path, into: Path, links: Mapping[str, str]) -> None:
+    """Unpack a zip; links: further names of its files, which have to be the same file and no copies."""
+    with zipfile.ZipFile(packed) as members:
+        members.extractall(into)
+    for name, original in links.items():
+        try:
+            os.link(into / original, into / name)
+        except OSError:  # a file system without links
+            shutil.copyfile(into / original, into / name)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files of an unpacked part are there, in their sizes."""
+    try:
+        sizes = json.loads((folder / SIZES_FILE).read_bytes())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def find_unpacked(part: Part, environ: Mapping[str, str]) -> Unpacked | None:
+    """A part that was unpacked before, and is whole."""
+    for place in cache_places(environ):
+        with contextlib.suppress(OSError):
+            if place.is_dir() and (found := Cache(place).find(part)) is not None:
+                return found
+    return None
+
+
+def is_unpacked(part: Part, environ: Mapping[str, str]) -> bool:
+    found = find_unpacked(part, environ)
+    if found is not None:
+        found.lock.close()
+    return found is not None
+
+
+def unpack(archive: Path, part: Part, environ: Mapping[str, str]) -> Unpacked:
+    """A part of an archive, unpacked where this user may. Raises DamagedArchive and UsageError."""
+    if (found := find_unpacked(part, environ)) is not None:
+        return found
+    failures = []
+    for place in cache_places(environ):
+        try:
+            return Cache(place).unpack(archive, part)
+        except OSError as error:
+            failures.append(f"{place} ({error.strerror or error})")
+    raise UsageError(
+        f"the {part.kind} that {archive} carries cannot be unpacked into {' nor into '.join(failures)}; "
+        "name another folder in QMESH_CACHE_DIR"
+    )
+
+
+@functools.cache
+def carried() -> Contents | None:
+    """What the running archive carries. Raises DamagedArchive."""
+    archive = running_archive()
+    return read_contents(archive) if archive is not None else None
+
+
+def carried_part(kind: str) -> Part | None:
+    """The engine or the model that the running archive carries."""
+    contents = carried()
+    return contents.parts.get(kind) if contents is not None else None
+
+
+@functools.cache
+def unpacked_part(part: Part) -> Path:
+    """The folder of a part of the running archive, kept for as long as this process runs. Raises as `unpack` does."""
+    archive = running_archive()
+    assert archive is not None  # it told of the part
+    unpacked = unpack(archive, part, os.environ)
+    atexit.register(unpacked.lock.close)  # until then nobody removes it
+    return unpacked.path
+
+
+# ======================================================================================================
+# 14  This machine
 #
 # The mesh's key, the state directory, the processor, the memory and the GPU.
 # Rule 1: state belongs to one host and one instance, <state>/<hostname>/<instance>/: homes are shared over
@@ -4064,10 +4462,8 @@ def grafana_board() -> Json:
 
 NODE_KEY_FILE: Final = "node.key"
 WORKER_ID_FILE: Final = "worker-id.txt"
-SEALED_KEY_FILE: Final = "mesh.key"  # in an archive
 PEERS_FILE: Final = "peers.json"
 LOCK_FILE: Final = "lock"
-LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
 CLIENT_INSTANCE: Final = "client"
 NVIDIA_QUERY: Final = (
     "--query-gpu=name,memory.used,memory.total,utilization.gpu",  # MiB, and per cent
@@ -4075,6 +4471,8 @@ NVIDIA_QUERY: Final = (
 )
 GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
 GPU_SAMPLE_PERIOD_S: Final = 10.0
+LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
+LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
 MAX_INSTANCES: Final = 256  # workers on one machine
 LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
 
@@ -4108,12 +4506,6 @@ def program_name() -> str:
     """How the user started this program, for the commands that messages suggest."""
     name = Path(sys.argv[0]).name
     return name if name.endswith((".py", ".pyz")) else "qmesh.py"
-
-
-def running_archive() -> Path | None:
-    """The archive that this program runs from; None where it runs from its source."""
-    place = Path(__file__).resolve().parent
-    return place if place.is_file() else None
 
 
 def read_sealed_key(archive: Path) -> str | None:
@@ -4185,27 +4577,6 @@ def read_mesh_keys(settings: Settings) -> tuple[MeshKeys, ...]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file, of this user alone, that takes a path's place when it is whole; else what was there stays."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file's content so that a reader sees the old or the new, whole."""
-    with replacing(path) as file:
-        file.write(data)
-
-
-@contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
     """The path of a file with this text, which only this user can read, for a moment. Raises QMeshError."""
     name = ""
@@ -4230,27 +4601,6 @@ def keep_aside(path: Path, reason: str) -> None:
     aside = path.with_name(f"{path.name}.unusable")
     path.replace(aside)
     log.warning("%s %s: kept as %s and renewed", path, reason, aside.name)
-
-
-def try_lock(path: Path) -> IO[bytes] | None:
-    """An open file that holds the lock until it is closed or the process ends; None when another has it."""
-    file = path.open("ab")
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(LOCK_OFFSET)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            return None
-        raise
-    return file
 
 
 class StateDirectory:
@@ -4354,8 +4704,39 @@ def remembered_peers(host_dir: Path) -> list[Address]:
     return list(dict.fromkeys(addresses))[:MAX_REMEMBERED_PEERS]
 
 
+@functools.cache
+def engine_to_use() -> Part | None:
+    """The engine that the running archive carries, unless one is installed: that may be built for a GPU here."""
+    part = carried_part(ENGINE)
+    return None if part is None or (importlib.util.find_spec("psutil") and installed_llama()) else part
+
+
+@functools.cache
+def use_carried_engine() -> None:
+    """Make the packages of the carried engine importable, where it is to be used. Raises as `unpacked_part` does."""
+    part = engine_to_use()
+    if part is not None:
+        sys.path.insert(0, str(unpacked_part(part)))
+
+
+def installed_llama() -> bool:
+    """Whether a llama-cpp-python is installed that this works with."""
+    from importlib import metadata  # 20 ms, which most commands do without
+
+    try:
+        return LLAMA_VERSIONS[0] <= version_numbers(metadata.version("llama-cpp-python")) < LLAMA_VERSIONS[1]
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """The first three numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
 def load_psutil() -> Any:
     """The psutil module. Raises MissingPackage with the command that installs it."""
+    use_carried_engine()
     try:
         return importlib.import_module("psutil")
     except ImportError:
@@ -4646,7 +5027,7 @@ async def read_gpu_load() -> list[GpuLoad]:
 
 
 # ======================================================================================================
-# 14  Models
+# 15  Models
 #
 # GGUF files: reading their headers, finding them, fetching them, and on what they shall run.
 # Rule 1: a header is read before llama.cpp sees the file, so that a damaged one gets a sentence, not a crash.
@@ -4928,6 +5309,12 @@ def list_models(directories: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
+def models_here() -> list[Path]:
+    """The model files of this machine: what the running archive carries, and those in the folders for models."""
+    part = carried_part(MODEL)
+    return [*([unpacked_part(part) / part.name] if part is not None else []), *list_models(model_dirs())]
+
+
 def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     """The model file that is meant: a path, a name, or the only one there is. Raises ModelError or ModelNotFound."""
     if wanted is not None and Path(wanted).is_file():
@@ -4946,6 +5333,17 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     if len(models) > 1:
         raise ModelError(f"several models are here, so choose one with --model NAME: {names}")
     return models[0]
+
+
+def choose_model(wanted: str | None) -> Path:
+    """The model file that is meant, of those on this machine: the one that the running archive carries goes first.
+
+    Raises as `find_model` and `unpacked_part` do.
+    """
+    part = carried_part(MODEL)
+    if part is not None and (wanted is None or model_key(wanted) == model_key(Path(part.name).stem)):
+        return unpacked_part(part) / part.name
+    return find_model(wanted, model_dirs())
 
 
 @dataclass(frozen=True, slots=True)
@@ -5229,7 +5627,7 @@ class _Download:
 
 
 # ======================================================================================================
-# 15  Engine
+# 16  Engine
 #
 # llama.cpp, through the low-level API of llama-cpp-python, which is imported here and nowhere else.
 # Rule 1: one thread owns the model: commands go in through `Engine`, events come out in batches.
@@ -5242,8 +5640,6 @@ class _Download:
 # no other; a slot is a request's turn, and keeps nothing.
 # ======================================================================================================
 
-LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
-LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
 MAX_SCHEMA_DEPTH: Final = 32  # of nested objects and lists; answers for programs have five
 MAX_SCHEMA_REPEATS: Final = 1000  # llama.cpp runs out of stack at some ten thousand
 MAX_REPEATED_GROUPS: Final = 4  # in a pattern: each may multiply the ways to read a text
@@ -5378,6 +5774,7 @@ def load_llama() -> Any:
     # once the machine's owner takes a core, a step takes a hundred times as long. With a thousand rounds it takes
     # three times as long, and a quiet machine notices nothing (tests/bench/contention.py).
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_ROUNDS))
+    use_carried_engine()
     try:
         library = importlib.import_module("llama_cpp")
     except ImportError:
@@ -5386,8 +5783,7 @@ def load_llama() -> Any:
     except (OSError, RuntimeError) as error:  # its shared library does not load on this machine
         command = f"{install_command(LLAMA_REQUIREMENT)} --force-reinstall --no-cache-dir"
         raise MissingPackage(f"llama-cpp-python does not load here ({error}); build it anew: {command}") from None
-    version = tuple(int(number) for number in re.findall(r"\d+", library.__version__)[:3])
-    if not LLAMA_VERSIONS[0] <= version < LLAMA_VERSIONS[1]:
+    if not LLAMA_VERSIONS[0] <= version_numbers(library.__version__) < LLAMA_VERSIONS[1]:
         command = install_command(LLAMA_REQUIREMENT)
         raise MissingPackage(f"llama-cpp-python {library.__version__} is not one this works with; run: {command}")
     return library
@@ -6495,7 +6891,7 @@ def offload_warning(engine: Engine) -> str | None:
 
 
 # ======================================================================================================
-# 16  UDP shell
+# 17  UDP shell
 #
 # Moves datagrams between sockets and a `DhtEngine`, and keeps its one timer; it decides nothing.
 # Rule 1: all datagrams leave from the node's own port, which is what peers know us by; the sockets that hear
@@ -7205,7 +7601,7 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
 
 
 # ======================================================================================================
-# 17  TCP shell
+# 18  TCP shell
 #
 # Connections that carry frames, inside TLS 1.3 and nothing else, with a deadline on every wait and a bound
 # on every buffer.
@@ -8060,7 +8456,7 @@ def _parse_answer(kind: str, body: Json) -> Queued | Token | Outcome:
 
 
 # ======================================================================================================
-# 18  Worker
+# 19  Worker
 #
 # Serves a model to the mesh: wires the engine, the monitor, the DHT node and the TCP server together.
 # Rule 1: it regulates itself. A request is admitted or refused here, by the health as it is now.
@@ -8410,7 +8806,7 @@ class Worker:
 
     async def _start_engine(self) -> Engine:
         settings, options = self.settings, self.options
-        model = read_model(find_model(settings.model, model_dirs()))
+        model = read_model(choose_model(settings.model))
         load_llama()
         plan = plan_engine(
             model,
@@ -8832,7 +9228,7 @@ def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
 
 
 # ======================================================================================================
-# 19  Client
+# 20  Client
 #
 # Finds workers, chooses one, and sees the answer through, whatever becomes of the worker.
 # Rule 1: of those with a slot free the highest fresh score wins, and where none has one, the shortest line;
@@ -10185,7 +10581,7 @@ class BlockingEvents:
 
 
 # ======================================================================================================
-# 20  Doctor
+# 21  Doctor
 #
 # Looks for what keeps this machine from serving or from finding the others, and names the cause.
 # Rule 1: a check tells what was tried, what came back and what to do; its cause is a word for programs.
@@ -10289,7 +10685,7 @@ def check_engine(gpu_layers: int | None) -> list[Check]:
 
 
 def check_models() -> list[Check]:
-    paths, checks = list_models(model_dirs()), []
+    paths, checks = models_here(), []
     for path in paths:
         try:
             checks.append(Check("model", f"{read_model(path).name} ({human_bytes(path.stat().st_size)})"))
@@ -10812,7 +11208,7 @@ _OTHER_MESHES: Final = {
 
 
 # ======================================================================================================
-# 21  Terminal
+# 22  Terminal
 #
 # What a person sees in a terminal, and types there.
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
@@ -11313,7 +11709,7 @@ class Screen:
 
 
 # ======================================================================================================
-# 22  Chat
+# 23  Chat
 #
 # A conversation that a person types, over one open client.
 # Rule: no error of the mesh ends it, and no question is lost; what could not be answered can be asked again.
@@ -11688,7 +12084,7 @@ def interrupts_call(stop: Callable[[], None]) -> Iterator[None]:
 
 
 # ======================================================================================================
-# 23  OpenAI's API
+# 24  OpenAI's API
 #
 # What programs made for OpenAI's API send, as jobs, and what becomes of those in the shapes that they read: chat
 # completions, completions and errors, after the reference at platform.openai.com/docs/api-reference.
@@ -12092,7 +12488,7 @@ def api_error(error: QMeshError) -> tuple[int, Json]:
 
 
 # ======================================================================================================
-# 24  Batch
+# 25  Batch
 #
 # Many questions from a file, each answered exactly once, whatever is killed meanwhile.
 # Rule 1: the output is all that is kept between two runs. Each of its lines says which line it answers, by number and
@@ -12927,7 +13323,7 @@ def tell_summary(ledger: Ledger, tally: Tally, seconds: float, terminal: Termina
 
 
 # ======================================================================================================
-# 25  HTTP
+# 26  HTTP
 #
 # Moves HTTP/1.1 requests and answers (RFC 9112), with deadlines and limits; knows nothing of what they are about.
 # Rule 1: `HttpReader` reads, without input or output; `HttpConnection` moves bytes; `HttpServer` owns the connections.
@@ -13436,7 +13832,7 @@ class HttpServer:
 
 
 # ======================================================================================================
-# 26  Web page
+# 27  Web page
 #
 # One page, whole in itself: it loads nothing from anywhere else, so that it works without the internet.
 # ======================================================================================================
@@ -14692,7 +15088,7 @@ def page_policy() -> str:
 
 
 # ======================================================================================================
-# 27  Gateway
+# 28  Gateway
 #
 # The mesh as programs made for OpenAI's API see it, and people with a browser.
 # Rule 1: what goes wrong before a worker has taken a request has an HTTP status of its own.
@@ -15213,7 +15609,7 @@ _ROUTES: Final[dict[str, Route]] = {
 
 
 # ======================================================================================================
-# 28  Command line
+# 29  Command line
 #
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
 # Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
@@ -15243,7 +15639,7 @@ examples:
 
 Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
 QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_HTTP, QMESH_API_KEY, QMESH_METRICS, QMESH_LOG, GPU_LAYERS.
-Flags go before them.
+Flags go before them. QMESH_CACHE_DIR is where engine and model of an archive are unpacked.
 
 exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
 """
@@ -15267,7 +15663,17 @@ OPEN_MESH_ADVICE: Final = """\
 
 
 def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
+    unpack_carried(settings, Terminal(shown=not arguments.json))
     return asyncio.run(serve_worker(arguments, settings))
+
+
+def unpack_carried(settings: Settings, terminal: Terminal) -> None:
+    """Unpack what a worker uses of what the running archive carries, and say so if that is to be waited for."""
+    for part in (engine_to_use(), carried_part(MODEL) if settings.model is None else None):
+        if part is not None:
+            if not is_unpacked(part, os.environ):
+                terminal.say(f"📦 Unpacking the {part.kind} ({human_bytes(part.unpacked)}), once on this machine...")
+            unpacked_part(part)
 
 
 async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -15660,7 +16066,7 @@ def pull_model(source: str | None, directory: Path, terminal: Terminal) -> Path:
 
 def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
     models, damaged = [], []
-    for path in list_models(model_dirs()):
+    for path in models_here():
         try:
             models.append(read_model(path))
         except ModelError as error:
@@ -15689,6 +16095,7 @@ def model_row(model: ModelFile) -> tuple[str, ...]:
 def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
     """Two workers and a client on this machine, in one command."""
     terminal = Terminal(shown=True)
+    unpack_carried(settings, terminal)
     load_psutil()
     load_llama()
     model = demo_model(settings, terminal)
@@ -15712,11 +16119,12 @@ async def demonstrate(job: Job, settings: Settings, model: ModelFile, terminal: 
 
 
 def demo_model(settings: Settings, terminal: Terminal) -> ModelFile:
-    if settings.model is None and not list_models(model_dirs()):
-        pull_model(None, model_dirs()[0], terminal)
-    models = list_models(model_dirs())
-    wanted = settings.model or (str(models[0]) if models else None)
-    return read_model(find_model(wanted, model_dirs()))
+    wanted = settings.model
+    if wanted is None and carried_part(MODEL) is None:
+        if not list_models(model_dirs()):
+            pull_model(None, model_dirs()[0], terminal)
+        wanted = str(list_models(model_dirs())[0])
+    return read_model(choose_model(wanted))
 
 
 @contextlib.asynccontextmanager
@@ -15896,20 +16304,47 @@ def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def seal(archive: Path, keys: str, target: Path) -> None:
-    """Copy an archive as it is, with these keys in it: the same bytes each time. Only this user can read it."""
-    with replacing(target) as file, zipfile.ZipFile(archive) as members:
-        with archive.open("rb") as original:
-            file.write(original.read(min(info.header_offset for info in members.infolist())))
-        with zipfile.ZipFile(file, "a") as copy:
-            for info in members.infolist():
-                if info.filename != SEALED_KEY_FILE:
-                    with members.open(info) as source, copy.open(info, "w") as into:
-                        shutil.copyfileobj(source, into)
-            info = zipfile.ZipInfo(SEALED_KEY_FILE)  # dated 1980-01-01, whenever it is made
-            info.create_system, info.external_attr = 3, 0o600 << 16  # Unix's, everywhere
-            copy.writestr(info, keys)
-    target.chmod(0o700)
+# --- version ---
+
+
+def run_version(arguments: argparse.Namespace, settings: Settings) -> int:
+    """What this file is, and what it carries; reads all of it, so that damage shows."""
+    archive = running_archive()
+    body = describe_archive(archive) if archive is not None else {"file": __file__, "parts": {}}
+    python = {"version": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    mesh = read_mesh_keys(settings)[0]
+    body = {"version": __version__, "protocol": PROTOCOL_VERSION, **body, "mesh": mesh.title, "python": python}
+    if arguments.json:
+        print_json(body)
+    else:
+        print(f"qmesh {__version__} (protocol {PROTOCOL_VERSION})")
+        for name, value in version_lines(body):
+            print(f"{name:9} {value}")
+    return 0
+
+
+def describe_archive(archive: Path) -> dict[str, Any]:
+    """An archive's place, size, SHA-256 and contents. Raises DamagedArchive."""
+    try:
+        contents, size = read_contents(archive), archive.stat().st_size
+        sha256 = check_archive(archive, contents)
+    except OSError as error:
+        raise QMeshError(f"{archive} cannot be read ({error.strerror or error})") from None
+    told = contents.to_json()["parts"] if contents is not None else {}
+    return {"file": str(archive), "size": size, "sha256": sha256, "parts": told}
+
+
+def version_lines(body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "file", body["file"] + (f", {human_bytes(body['size'])}" if "size" in body else "")
+    if "sha256" in body:
+        yield "SHA-256", body["sha256"]
+    if (engine := body["parts"].get(ENGINE)) is not None:
+        packages = ", ".join(f"{name} {version}" for name, version in engine["about"]["packages"].items())
+        yield ENGINE, f"for {engine['name']}: {packages}"
+    if (model := body["parts"].get(MODEL)) is not None:
+        yield MODEL, f"{model['name']}, {human_bytes(model['size'])}"
+    yield "mesh", body["mesh"]
+    yield "python", f"{body['python']['version']} on {body['python']['platform']}"
 
 
 # --- Arguments ---
@@ -16208,6 +16643,12 @@ def models_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
 
 
+def version_arguments(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+    parser.add_argument("--key", type=key_file, metavar="FILE", help="the mesh's key (the sealed one, or an open mesh)")
+    add_common(parser)
+
+
 _Command = Callable[[argparse.Namespace, Settings], int]
 
 # Name: (summary, example, its arguments, what it does).
@@ -16223,6 +16664,7 @@ _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], N
     "seal": ("Copy this program with a key in it.", "seal lab.pyz --key lab.key", seal_arguments, run_seal),
     "pull": ("Fetch a model.", "pull", pull_arguments, run_pull),
     "models": ("List the models on this machine.", "models", models_arguments, run_models),
+    "version": ("Tell what this file is, and what it carries.", "version", version_arguments, run_version),
     "complete": ("Print what makes a shell complete commands.", "complete", add_common, run_complete),
     "demo": ("Try it all on this machine alone.", 'demo "Why is the sky blue?"', demo_arguments, run_demo),
 }

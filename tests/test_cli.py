@@ -530,7 +530,7 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
     assert commands == [
         *("worker", "prompt", "chat", "batch", "gateway", "status", "doctor", "init", "seal"),
-        *("pull", "models", "complete", "demo"),
+        *("pull", "models", "version", "complete", "demo"),
     ]
     for command in commands:
         shown = nobody.run(command, "--help").stdout

@@ -1,0 +1,352 @@
+"""What an archive carries besides the program: how it is packed, found, unpacked once, kept, and removed."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import harness
+import pytest
+
+import build_zipapp
+import qmesh
+
+MODEL_BYTES = b"GGUF" + bytes(range(256)) * 64
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> build_zipapp.EngineTree:
+    """A stand-in for the engine's packages: two files of Python, and one library under two names."""
+    root = tmp_path / "tree"
+    (root / "package" / "lib").mkdir(parents=True)
+    (root / "package" / "__init__.py").write_text("NAME = 'the carried one'\n")
+    (root / "single.py").write_text("")
+    (root / "package" / "lib" / "liba.so.0").write_bytes(b"\x7fELF" * 1000)
+    os.link(root / "package" / "lib" / "liba.so.0", root / "package" / "lib" / "liba.so")
+    return build_zipapp.EngineTree(root, {"platform": "linux-x86_64", "python": "cp311", "packages": {"package": "1"}})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(MODEL_BYTES)
+    return path
+
+
+@pytest.fixture
+def archive(tree: build_zipapp.EngineTree, model: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "carrying.pyz"
+    build_zipapp.build(path, tree, model)
+    return path
+
+
+def part_of(archive: Path, kind: str) -> qmesh.Part:
+    contents = qmesh.read_contents(archive)
+    assert contents is not None
+    return contents.parts[kind]
+
+
+def unpack(cache: Path, archive: Path, kind: str = qmesh.MODEL) -> Path:
+    """A part's folder; its lock is not held on to."""
+    unpacked = qmesh.Cache(cache).unpack(archive, part_of(archive, kind))
+    unpacked.lock.close()
+    return unpacked.path
+
+
+Finished = subprocess.CompletedProcess[str]
+
+
+def program(*arguments: object, cache: Path, python: tuple[str, ...] = ("-I", "-S")) -> Finished:
+    environ = {"HOME": str(cache / "home"), "QMESH_CACHE_DIR": str(cache), "QMESH_HOST": "127.0.0.1"}
+    command = [sys.executable, *python, *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environ, timeout=harness.COMMAND_TIMEOUT_S, check=False
+    )
+
+
+# --- Packing ---
+
+
+def test_the_same_things_give_the_same_bytes_whatever_their_dates(
+    archive: Path, tree: build_zipapp.EngineTree, model: Path, tmp_path: Path
+) -> None:
+    for path in tree.root.rglob("*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    build_zipapp.build(tmp_path / "again.pyz", tree, model)
+    assert (tmp_path / "again.pyz").read_bytes() == archive.read_bytes()
+
+
+def test_an_archive_tells_what_it_carries(archive: Path, tree: build_zipapp.EngineTree) -> None:
+    contents = qmesh.read_contents(archive)
+    assert contents is not None
+    assert contents.version == qmesh.__version__
+    assert contents.program == hashlib.sha256(harness.PROGRAM.read_bytes()).hexdigest()
+    engine, model = contents.parts[qmesh.ENGINE], contents.parts[qmesh.MODEL]
+    assert engine.about == {**tree.about, "links": {"package/lib/liba.so.0": "package/lib/liba.so"}}
+    assert (model.name, model.size, model.unpacked) == ("tiny.gguf", len(MODEL_BYTES), len(MODEL_BYTES))
+    data = archive.read_bytes()
+    assert data[model.offset :][: model.size] == MODEL_BYTES
+    packed = zipfile.ZipFile(io.BytesIO(data[engine.offset :][: engine.size]))
+    assert packed.namelist() == ["package/__init__.py", "package/lib/liba.so", "single.py"]
+    assert engine.unpacked == sum(info.file_size for info in packed.infolist())
+
+
+def test_what_carries_nothing_says_so(tmp_path: Path) -> None:
+    build_zipapp.build(tmp_path / "plain.pyz", None, None)
+    contents = qmesh.read_contents(tmp_path / "plain.pyz")
+    assert contents is not None
+    assert contents.parts == {}
+
+
+def test_an_archive_of_the_first_version_has_no_list_of_contents(tmp_path: Path) -> None:
+    (tmp_path / "old.pyz").write_bytes(b"#!python\n" + qmesh.program_zip({"__main__.py": b""}))
+    assert qmesh.read_contents(tmp_path / "old.pyz") is None
+
+
+@pytest.mark.parametrize("listed", [b"{", b"[]", b"{}", b'{"version": "1", "program": "", "parts": {"engine": {}}}'])
+def test_a_broken_list_of_contents_is_damage(tmp_path: Path, listed: bytes) -> None:
+    (tmp_path / "bad.pyz").write_bytes(qmesh.program_zip({qmesh.CONTENTS_FILE: listed}))
+    with pytest.raises(qmesh.DamagedArchive, match="list of contents"):
+        qmesh.read_contents(tmp_path / "bad.pyz")
+
+
+def test_an_archive_beyond_4_gib_starts_and_tells_its_contents(tmp_path: Path) -> None:
+    path = tmp_path / "large.pyz"
+    part = qmesh.Part(qmesh.MODEL, "large.gguf", 23, 5 << 30, "0" * 64, 5 << 30, {})
+    contents = qmesh.Contents("1", "", {qmesh.MODEL: part})
+    members = {"__main__.py": build_zipapp.MAIN, "qmesh.py": harness.PROGRAM.read_bytes()}
+    with path.open("wb") as file:
+        file.write(build_zipapp.SHEBANG)
+        file.seek(part.size, os.SEEK_CUR)  # a hole, which takes no room
+        file.write(qmesh.program_zip(members | {qmesh.CONTENTS_FILE: qmesh.dump_json(contents.to_json())}))
+    assert qmesh.read_contents(path) == contents
+    assert program(path, "--version", cache=tmp_path).stdout == f"qmesh {qmesh.__version__} (protocol 1)\n"
+
+
+def test_the_compiled_program_is_used_by_the_python_that_built_it(archive: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(archive)!r}); import qmesh; print(qmesh.__file__)"
+    assert program("-c", code, cache=tmp_path).stdout == f"{archive / 'qmesh.pyc'}\n"
+
+
+# --- Unpacking ---
+
+
+def test_a_model_is_unpacked_as_it_was(archive: Path, tmp_path: Path) -> None:
+    folder = unpack(tmp_path / "cache", archive)
+    assert (folder / "tiny.gguf").read_bytes() == MODEL_BYTES
+
+
+def test_an_engine_is_unpacked_as_it_was_and_one_library_under_two_names_stays_one(
+    archive: Path, tree: build_zipapp.EngineTree, tmp_path: Path
+) -> None:
+    folder = unpack(tmp_path / "cache", archive, qmesh.ENGINE)
+    for path in tree.root.rglob("*"):
+        if path.is_file():
+            assert (folder / path.relative_to(tree.root)).read_bytes() == path.read_bytes()
+    lib = folder / "package" / "lib"
+    assert (lib / "liba.so").samefile(lib / "liba.so.0")
+
+
+def test_nobody_else_can_write_or_read_what_was_unpacked(archive: Path, tmp_path: Path) -> None:
+    umask = os.umask(0)
+    try:
+        folder = unpack(tmp_path / "cache", archive)
+    finally:
+        os.umask(umask)
+    assert [path.stat().st_mode & 0o777 for path in (tmp_path / "cache", folder)] == [0o700, 0o700]
+
+
+def test_a_part_is_unpacked_once(archive: Path, tmp_path: Path) -> None:
+    first = (unpack(tmp_path / "cache", archive) / "tiny.gguf").stat()
+    assert (unpack(tmp_path / "cache", archive) / "tiny.gguf").stat().st_ino == first.st_ino
+
+
+def test_of_many_at_once_one_unpacks_and_all_get_it(archive: Path, tmp_path: Path) -> None:
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda _: unpack(tmp_path / "cache", archive, qmesh.ENGINE), range(32)))
+    assert len({path.stat().st_ino for path in found}) == 1
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [found[0].name, f"{found[0].name}.lock"]
+
+
+def test_another_version_of_a_part_has_a_place_of_its_own(archive: Path, model: Path, tmp_path: Path) -> None:
+    before = unpack(tmp_path / "cache", archive)
+    model.write_bytes(MODEL_BYTES + b"!")
+    build_zipapp.build(tmp_path / "newer.pyz", None, model)
+    after = unpack(tmp_path / "cache", tmp_path / "newer.pyz")
+    assert before != after
+    assert [path.joinpath("tiny.gguf").read_bytes() for path in (before, after)] == [MODEL_BYTES, MODEL_BYTES + b"!"]
+
+
+def test_a_sealed_copy_uses_what_the_archive_unpacked(archive: Path, tmp_path: Path) -> None:
+    before = unpack(tmp_path / "cache", archive, qmesh.ENGINE)
+    qmesh.seal(archive, "qmesh1-key\n", tmp_path / "sealed.pyz")
+    assert unpack(tmp_path / "cache", tmp_path / "sealed.pyz", qmesh.ENGINE) == before
+    assert part_of(tmp_path / "sealed.pyz", qmesh.MODEL) == part_of(archive, qmesh.MODEL)
+
+
+@pytest.mark.parametrize("kind", [qmesh.ENGINE, qmesh.MODEL])
+def test_a_damaged_part_is_told_and_nothing_of_it_is_kept(archive: Path, tmp_path: Path, kind: str) -> None:
+    data, part = bytearray(archive.read_bytes()), part_of(archive, kind)
+    data[part.offset + part.size // 2] ^= 1
+    archive.write_bytes(data)
+    with pytest.raises(qmesh.DamagedArchive, match=f"its {kind} is not what was packed"):
+        unpack(tmp_path / "cache", archive, kind)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{part.folder}.lock"]
+    with pytest.raises(qmesh.DamagedArchive):
+        qmesh.check_archive(archive, qmesh.read_contents(archive))
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(b""), Path.unlink], ids=["cut short", "gone"])
+def test_an_unpacked_file_that_lost_something_is_unpacked_anew(archive: Path, tmp_path: Path, harm: object) -> None:
+    folder = unpack(tmp_path / "cache", archive, qmesh.ENGINE)
+    assert callable(harm)
+    harm(folder / "package" / "lib" / "liba.so.0")
+    assert unpack(tmp_path / "cache", archive, qmesh.ENGINE) == folder
+    assert (folder / "package" / "lib" / "liba.so.0").read_bytes() == b"\x7fELF" * 1000
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(archive: Path, tmp_path: Path) -> None:
+    cache, part = tmp_path / "cache", part_of(archive, qmesh.MODEL)
+    left = cache / f".{part.folder}.x1y2z3" / "tree"
+    left.mkdir(parents=True, mode=0o700)
+    cache.chmod(0o700)
+    (left / "tiny.gguf").write_bytes(MODEL_BYTES[:100])
+    unpack(cache, archive)
+    assert sorted(path.name for path in cache.iterdir()) == [part.folder, f"{part.folder}.lock"]
+
+
+def aged(lock: Path) -> None:
+    long_ago = time.time() - qmesh.STALE_AFTER_S - 60
+    os.utime(lock, (long_ago, long_ago))
+
+
+def test_unpacking_removes_what_nobody_used_for_a_day_and_nothing_that_somebody_uses(
+    archive: Path, model: Path, tmp_path: Path
+) -> None:
+    cache = qmesh.Cache(tmp_path / "cache")
+    used = cache.unpack(archive, part_of(archive, qmesh.ENGINE))
+    stale = cache.unpack(archive, part_of(archive, qmesh.MODEL))
+    for unpacked in (used, stale):
+        aged(unpacked.path.with_name(f"{unpacked.path.name}.lock"))
+    stale.lock.close()
+    model.write_bytes(MODEL_BYTES + b"!")
+    build_zipapp.build(tmp_path / "newer.pyz", None, model)
+    newer = unpack(tmp_path / "cache", tmp_path / "newer.pyz")
+    used.lock.close()
+    kept = {used.path.name, newer.name}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == kept | {f"{name}.lock" for name in kept}
+
+
+def test_what_was_used_today_is_kept_though_nobody_uses_it_now(archive: Path, model: Path, tmp_path: Path) -> None:
+    cache = qmesh.Cache(tmp_path / "cache")
+    before = unpack(cache.root, archive)
+    aged(before.with_name(f"{before.name}.lock"))
+    found = cache.find(part_of(archive, qmesh.MODEL))
+    assert found is not None
+    found.lock.close()
+    unpack(cache.root, archive, qmesh.ENGINE)
+    assert before.is_dir()
+
+
+# --- Places ---
+
+
+def test_the_places_are_the_platforms_and_a_temporary_one_unless_one_is_set(tmp_path: Path) -> None:
+    assert qmesh.cache_places({"QMESH_CACHE_DIR": str(tmp_path)}) == [tmp_path]
+    first, second = qmesh.cache_places({"HOME": str(tmp_path)})
+    assert first.is_relative_to(tmp_path)
+    assert not second.is_relative_to(tmp_path)
+    assert qmesh.cache_places({"HOME": "/h", "XDG_CACHE_HOME": "/c"})[0] == (
+        Path("/c/qmesh") if sys.platform == "linux" else first
+    )
+
+
+def test_where_the_first_place_cannot_be_used_the_next_one_is(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "home").write_text("no folder")
+    unpacked = qmesh.unpack(archive, part_of(archive, qmesh.MODEL), {"HOME": str(tmp_path / "home")})
+    unpacked.lock.close()
+    assert unpacked.path.parent == tmp_path / f"qmesh-{os.getuid()}"
+    assert qmesh.is_unpacked(part_of(archive, qmesh.MODEL), {"HOME": str(tmp_path / "home")})
+
+
+def test_a_place_that_others_can_write_is_not_used(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    with pytest.raises(qmesh.UsageError, match=r"shared \(others can write there\); name another .* QMESH_CACHE_DIR"):
+        qmesh.unpack(archive, part_of(archive, qmesh.MODEL), {"QMESH_CACHE_DIR": str(tmp_path / "shared")})
+
+
+def test_a_link_of_ones_own_to_another_disk_is_followed(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    assert (unpack(tmp_path / "cache", archive) / "tiny.gguf").read_bytes() == MODEL_BYTES
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make another's link")
+def test_a_link_that_somebody_else_laid_is_not_followed(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "laid").symlink_to(tmp_path / "mine")
+    os.chown(tmp_path / "laid", 12345, 12345, follow_symlinks=False)
+    with pytest.raises(qmesh.UsageError, match="laid"):
+        qmesh.unpack(archive, part_of(archive, qmesh.MODEL), {"QMESH_CACHE_DIR": str(tmp_path / "laid")})
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_too_little_room_is_told_before_anything_is_written(archive: Path, tmp_path: Path) -> None:
+    part = part_of(archive, qmesh.MODEL)
+    large = qmesh.Part(part.kind, part.name, part.offset, part.size, part.sha256, 1 << 60, {})
+    with pytest.raises(qmesh.UsageError, match=r"1152921504\.6 GB are needed.*QMESH_CACHE_DIR"):
+        qmesh.unpack(archive, large, {"QMESH_CACHE_DIR": str(tmp_path / "cache")})
+
+
+# --- Telling ---
+
+
+def test_version_tells_file_contents_hash_and_mesh(archive: Path, tmp_path: Path) -> None:
+    finished = program(archive, "version", cache=tmp_path / "cache")
+    assert finished.stdout.splitlines()[:2] == [
+        f"qmesh {qmesh.__version__} (protocol 1)",
+        f"file      {archive}, {archive.stat().st_size / 1e6:.0f} MB",
+    ]
+    for line in (
+        f"SHA-256   {hashlib.sha256(archive.read_bytes()).hexdigest()}",
+        "engine    for linux-x86_64-cp311: package 1",
+        "model     tiny.gguf, 0 MB",
+        "mesh      open mesh 'qmesh-inference'",
+    ):
+        assert line in finished.stdout.splitlines()
+    assert not (tmp_path / "cache").exists()  # nothing had to be unpacked
+
+
+def test_version_tells_damage(archive: Path, tmp_path: Path) -> None:
+    data, part = bytearray(archive.read_bytes()), part_of(archive, qmesh.MODEL)
+    data[part.offset] ^= 1
+    archive.write_bytes(data)
+    finished = program(archive, "version", "--json", cache=tmp_path)
+    assert finished.returncode == 1
+    assert '"code":"damaged_archive"' in finished.stdout.replace(" ", "")
+    assert "Copy it to this machine once more" in finished.stderr
+
+
+def test_version_of_a_source_file_tells_that_file(tmp_path: Path) -> None:
+    finished = program(harness.PROGRAM, "version", cache=tmp_path)
+    assert f"file      {harness.PROGRAM}" in finished.stdout.splitlines()
+
+
+def test_listing_tells_every_file_that_is_inside(archive: Path, tmp_path: Path) -> None:
+    finished = program(harness.ROOT / "build_zipapp.py", "--list", archive, cache=tmp_path, python=())
+    names = [line.split()[1] for line in finished.stdout.splitlines() if not line.endswith(":") and "SHA" not in line]
+    assert finished.returncode == 0, finished.stderr
+    assert {"single.py", "package/lib/liba.so", "qmesh.py", "__main__.py", "contents.json"} <= {*names}
+    assert "     same file package/lib/liba.so.0 as package/lib/liba.so" in finished.stdout
+    assert "model: tiny.gguf, 16,388 bytes" in finished.stdout
