@@ -4079,7 +4079,6 @@ def grafana_board() -> Json:
 
 SEALED_KEY_FILE: Final = "mesh.key"  # in an archive
 CONTENTS_FILE: Final = "contents.json"  # in an archive
-CONTENTS_FORMAT: Final = 1  # of contents.json and of how the parts lie
 SIZES_FILE: Final = "sizes.json"  # of an unpacked part: what belongs to it, and how large it is
 ENGINE: Final = "engine"
 MODEL: Final = "model"
@@ -4180,7 +4179,7 @@ class Contents:
 
     def to_json(self) -> dict[str, Any]:
         parts = {kind: part.to_json() for kind, part in self.parts.items()}
-        return {"format": CONTENTS_FORMAT, "version": self.version, "program": self.program, "parts": parts}
+        return {"version": self.version, "program": self.program, "parts": parts}
 
 
 def running_archive() -> Path | None:
