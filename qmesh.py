@@ -1,4 +1,11 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "llama-cpp-python>=0.3.36,<0.4",
+#     "psutil>=5.9,<8",
+# ]
+# ///
 """QMesh: one LLM service out of the idle machines of a lab, an office or a home.
 
 Run `python qmesh.py worker` on some machines and `python qmesh.py prompt "..."` on any of them. There is
@@ -4473,6 +4480,8 @@ GPU_SAMPLE_PERIOD_S: Final = 10.0
 LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
 LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
 MAX_INSTANCES: Final = 256  # workers on one machine
+INSTALLED_COMMAND: Final = "qmesh"  # what `pip install` makes of this program
+PACKAGE_DIRS: Final = ("site-packages", "dist-packages")  # where it puts the module
 LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
 
 
@@ -4504,7 +4513,19 @@ def in_force(key: MeshKey | MeshKeys) -> bool:
 def program_name() -> str:
     """How the user started this program, for the commands that messages suggest."""
     name = Path(sys.argv[0]).name
-    return name if name.endswith((".py", ".pyz")) else "qmesh.py"
+    return name if name == INSTALLED_COMMAND or name.endswith((".py", ".pyz")) else "qmesh.py"
+
+
+def as_typed(text: str) -> str:
+    """A text of ours, with the commands that it names as this user types them."""
+    name = program_name()
+    python = "" if name == INSTALLED_COMMAND else "python "
+    return re.sub(r"(python )?qmesh\.py\b", lambda found: (python if found[1] else "") + name, text)
+
+
+def program_file() -> Path:
+    """What Python runs as this program: the archive, or the module."""
+    return running_archive() or Path(__file__).resolve()
 
 
 def read_sealed_key(archive: Path) -> str | None:
@@ -5287,14 +5308,15 @@ def _fingerprint(file: IO[bytes], data_start: int, size: int) -> bytes:
     return digest.digest()[:FINGERPRINT_BYTES]
 
 
-def program_dir() -> Path:
-    """The directory that holds the module, or the archive it runs from."""
-    return (running_archive() or Path(__file__).resolve()).parent
+def own_model_dir() -> Path:
+    """Where models are fetched to: beside this program, or with its state where it is installed as a package is."""
+    beside = program_file().parent
+    return (default_state_dir(os.environ) if beside.name in PACKAGE_DIRS else beside) / "models"
 
 
 def model_dirs() -> list[Path]:
     """Where model files are looked for, in this order."""
-    places = [program_dir() / "models", Path.cwd() / "models", Path.cwd()]
+    places = [own_model_dir(), Path.cwd() / "models", Path.cwd()]
     return list(dict.fromkeys(place.resolve() for place in places))
 
 
@@ -5334,15 +5356,17 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     return models[0]
 
 
-def choose_model(wanted: str | None) -> Path:
-    """The model file that is meant, of those on this machine: the one that the running archive carries goes first.
-
-    Raises as `find_model` and `unpacked_part` do.
-    """
+def carried_model(wanted: str | None) -> Part | None:
+    """The model that the running archive carries, if that is meant: by its name, or because none is named."""
     part = carried_part(MODEL)
-    if part is not None and (wanted is None or model_key(wanted) == model_key(Path(part.name).stem)):
-        return unpacked_part(part) / part.name
-    return find_model(wanted, model_dirs())
+    meant = part is not None and (wanted is None or model_key(wanted) == model_key(Path(part.name).stem))
+    return part if meant else None
+
+
+def choose_model(wanted: str | None) -> Path:
+    """The model file that is meant, of those on this machine. Raises as `find_model` and `unpacked_part` do."""
+    part = carried_model(wanted)
+    return unpacked_part(part) / part.name if part is not None else find_model(wanted, model_dirs())
 
 
 @dataclass(frozen=True, slots=True)
@@ -11969,7 +11993,7 @@ class Chat:
 
     def _complain(self, error: QMeshError) -> None:
         self._failed = error.exit_code
-        advice = error.remedy.replace("qmesh.py", program_name())
+        advice = as_typed(error.remedy)
         if error_code(error) == "context_exceeded":
             advice = "/forget N drops the oldest N turns, /new all of them; then /retry asks again"
         elif isinstance(error, ModelNotFound):
@@ -12482,7 +12506,7 @@ def api_error(error: QMeshError) -> tuple[int, Json]:
     status, kind = next((status, kind) for of, status, kind in _API_ERRORS if isinstance(error, of))
     code, param = error_code(error), getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
     what = printable(str(error).rstrip("."), MAX_ERROR_CHARS)  # it may name what was asked for, at any length
-    message = f"{what}. {error.remedy}".replace("qmesh.py", program_name())
+    message = as_typed(f"{what}. {error.remedy}")
     return status, error_body(message, kind, _API_CODES.get(code, code), param)
 
 
@@ -15650,8 +15674,8 @@ KEY_FILE_HEADER: Final = """\
 
 INIT_ADVICE: Final = """\
    Its members are those who have it; nobody else can ask them, answer for them or read what they say:
-     python {program} worker --key {file}        on each machine; QMESH_KEY={file} does the same
-     python {program} seal lab.pyz --key {file}  puts it into a copy of the program, so that one file is all"""
+     {program} worker --key {file}        on each machine; QMESH_KEY={file} does the same
+     {program} seal lab.pyz --key {file}  puts it into a copy of the program, so that one file is all"""
 
 OPEN_MESH_ADVICE: Final = """\
 🔓 This mesh is open: everybody on this network can ask, serve and so read prompts. `{program} init lab.key` makes
@@ -15662,13 +15686,19 @@ OPEN_MESH_ADVICE: Final = """\
 
 
 def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.gateway:
+        gateway_options(arguments, settings)  # what is wrong with them is said before a model is loaded
+    elif arguments.http is not None or arguments.api_key is not None:
+        raise UsageError("--http and --api-key are for a gateway: add --gateway")
+    if arguments.print_service is not None:
+        return print_service(arguments, settings)
     unpack_carried(settings, Terminal(shown=not arguments.json))
     return asyncio.run(serve_worker(arguments, settings))
 
 
 def unpack_carried(settings: Settings, terminal: Terminal) -> None:
     """Unpack what a worker uses of what the running archive carries, and say so if that is to be waited for."""
-    for part in (engine_to_use(), carried_part(MODEL) if settings.model is None else None):
+    for part in (engine_to_use(), carried_model(settings.model)):
         if part is not None:
             if not is_unpacked(part, os.environ):
                 terminal.say(f"📦 Unpacking the {part.kind} ({human_bytes(part.unpacked)}), once on this machine...")
@@ -15686,10 +15716,6 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
         grace_s=arguments.grace,
         yields=arguments.yields,
     )
-    if arguments.gateway:
-        gateway_options(arguments, settings)  # what is wrong with them is said before a model is loaded
-    elif arguments.http is not None or arguments.api_key is not None:
-        raise UsageError("--http and --api-key are for a gateway: add --gateway")
     worker = Worker(settings, options, os.environ)
     stop = asyncio.Event()
     with interrupts(stop):
@@ -15770,6 +15796,394 @@ def interrupts(stop: asyncio.Event, parting: str = "who was waiting goes on else
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
+
+
+# --- A worker as a service ---
+#
+# What is printed says all that is in force here, flags and environment alike, as flags with absolute paths. A key's
+# text is never among it: units can be read by everybody.
+
+SERVICE_NAME: Final = "qmesh-worker"
+SERVICE_STOP_S: Final = 15  # to stop in, beyond --grace: goodbyes, and the step that llama.cpp is at
+SERVICE_RESTART_S: Final = 10  # what was in the way, such as a port, may be gone by then; and no start is one too many
+SERVICE_LOOK_MINUTES: Final = 5  # between two looks of Windows at whether it still runs
+POINTLESS_RESTARTS: Final = (UsageError.exit_code, ModelNotFound.exit_code)  # they would end alike
+NEUTRAL_WEIGHT: Final = 100  # of a control group
+NICE_STEP: Final = 1.25  # what Linux weighs one step of niceness at
+GPU_GROUPS: Final = ("render", "video")  # who may use /dev/dri and the like
+TEMPORARY_DIRS: Final = (Path("/tmp"), Path("/var/tmp"))  # a service with PrivateTmp has others
+_UNFIT_FOR_UNITS: Final = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # not in XML, nor in a line
+LAUNCHD_LABEL: Final = "qmesh.worker"
+TASK_NAMESPACE: Final = "http://schemas.microsoft.com/windows/2004/02/mit/task"
+
+# Nice is what the worker sets itself: started with more, it could not. SCHED_IDLE is left to none: answers would stand
+# still, rather than be slow, on a busy machine. MemoryDenyWriteExecute is off for what GPUs and ctypes compile at run
+# time, PrivateDevices and ProtectClock (which closes all devices) for the GPUs themselves.
+SYSTEMD_UNIT: Final = """\
+[Unit]
+Description=QMesh worker
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=exec
+ExecStart={command}
+{places}
+{user}
+
+# Exit codes {pointless}: usage, or no such model. Another start would end alike.
+Restart=on-failure
+RestartSec={restart_s}
+RestartPreventExitStatus={pointless}
+
+# At SIGTERM it finishes what it can within --grace seconds, and hands over the rest.
+KillMode=mixed
+TimeoutStopSec={stop_s}
+
+# Whoever sits at the machine goes first. Niceness counts within one control group alone, so the weight says the same
+# beside all users and all other services, in the root slice.
+Nice={nice}
+Slice=-.slice
+CPUWeight={weight}
+IOSchedulingClass=best-effort
+IOSchedulingPriority=7
+OOMScoreAdjust=500
+
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+ProtectSystem=strict
+{temporary}
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectKernelLogs=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6 AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+SystemCallArchitectures=native
+UMask=0077
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+SYSTEMD_ADVICE: Final = """\
+💡 A unit for systemd, which runs as {user}. Put it into /etc/systemd/system/{name}.service, then:
+     sudo systemctl daemon-reload
+     sudo systemctl enable --now {name}
+     journalctl -u {name} -f          tells how it does"""
+
+LAUNCHD_ADVICE: Final = """\
+💡 A daemon for launchd, which runs as {user}. Put it into /Library/LaunchDaemons/{label}.plist, then:
+     sudo chown root:wheel /Library/LaunchDaemons/{label}.plist
+     sudo launchctl bootstrap system /Library/LaunchDaemons/{label}.plist
+     tail -f {log}          tells how it does; `sudo launchctl bootout system/{label}` ends it"""
+
+WINDOWS_ADVICE: Final = """\
+💡 A task for Windows, which runs as {user}. Put it into {name}.xml, then, as an administrator:
+     schtasks /Create /TN {name} /XML {name}.xml
+     schtasks /Run /TN {name}
+     schtasks /Query /TN {name} /V /FO LIST          tells how it does; `schtasks /Change /TN {name} /DISABLE` and
+     `schtasks /End /TN {name}` end it, without --grace: what it is at goes on elsewhere"""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A worker as a system is to run it; every path is absolute.
+
+    command: its words. files: what it reads. state_dir, cache_dir: where it writes, if that was told.
+    """
+
+    command: tuple[str, ...]
+    files: tuple[Path, ...]
+    nice: int
+    grace_s: float
+    state_dir: Path | None
+    cache_dir: Path | None
+
+    @property
+    def stop_s(self) -> int:
+        return math.ceil(self.grace_s) + SERVICE_STOP_S
+
+
+def print_service(arguments: argparse.Namespace, settings: Settings) -> int:
+    """What a system needs to run this worker goes to stdout, what a person has to do with it to stderr."""
+    terminal, (make, advice) = Terminal(shown=True), _SERVICES[arguments.print_service]
+    by_systemd = make is systemd_unit
+    if not by_systemd and settings.state_dir is None:  # systemd has a place of its own for it
+        settings = replace(settings, state_dir=str(default_state_dir(os.environ)))
+    service = make_service(arguments, settings, terminal)
+    user = service_user(service) if by_systemd else user_name()
+    print(make(service, user), end="", flush=True)
+    shown = user or "a user that systemd makes for it"
+    terminal.say(advice.format(user=shown, name=SERVICE_NAME, label=LAUNCHD_LABEL, log=launchd_log()))
+    if user == "root":
+        terminal.say("   Better give its files to a user of their own, and print this as that user: `sudo -u USER ...`")
+    for place in (service.state_dir, service.cache_dir):
+        if by_systemd and place is not None and not place.is_dir():
+            terminal.say(f"   Before, make the folder {place}, and give it to {shown}")
+    for path in filter(is_temporary, service.files):
+        terminal.say(f"⚠️  {path} is in a folder for temporary files, which may be gone at the next start")
+    return 0
+
+
+def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Terminal) -> Service:
+    """Raises UsageError where what is in force cannot be written down."""
+    settings = settings if arguments.gateway else replace(settings, http=Settings().http, api_key=None)
+    for holds_text, variable in (
+        (settings.key is not None and is_key_text(settings.key), "QMESH_KEY"),
+        (settings.api_key is not None and not Path(settings.api_key).expanduser().is_file(), "QMESH_API_KEY"),
+    ):
+        if holds_text:
+            raise UsageError(
+                f"{variable} holds a key, and what is printed can be read by everybody on this machine: put the key "
+                "into a file, and name that; a mesh's key may also be sealed into the program"
+            )
+    read_keys(settings)
+    settings = replace(
+        settings,
+        key=absolute(settings.key),
+        api_key=absolute(settings.api_key),
+        state_dir=absolute(settings.state_dir),
+        model=service_model(settings.model, terminal),
+    )
+    program, cache = program_file(), os.environ.get("QMESH_CACHE_DIR", "").strip()
+    told = (settings.key, settings.api_key, settings.model)
+    command = (sys.executable, str(program), "worker", *setting_words(settings), *worker_words(arguments))
+    for word in (*command, cache):
+        if _UNFIT_FOR_UNITS.search(word):
+            raise UsageError(f"{word!r} cannot be written into a unit: choose a name without such characters")
+    return Service(
+        command=command,
+        files=(Path(sys.executable), program, *(Path(each) for each in told if each is not None)),
+        nice=arguments.nice,
+        grace_s=arguments.grace,
+        state_dir=Path(settings.state_dir) if settings.state_dir is not None else None,
+        cache_dir=Path(cache).absolute() if cache else None,
+    )
+
+
+def absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
+
+
+def service_model(wanted: str | None, terminal: Terminal) -> str | None:
+    """The model's path, but of one that the program carries; what is wanted, with a word about it, where none is."""
+    if carried_model(wanted) is not None:
+        return wanted
+    try:
+        return str(find_model(wanted, model_dirs()).absolute())
+    except QMeshError as error:
+        terminal.say(f"⚠️  So far it would not start: {error}")
+    return wanted if wanted is None or Path(wanted).parent == Path() else absolute(wanted)
+
+
+def setting_words(settings: Settings) -> Iterator[str]:
+    """The flags that give a worker these settings."""
+    usual = Settings()
+    for name, (flag, _, _) in _SETTING_SOURCES.items():
+        value = getattr(settings, name)
+        if value != getattr(usual, name):
+            for each in value if name == "peers" else (value,):
+                yield from flag_words(flag, each)
+
+
+def worker_words(arguments: argparse.Namespace) -> Iterator[str]:
+    """The flags that give a worker what is no setting."""
+    parser = argparse.ArgumentParser()
+    worker_arguments(parser)
+    for name, usual in vars(parser.parse_args([])).items():
+        value = getattr(arguments, name)
+        if name not in _SETTING_SOURCES and name != "print_service" and value != usual:
+            yield from flag_words("--yield" if name == "yields" else f"--{name.replace('_', '-')}", value)
+
+
+def flag_words(flag: str, value: Any) -> tuple[str, ...]:
+    if value is True:
+        return (flag,)
+    if isinstance(value, tuple):  # an address; without a port, a free one may be taken
+        text = value[0] if value[1] is None else format_address(value)
+    else:
+        text = f"{value:.15g}" if isinstance(value, float) else str(value)
+    return (f"{flag}={text}",) if text.startswith("-") else (flag, text)
+
+
+# Who runs it: whoever prints it. For root, a user that systemd makes for it, unless its files are closed to others.
+
+
+def user_name() -> str:
+    """Who runs this program, as the system's services call it."""
+    if sys.platform == "win32":
+        return "\\".join(filter(None, (os.environ.get("USERDOMAIN"), os.environ.get("USERNAME"))))
+    import pwd
+
+    with contextlib.suppress(KeyError):
+        return pwd.getpwuid(os.geteuid()).pw_name
+    return str(os.geteuid())
+
+
+def service_user(service: Service) -> str:
+    """Who runs a unit of systemd; "" for a user that it makes. Raises UsageError where nobody could read all of it."""
+    if sys.platform == "win32" or os.geteuid() != 0:
+        return user_name()
+    closed = [place for path in service.files for place in closed_places(path)]
+    closed += [existing(place) for place in (service.state_dir, service.cache_dir) if place is not None]
+    closed += map(existing, filter(is_temporary, service.files))  # systemd's own user has temporary folders of its own
+    owners = {path.owner(): path for path in closed}
+    if len(owners) > 1:
+        whose = ", ".join(f"{path} is {owner}'s" for owner, path in owners.items())
+        raise UsageError(f"no user but root can use all that the worker needs ({whose}): give it all to one of them")
+    return next(iter(owners), "")
+
+
+def closed_places(path: Path) -> Iterator[Path]:
+    """The file, and folders on the way to it, that not every user of this machine may read or pass."""
+    for way in {path, path.resolve()}:
+        if way.exists() and not way.stat().st_mode & stat.S_IROTH:
+            yield way
+        yield from (folder for folder in way.parents if folder.exists() and not folder.stat().st_mode & stat.S_IXOTH)
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that there is."""
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def is_temporary(path: Path) -> bool:
+    return any(path.is_relative_to(folder) or path.resolve().is_relative_to(folder) for folder in TEMPORARY_DIRS)
+
+
+def systemd_unit(service: Service, user: str) -> str:
+    python, *words = service.command
+    command = [systemd_word(python), *(systemd_word(word).replace("$", "$$") for word in words)]
+    hides_temporary = not any(map(is_temporary, service.files))
+    return SYSTEMD_UNIT.format(
+        command=" ".join(command),
+        places="\n".join(systemd_places(service)),
+        user="\n".join(systemd_user(user)),
+        pointless=" ".join(map(str, POINTLESS_RESTARTS)),
+        restart_s=SERVICE_RESTART_S,
+        stop_s=service.stop_s,
+        nice=service.nice,
+        weight=max(1, round(NEUTRAL_WEIGHT / NICE_STEP**service.nice)),
+        temporary="PrivateTmp=yes" if hides_temporary else "ReadWritePaths=" + " ".join(map(str, TEMPORARY_DIRS)),
+    )
+
+
+def systemd_places(service: Service) -> Iterator[str]:
+    """Where it may write: folders that systemd makes, or those that were told."""
+    if service.state_dir is None:
+        yield from ("StateDirectory=qmesh", "StateDirectoryMode=0700", "Environment=QMESH_STATE_DIR=%S/qmesh")
+    else:
+        yield f"ReadWritePaths={systemd_word(str(service.state_dir))}"
+    if service.cache_dir is None:
+        yield from ("CacheDirectory=qmesh", "CacheDirectoryMode=0700", "Environment=QMESH_CACHE_DIR=%C/qmesh")
+    else:
+        yield f"Environment={systemd_word(f'QMESH_CACHE_DIR={service.cache_dir}')}"
+        yield f"ReadWritePaths={systemd_word(str(service.cache_dir))}"
+
+
+def systemd_user(user: str) -> Iterator[str]:
+    if user:
+        yield f"User={user}"
+        return
+    yield "DynamicUser=yes"
+    if sys.platform != "win32":
+        import grp
+
+        known = {group.gr_name for group in grp.getgrall()}
+        if groups := [group for group in GPU_GROUPS if group in known]:
+            yield f"SupplementaryGroups={' '.join(groups)}"
+
+
+def systemd_word(text: str) -> str:
+    """One word as systemd.syntax(7) has it; specifiers (%) stand for themselves."""
+    text = text.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
+    return text if re.fullmatch(r"[\w$%+,./:=@-]+", text) else f'"{text}"'
+
+
+def launchd_log() -> str:
+    """Where launchd puts what a worker says; a user's own folder for that is there on every Mac."""
+    return str((Path.home() if user_name() != "root" else Path("/")) / "Library" / "Logs" / f"{SERVICE_NAME}.log")
+
+
+def launchd_plist(service: Service, user: str) -> str:
+    """A property list; see launchd.plist(5). It cannot tell exit codes apart: a failed start comes again."""
+    import plistlib
+
+    environment = {"HOME": str(Path.home())}  # launchd sets none for a daemon
+    if service.cache_dir is not None:
+        environment["QMESH_CACHE_DIR"] = str(service.cache_dir)
+    body = {
+        "Label": LAUNCHD_LABEL,
+        "ProgramArguments": list(service.command),
+        "EnvironmentVariables": environment,
+        "UserName": user,
+        "RunAtLoad": True,
+        "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": SERVICE_RESTART_S,
+        "ExitTimeOut": service.stop_s,
+        "ProcessType": "Standard",  # "Background" would keep it to the slow cores, however idle the machine is
+        "Nice": service.nice,
+        "LowPriorityIO": True,
+        "StandardErrorPath": launchd_log(),
+        "Umask": 0o077,
+    }
+    return plistlib.dumps(body, sort_keys=False).decode()
+
+
+def windows_task(service: Service, user: str) -> str:
+    """A task for schtasks.exe; see MS-TSCH, 2.5. In ASCII and without an encoding's name, as every shell leaves it be.
+
+    RestartOnFailure is for tasks that could not be started alone (2.5.4.2), so the trigger comes again and again, and
+    does nothing while the worker runs. Priority 7 is below normal, as the worker makes itself.
+    """
+    from xml.etree import ElementTree
+
+    program, *words = service.command
+    body = {
+        "RegistrationInfo": {"Description": "QMesh worker"},
+        "Triggers": {
+            "BootTrigger": {
+                "Repetition": {"Interval": f"PT{SERVICE_LOOK_MINUTES}M", "StopAtDurationEnd": "false"},
+                "Enabled": "true",
+            }
+        },
+        "Principals": {"Principal": {"UserId": user, "LogonType": "S4U", "RunLevel": "LeastPrivilege"}},
+        "Settings": {
+            "MultipleInstancesPolicy": "IgnoreNew",
+            "DisallowStartIfOnBatteries": "false",
+            "StopIfGoingOnBatteries": "false",
+            "ExecutionTimeLimit": "PT0S",  # none
+            "Priority": "7",
+            "RestartOnFailure": {"Interval": "PT1M", "Count": "255"},
+        },
+        "Actions": {"Exec": {"Command": program, "Arguments": subprocess.list2cmdline(words)}},
+    }
+    task = ElementTree.Element("Task", version="1.2", xmlns=TASK_NAMESPACE)
+    add_elements(task, body)
+    ElementTree.indent(task)
+    return f'<?xml version="1.0"?>\n{ElementTree.tostring(task, "us-ascii", xml_declaration=False).decode()}\n'
+
+
+def add_elements(parent: Any, body: Mapping[str, Any]) -> None:
+    for name, content in body.items():
+        child = parent.makeelement(name, {"id": "Author"} if name == "Principal" else {})
+        parent.append(child)
+        if isinstance(content, str):
+            child.text = content
+        else:
+            add_elements(child, content)
+
+
+# System: (what makes its unit of a worker and a user, what to do with it).
+_SERVICES: Final[dict[str, tuple[Callable[[Service, str], str], str]]] = {
+    "systemd": (systemd_unit, SYSTEMD_ADVICE),
+    "launchd": (launchd_plist, LAUNCHD_ADVICE),
+    "windows": (windows_task, WINDOWS_ADVICE),
+}
 
 
 # --- gateway ---
@@ -16119,7 +16533,7 @@ async def demonstrate(job: Job, settings: Settings, model: ModelFile, terminal: 
 
 def demo_model(settings: Settings, terminal: Terminal) -> ModelFile:
     wanted = settings.model
-    if wanted is None and carried_part(MODEL) is None:
+    if carried_model(wanted) is None and wanted is None:
         if not list_models(model_dirs()):
             pull_model(None, model_dirs()[0], terminal)
         wanted = str(list_models(model_dirs())[0])
@@ -16129,7 +16543,6 @@ def demo_model(settings: Settings, terminal: Terminal) -> ModelFile:
 @contextlib.asynccontextmanager
 async def demo_worker(settings: Settings, model: ModelFile) -> AsyncGenerator[asyncio.subprocess.Process, None]:
     """A worker as a child process; stopped at the end."""
-    program = program_dir() / program_name()
     flags = {
         "--host": settings.host,
         "--port": "0",
@@ -16139,7 +16552,7 @@ async def demo_worker(settings: Settings, model: ModelFile) -> AsyncGenerator[as
         "--threads": str(max(1, SystemMonitor().physical_cores() // DEMO_WORKERS)),
         "--log-level": settings.log_level,
     }
-    command = [sys.executable, str(program if program.exists() else Path(__file__)), "worker", "--json"]
+    command = [sys.executable, str(program_file()), "worker", "--json"]
     command += [word for flag in flags.items() for word in flag]
     child = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
     try:
@@ -16199,7 +16612,7 @@ def print_check(check: Check) -> None:
         if check.tried:
             print(f"      tried: {check.tried}", flush=True)
         if check.remedy:
-            print(f"      to do: {check.remedy.replace('qmesh.py', program_name())}", flush=True)
+            print(f"      to do: {as_typed(check.remedy)}", flush=True)
 
 
 # --- complete ---
@@ -16256,7 +16669,7 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
     terminal.say(f"🔑 Made the key of a closed mesh ({new.fingerprint})")
     for key in keys[1:]:
         terminal.say(f"   It replaces that of {key.fingerprint}, which counts until {key.until}")
-    terminal.say(INIT_ADVICE.format(program=program_name(), file=target))
+    terminal.say(INIT_ADVICE.format(program=as_typed("python qmesh.py"), file=target))
     print(target)
     return 0
 
@@ -16353,7 +16766,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name(),
         description="One LLM service out of the idle machines of a lab, an office or a home.",
-        epilog=EPILOG,
+        epilog=EPILOG.replace("qmesh.pyz", program_name()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qmesh {__version__} (protocol {PROTOCOL_VERSION})")
@@ -16464,6 +16877,11 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
     parser.add_argument("--metrics", metavar="[HOST:]PORT", help=f"tell Prometheus here, as at {DEFAULT_METRICS_PORT}")
     parser.add_argument("--gateway", action="store_true", help="open a gateway as well, as the command `gateway` does")
+    parser.add_argument(
+        "--print-service",
+        choices=_SERVICES,
+        help="print what makes this system run this worker at every start; run none",
+    )
     gateway_group(parser)
     add_json(parser)
     add_network(parser)
@@ -16675,8 +17093,9 @@ def report_error(error: QMeshError, *, as_json: bool) -> int:
     if as_json:
         with contextlib.suppress(OSError):  # what is said cannot be written: the exit code still tells
             print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
-    remedy = error.remedy.replace("qmesh.py", program_name())
-    print(f"error: {error}", f"  {remedy}", sep="\n", file=sys.stderr)  # unwrapped: commands can be copied
+    print(
+        f"error: {error}", f"  {as_typed(error.remedy)}", sep="\n", file=sys.stderr
+    )  # unwrapped: commands can be copied
     return error.exit_code
 
 
