@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
@@ -52,19 +57,291 @@ class BuildError(Exception):
     """What hinders the build, in a line for a person."""
 
 
-# --- The engine ---
+# --- The engine: llama.cpp for every processor of this machine's kind, and what it needs to run ---
+
+ENGINE_PACKAGES = ("llama-cpp-python", "psutil")  # of requirements.txt; pip adds what they import
+PIP_DEADLINE_S = 4 * 3600  # compiling for every processor takes an old laptop so long
+LLAMA_LIBRARIES = Path("llama_cpp", "lib")
+OPENED_BY_NAME = frozenset({"libllama.so", "libggml.so"})  # by llama_cpp, through ctypes
+BACKENDS = "libggml-*.so"  # looked for by llama.cpp itself, of which it takes those that suit the machine
+OPENMP = "libgomp.so.1"
+OPENMP_LICENCES = (  # GPL 3 with the exception that lets programs of any kind carry it
+    Path("/usr/share/doc/libgomp1/copyright"),
+    Path("/usr/share/licenses/libgomp/COPYING.RUNTIME"),
+)
+
+# What running does not need, as patterns from the packages' folder; licences stay where they are.
+UNNEEDED = (
+    ("bin", "include", "lib", "lib64", "share"),  # scripts, headers, and second copies of libraries
+    ("llama_cpp/lib/cmake", "llama_cpp/lib/pkgconfig"),
+    ("**/*.a", "**/*.cmake", "**/*.h", "**/*.pc", "**/*.pxd", "**/*.pyi", "**/*.pyx", "**/py.typed"),  # for compilers
+    ("**/__pycache__", "**/tests", "numpy/_core/include", "numpy/_core/lib", "numpy/distutils", "numpy/f2py"),
+    ("llama_cpp/server",),  # imports what is not here
+    ("*.dist-info/INSTALLER", "*.dist-info/RECORD", "*.dist-info/REQUESTED", "*.dist-info/direct_url.json"),
+)
+
+# numpy's names of what it was compiled to need, in those of qmesh.X86_FEATURES. The others are in every processor of
+# the kind.
+NUMPY_BASELINES = {
+    "SSE": (),
+    "SSE2": (),
+    "SSE3": ("pni",),
+    "SSSE3": ("ssse3",),
+    "SSE41": ("sse4_1",),
+    "POPCNT": ("popcnt",),
+    "SSE42": ("sse4_2",),
+    "X86_V2": tuple(qmesh.X86_FEATURES),
+}
+
+# Imports what the program does, as it does, and tells what numpy was compiled to need.
+TRY_ENGINE = """
+import json, sys
+sys.path[:0] = sys.argv[1:]
+import jinja2, numpy, psutil, qmesh
+qmesh.load_llama()
+print(json.dumps(numpy.show_config(mode="dicts")["SIMD Extensions"]["baseline"]))
+"""
 
 
 @dataclass(frozen=True)
 class EngineTree:
-    """A folder of packages for one platform, and what is known of them."""
+    """The engine, unpacked.
+
+    root: a folder that is to stand on sys.path. about: where it runs, as `qmesh.check_engine_fits` reads it: "platform"
+    and "python"; "packages", their versions by name; "glibc", the lowest that will do, None where it is not used;
+    "cpu", what the processor must have, by the names of `qmesh.X86_FEATURES`.
+    """
 
     root: Path
-    about: Mapping[str, Any]
+    about: dict[str, Any]
 
 
-def gather_engine(work: Path, wheels: Path | None) -> EngineTree:
-    raise BuildError("not yet")
+def gather_engine(work: Path, wheels: Path | None = None) -> EngineTree:
+    """Put the engine for this kind of machine and this Python together, under `work`, afresh.
+
+    wheels: a folder with wheels that go before those of the package index, such as one of llama-cpp-python that was
+    built elsewhere. Without one it is compiled, which takes a quarter of an hour, and kept for the next time.
+    Raises BuildError, and OSError where files cannot be written.
+    """
+    root = work / "engine"
+    shutil.rmtree(root, ignore_errors=True)
+    requirements = engine_requirements(ROOT / "requirements.txt")
+    found = sorted(wheels.glob("llama_cpp_python-*.whl")) if wheels is not None else []
+    wheel = found[-1] if found else portable_wheel(work, requirements[0])
+    links = [] if wheels is None else [f"--find-links={wheels}"]
+    run_pip(work, "install", "--target", root, "--only-binary=:all:", "--no-compile", *links, wheel, *requirements)
+    prune(root)
+    if sys.platform == "linux":
+        tidy_libraries(root / LLAMA_LIBRARIES)
+        add_openmp(root / LLAMA_LIBRARIES)
+    return EngineTree(root, describe_engine(root))
+
+
+def engine_requirements(file: Path) -> list[str]:
+    """Those of ENGINE_PACKAGES, in their order, as requirements.txt has them."""
+    lines = {re.split(r"[^A-Za-z0-9_-]", line)[0]: line for line in file.read_text("utf-8").splitlines()}
+    return [lines[name] for name in ENGINE_PACKAGES]
+
+
+def llama_options() -> dict[str, str]:
+    """CMake's, for a llama.cpp that runs on every processor of this machine's kind.
+
+    Where llama.cpp can, it is built once for each generation of processors and chooses when it runs; elsewhere there is
+    one build for all.
+    """
+    options = {"GGML_NATIVE": "OFF", "LLAVA_BUILD": "OFF", "LLAMA_BUILD_TOOLS": "OFF", "LLAMA_BUILD_SERVER": "OFF"}
+    if qmesh.system_tag() in ("linux-x86_64", "linux-aarch64", "windows-x86_64"):
+        options |= {"GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"}
+        options |= dict.fromkeys(("CMAKE_INSTALL_BINDIR", "CMAKE_INSTALL_LIBDIR"), LLAMA_LIBRARIES.as_posix())
+    if sys.platform == "linux":  # libraries find each other wherever they lie, and tell nothing of where they were made
+        options |= {"CMAKE_INSTALL_RPATH": "$ORIGIN", "CMAKE_BUILD_RPATH_USE_ORIGIN": "ON"}
+    return options
+
+
+def portable_wheel(work: Path, requirement: str) -> Path:
+    """A wheel of llama-cpp-python for every processor of this machine's kind: the one built before, or a new one.
+
+    pip's own cache is not asked: what it keeps may be built for this very processor.
+    """
+    options = llama_options()
+    asked = json.dumps([requirement, options, qmesh.system_tag()], sort_keys=True)
+    shelf = work / "wheels" / hashlib.sha256(asked.encode()).hexdigest()[:16]
+    if ready := sorted(shelf.glob("*.whl")):
+        return ready[-1]
+    source = unpack_source(work, requirement)
+    arguments = ";".join(f"-D{name}={value}" for name, value in options.items())
+    settings = ["-C", f"build-dir={source / '_build'}", "-C", f"cmake.args={arguments}"]
+    env = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+    if sys.platform != "win32":
+        flag = f"-ffile-prefix-map={source}=llama-cpp-python"  # else the folder's name gets into the libraries
+        env |= {name: f"{os.environ.get(name, '')} {flag}".strip() for name in ("CFLAGS", "CXXFLAGS")}
+    print("compiling llama.cpp for every kind of processor, once; this takes a quarter of an hour ...", file=sys.stderr)
+    made = work / "made"
+    shutil.rmtree(made, ignore_errors=True)
+    run_pip(work, "wheel", "--no-deps", "--no-cache-dir", "-w", made, source, *settings, env=env)
+    shelf.mkdir(parents=True, exist_ok=True)
+    [wheel] = made.glob("*.whl")
+    return wheel.replace(shelf / wheel.name)
+
+
+def unpack_source(work: Path, requirement: str) -> Path:
+    """llama-cpp-python's source, in a place that is the same each time."""
+    place = work / "source"
+    shutil.rmtree(place, ignore_errors=True)
+    run_pip(work, "download", "--no-deps", "--no-binary=:all:", "-d", place, requirement)
+    [archive] = place.glob("*.tar.gz")
+    with tarfile.open(archive) as members:
+        members.extractall(place, filter="data")
+    return archive.with_suffix("").with_suffix("")
+
+
+def run_pip(work: Path, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+    """Run pip to its end. What it says goes into a file. Raises BuildError with the end of that."""
+    work.mkdir(parents=True, exist_ok=True)
+    kept = work / "pip.log"
+    command = [sys.executable, "-m", "pip", *map(str, arguments)]
+    with kept.open("w", encoding="utf-8") as file:
+        print(*command, file=file, flush=True)
+        try:
+            code = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
+                timeout=PIP_DEADLINE_S,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            raise BuildError(f"pip {arguments[0]} did not end within {PIP_DEADLINE_S} s; see {kept}") from None
+    if code:
+        *_, last = kept.read_text("utf-8", errors="replace").strip().splitlines()
+        raise BuildError(f"pip {arguments[0]} failed ({last}); what it said is in {kept}")
+
+
+def prune(root: Path) -> None:
+    """Take away what running does not need."""
+    for pattern in (pattern for patterns in UNNEEDED for pattern in patterns):
+        for path in sorted(root.glob(pattern)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Linked:
+    """What a library wants of the system that loads it: libraries by name, and the lowest version of glibc."""
+
+    needed: frozenset[str]
+    glibc: str
+
+
+def read_linked(library: Path) -> Linked:
+    """Read an ELF file with binutils, which whoever compiles has. Raises BuildError."""
+    command = ["readelf", "--dynamic", "--version-info", "--wide", str(library)]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=True)
+    except FileNotFoundError:
+        raise BuildError("readelf is not installed here; install binutils with the system's package manager") from None
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"{library} cannot be read: {error.stderr.strip()}") from None
+    versions = re.findall(r"Name: GLIBC_([0-9.]+)", told.stdout)
+    needed = re.findall(r"\(NEEDED\) +Shared library: \[(.+)\]", told.stdout)
+    return Linked(frozenset(needed), newest(versions))
+
+
+def newest(versions: Iterable[str]) -> str:
+    return max(versions, key=qmesh.version_numbers, default="0")
+
+
+def tidy_libraries(folder: Path) -> None:
+    """Keep of a folder's libraries those that are used, each under the names it is used by, as one file.
+
+    Wheels cannot hold links, so that each library is in them under all its names. Two copies of one would be two
+    libraries in one process: what is registered with one of them, the other does not know.
+    """
+    libraries = {path.name: path for path in sorted(folder.glob("*.so*"))}
+    contents = {name: hashlib.sha256(path.read_bytes()).digest() for name, path in libraries.items()}
+    used = with_needed(OPENED_BY_NAME & libraries.keys(), libraries)
+    known = {contents[name] for name in used}
+    backends = [path.name for path in sorted(folder.glob(BACKENDS)) if contents[path.name] not in known]
+    used |= with_needed(backends, libraries)
+    first: dict[bytes, Path] = {}
+    for name, path in libraries.items():
+        if name not in used:
+            path.unlink()
+        elif (same := first.setdefault(contents[name], path)) != path:
+            path.unlink()
+            path.hardlink_to(same)
+
+
+def with_needed(names: Iterable[str], libraries: Mapping[str, Path]) -> set[str]:
+    """These libraries and those that they need, as far as they are among `libraries`."""
+    found, to_read = set[str](), list(names)
+    while to_read:
+        name = to_read.pop()
+        if name not in found:
+            found.add(name)
+            to_read += read_linked(libraries[name]).needed & libraries.keys()
+    return found
+
+
+def add_openmp(folder: Path) -> None:
+    """Put GNU's OpenMP, which a bare system lacks, beside the libraries that need it: they look there first."""
+    users = [path for path in sorted(folder.glob("*.so*")) if OPENMP in read_linked(path).needed]
+    if not users or (folder / OPENMP).exists():
+        return
+    told = subprocess.run(["ldd", str(users[0])], capture_output=True, text=True, check=False).stdout
+    found = re.search(rf"{re.escape(OPENMP)} => (/.+) \(", told)
+    if found is None:
+        raise BuildError(f"{OPENMP}, which {users[0].name} needs, is not installed here; it comes with gcc")
+    shutil.copyfile(found[1], folder / OPENMP)
+    for licence in [path for path in OPENMP_LICENCES if path.exists()][:1]:
+        shutil.copyfile(licence, folder / f"{OPENMP}.{licence.name}")
+
+
+def describe_engine(root: Path) -> dict[str, Any]:
+    """An engine's `about` (see EngineTree). Loads it, and so raises BuildError for one that does not run here."""
+    told = subprocess.run(
+        [sys.executable, "-I", "-S", "-B", "-c", TRY_ENGINE, str(root), str(ROOT)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if told.returncode:
+        raise BuildError(f"the engine in {root} does not load: {told.stderr.strip().rpartition(chr(10))[2]}")
+    found = importlib.metadata.distributions(path=[str(root)])
+    return {
+        "platform": qmesh.system_tag(),
+        "python": qmesh.python_tag(),
+        "packages": dict(sorted((package_name(it), it.version) for it in found)),
+        "glibc": newest(read_linked(path).glibc for path in elf_files(root)) if sys.platform == "linux" else None,
+        "cpu": needed_features(json.loads(told.stdout)),
+    }
+
+
+def package_name(package: importlib.metadata.Distribution) -> str:
+    """As the package index writes it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", package.metadata["Name"]).lower()
+
+
+def elf_files(root: Path) -> list[Path]:
+    files = [path for path in sorted(root.rglob("*.so*")) if path.is_file()]
+    return [path for path in files if path.read_bytes()[:4] == b"\x7fELF"]
+
+
+def needed_features(baseline: Sequence[str]) -> list[str]:
+    """What numpy was compiled to need, by the names of `qmesh.X86_FEATURES`; nothing on other kinds of processor.
+
+    llama.cpp needs nothing: it has a build for the first processors of the kind.
+    """
+    if not qmesh.system_tag().endswith("x86_64"):
+        return []
+    if unknown := [name for name in baseline if name not in NUMPY_BASELINES]:
+        raise BuildError(f"this numpy needs processors with {', '.join(unknown)}; give one for all with --wheels")
+    return sorted({feature for name in baseline for feature in NUMPY_BASELINES[name]})
 
 
 # --- Packing ---

@@ -4477,12 +4477,25 @@ NVIDIA_QUERY: Final = (
 )
 GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
 GPU_SAMPLE_PERIOD_S: Final = 10.0
-LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"
 LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
 MAX_INSTANCES: Final = 256  # workers on one machine
 INSTALLED_COMMAND: Final = "qmesh"  # what `pip install` makes of this program
 PACKAGE_DIRS: Final = ("site-packages", "dist-packages")  # where it puts the module
 LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
+LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"  # as in requirements.txt
+ENGINE_COMMAND: Final = "`python build_zipapp.py --engine`"
+CPU_FILE: Final = Path("/proc/cpuinfo")
+# Where CPUID tells of what x86-64 processors have had since about 2010 ("x86-64-v2"), by Linux's names. The leaf is
+# one of glibc's <sys/platform/x86.h>, the register one of eax, ebx, ecx, edx.
+X86_FEATURES: Final = {
+    "pni": (0, 2, 0),
+    "ssse3": (0, 2, 9),
+    "cx16": (0, 2, 13),
+    "sse4_1": (0, 2, 19),
+    "sse4_2": (0, 2, 20),
+    "popcnt": (0, 2, 23),
+    "lahf_lm": (2, 2, 0),
+}
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -4726,14 +4739,23 @@ def remembered_peers(host_dir: Path) -> list[Address]:
 
 @functools.cache
 def engine_to_use() -> Part | None:
-    """The engine that the running archive carries, unless one is installed: that may be built for a GPU here."""
+    """The engine that the running archive carries, unless one is installed: that may be built for a GPU here.
+
+    Raises MissingPackage where it is not made for this machine.
+    """
     part = carried_part(ENGINE)
-    return None if part is None or (importlib.util.find_spec("psutil") and installed_llama()) else part
+    if part is None or (importlib.util.find_spec("psutil") and installed_llama()):
+        return None
+    check_engine_fits(part.about)
+    return part
 
 
 @functools.cache
 def use_carried_engine() -> None:
-    """Make the packages of the carried engine importable, where it is to be used. Raises as `unpacked_part` does."""
+    """Make the packages of the carried engine importable, where it is to be used.
+
+    Raises as `engine_to_use` and `unpacked_part` do.
+    """
     part = engine_to_use()
     if part is not None:
         sys.path.insert(0, str(unpacked_part(part)))
@@ -4744,14 +4766,10 @@ def installed_llama() -> bool:
     from importlib import metadata  # 20 ms, which most commands do without
 
     try:
-        return LLAMA_VERSIONS[0] <= version_numbers(metadata.version("llama-cpp-python")) < LLAMA_VERSIONS[1]
+        installed = version_numbers(metadata.version("llama-cpp-python"))[:3]
     except metadata.PackageNotFoundError:
         return False
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    return LLAMA_VERSIONS[0] <= installed < LLAMA_VERSIONS[1]
 
 
 def load_psutil() -> Any:
@@ -4768,6 +4786,143 @@ def install_command(requirement: str) -> str:
     python = sys.executable or "python"
     quoted = f'"{python}"' if " " in python else python
     return f'{quoted} -m pip install "{requirement}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What a compiled program runs on.
+
+    system: as in "linux-x86_64". python: as in "cp311". glibc: its version, None where the C library is another.
+    processor: its name. features: those of X86_FEATURES that it has; None where they cannot be told.
+    """
+
+    system: str
+    python: str
+    glibc: str | None = None
+    processor: str = ""
+    features: frozenset[str] | None = None
+
+    @classmethod
+    def here(cls) -> Platform:
+        names, features = read_processor()
+        return cls(system_tag(), python_tag(), glibc_version(), names or platform.processor(), features)
+
+    def __str__(self) -> str:
+        """
+        >>> str(Platform("macos-arm64", "cp311"))
+        'Python 3.11 on macOS arm64'
+        """
+        system, _, machine = self.system.partition("-")
+        name = {"linux": "Linux", "macos": "macOS", "windows": "Windows"}.get(system, system)
+        python = re.sub(r"^cp(\d)(\d+)$", r"Python \1.\2", self.python)
+        return f"{python} on {name} {machine}"
+
+
+def system_tag() -> str:
+    """Operating system and processor that this Python is made for, as in "linux-x86_64"."""
+    system, machine = platform.system().lower(), platform.machine().lower()
+    system = {"darwin": "macos"}.get(system, system)
+    machine = {"amd64": "x86_64"}.get(machine, machine)
+    return f"{system}-{machine}" if sys.maxsize > 1 << 32 else f"{system}-{machine}-32bit"
+
+
+def python_tag() -> str:
+    """The kind of Python that compiled packages are made for, as in "cp311"."""
+    name = sys.implementation.name
+    return f"{'cp' if name == 'cpython' else name}{sys.version_info[0]}{sys.version_info[1]}"
+
+
+def glibc_version() -> str | None:
+    """As in "2.36"; None where the C library is another."""
+    try:
+        told = os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, ValueError, OSError):  # Windows; macOS and musl
+        return None
+    return told.removeprefix("glibc ") if told.startswith("glibc ") else None
+
+
+class _CpuidLeaf(ctypes.Structure):
+    """`struct cpuid_feature` of glibc: what the processor says, and what of it the system lets programs use."""
+
+    _fields_: ClassVar = [("told", ctypes.c_uint * 4), ("active", ctypes.c_uint * 4)]
+
+
+def read_processor() -> tuple[str, frozenset[str] | None]:
+    """The processor's name, and which of X86_FEATURES it has: "" and None where they cannot be told."""
+    if sys.platform != "linux":
+        return "", None
+    try:
+        text = CPU_FILE.read_text("utf-8", errors="replace")
+    except OSError:
+        text = ""
+    name = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)  # of a processor of another kind, there are none
+    listed = frozenset(flags[1].split()) & X86_FEATURES.keys() if flags else None
+    return printable(name[1]) if name else "", _features_of_glibc() or listed
+
+
+def _features_of_glibc() -> frozenset[str] | None:
+    """Which of X86_FEATURES the processor has; None where the C library does not tell, as glibc does since 2.33.
+
+    It asks the processor itself. Linux's list is the host's where an emulator runs this program.
+    """
+    try:
+        leaf_of = ctypes.CDLL(None).__x86_get_cpuid_feature_leaf
+    except AttributeError:
+        return None
+    leaf_of.argtypes, leaf_of.restype = [ctypes.c_uint], ctypes.POINTER(_CpuidLeaf)
+    places = X86_FEATURES.items()
+    return frozenset(name for name, (leaf, register, bit) in places if leaf_of(leaf)[0].active[register] >> bit & 1)
+
+
+def engine_misfit(about: Mapping[str, Any], here: Platform) -> str | None:
+    """Why an archive's engine does not run on a platform, and what to do; None where nothing is known against it.
+
+    about: "platform", "python", "glibc" and "cpu" as build_zipapp.py's `gather_engine` tells them.
+    """
+    made_for = Platform(about["platform"], about["python"])
+    install = f"install llama-cpp-python here: {install_command(LLAMA_REQUIREMENT)}"
+    if (made_for.system, made_for.python) != (here.system, here.python):
+        return (
+            f"the engine in this archive is for {made_for}; this is {here}: "
+            f"build one there with {ENGINE_COMMAND}, or {install}"
+        )
+    needed = about.get("glibc")
+    if needed is not None and (here.glibc is None or version_numbers(here.glibc) < version_numbers(needed)):
+        has = f"has {here.glibc}" if here.glibc else "has another C library"
+        return (
+            f"the engine in this archive needs glibc {needed} or newer, and this machine {has}: "
+            f"build one on the machine with the oldest system with {ENGINE_COMMAND}, or {install}"
+        )
+    if missing := missing_features(about.get("cpu", ()), here.features):
+        name = f" ({here.processor})" if here.processor else ""
+        return (
+            f"the engine in this archive needs a processor with {', '.join(missing)}, and that of this machine{name} "
+            "is without: run workers on newer machines; this one can ask them"
+        )
+    return None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """
+    >>> version_numbers("2.4") < version_numbers("2.34")
+    True
+    """
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def missing_features(needed: Iterable[str], found: frozenset[str] | None) -> list[str]:
+    """What a processor lacks. Nothing is missed where it is not known what the processor has."""
+    return [] if found is None else [name for name in needed if name not in found]
+
+
+def check_engine_fits(about: Mapping[str, Any]) -> None:
+    """Refuse an archive's engine that cannot run here, before any of it is loaded: a processor that lacks what it
+    needs would end the process without a word. Raises MissingPackage.
+    """
+    why = engine_misfit(about, Platform.here())
+    if why is not None:
+        raise MissingPackage(why)
 
 
 def uptime_s() -> float:
@@ -5663,6 +5818,9 @@ class _Download:
 # no other; a slot is a request's turn, and keeps nothing.
 # ======================================================================================================
 
+# Where llama.cpp's list of backends is found as libllama itself has it: a second copy of libggml, as packages keep
+# beside it under another name, has a list of its own. Windows finds functions only in the very library that has them.
+BACKENDS_LIBRARY: Final = {"win32": "ggml.dll", "darwin": "libllama.dylib"}.get(sys.platform, "libllama.so")
 MAX_SCHEMA_DEPTH: Final = 32  # of nested objects and lists; answers for programs have five
 MAX_SCHEMA_REPEATS: Final = 1000  # llama.cpp runs out of stack at some ten thousand
 MAX_REPEATED_GROUPS: Final = 4  # in a pattern: each may multiply the ways to read a text
@@ -5792,7 +5950,29 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def load_llama() -> Any:
-    """The llama_cpp module. Raises MissingPackage with the command that installs a version that works."""
+    """The llama_cpp module, with something to compute on.
+
+    Raises MissingPackage with the command that installs a version that works.
+    """
+    library = _import_llama()
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(library.__file__).parent / "lib")
+    try:
+        ggml = ctypes.CDLL(str(folder / BACKENDS_LIBRARY))  # once more, which gives what llama_cpp has opened
+    except OSError as error:  # kept elsewhere by those who packed it
+        log.debug("llama.cpp's own libraries are not where they are looked for: %s", error)
+        return library
+    if not ggml.ggml_backend_reg_count():
+        # A build whose backends are files apart, with one of them for each kind of processor: llama.cpp takes the best
+        # that runs here. Left to itself it would search the folder of the Python binary and the current directory.
+        llama_log()  # tells which
+        ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
+        if not ggml.ggml_backend_reg_count():
+            raise MissingPackage(f"llama-cpp-python finds nothing in {folder} that runs here; {rebuild_advice()}")
+    return library
+
+
+def _import_llama() -> Any:
+    """The llama_cpp module of a version that works, as it is. Raises MissingPackage."""
     # Its threads meet after every operation. GNU's OpenMP lets them spin there for 300,000 rounds before they sleep:
     # once the machine's owner takes a core, a step takes a hundred times as long. With a thousand rounds it takes
     # three times as long, and a quiet machine notices nothing (tests/bench/contention.py).
@@ -5800,22 +5980,28 @@ def load_llama() -> Any:
     use_carried_engine()
     try:
         library = importlib.import_module("llama_cpp")
-    except ImportError:
+    except ModuleNotFoundError:
         command = install_command(LLAMA_REQUIREMENT)
         raise MissingPackage(f"llama-cpp-python is not installed here; install it with: {command}") from None
-    except (OSError, RuntimeError) as error:  # its shared library does not load on this machine
-        command = f"{install_command(LLAMA_REQUIREMENT)} --force-reinstall --no-cache-dir"
-        raise MissingPackage(f"llama-cpp-python does not load here ({error}); build it anew: {command}") from None
-    if not LLAMA_VERSIONS[0] <= version_numbers(library.__version__) < LLAMA_VERSIONS[1]:
+    except (ImportError, OSError, RuntimeError) as error:  # a shared library does not load on this machine
+        why = error.__cause__ or error  # numpy tells a page about its own, which says it in a line
+        raise MissingPackage(f"llama-cpp-python does not load here ({why}); {rebuild_advice()}") from None
+    if not LLAMA_VERSIONS[0] <= version_numbers(library.__version__)[:3] < LLAMA_VERSIONS[1]:
         command = install_command(LLAMA_REQUIREMENT)
         raise MissingPackage(f"llama-cpp-python {library.__version__} is not one this works with; run: {command}")
     return library
+
+
+def rebuild_advice() -> str:
+    return f"build it anew: {install_command(LLAMA_REQUIREMENT)} --force-reinstall --no-cache-dir"
 
 
 class LlamaLog:
     """llama.cpp's log, passed on to ours; its last errors, and its word on offloading, are kept.
 
     devices: the GPUs that the model is put on, as in "CUDA0 (NVIDIA T4)": their names tell the builds apart.
+    processor: the kind that the code was made for which llama.cpp chose among several, as in "haswell"; None where
+    there is but one.
     """
 
     # ggml_log_level: 1 debug, 2 info, 3 warning, 4 error, 5 goes on with the line before.
@@ -5826,6 +6012,7 @@ class LlamaLog:
         self.errors: deque[str] = deque(maxlen=3)
         self.offloaded: tuple[int, int] | None = None
         self.devices: list[str] = []
+        self.processor: str | None = None
         self._level = logging.DEBUG
         self._callback = library.llama_log_callback(self.on_line)
         library.llama_log_set(self._callback, ctypes.c_void_p(0))
@@ -5845,6 +6032,8 @@ class LlamaLog:
             self.offloaded = int(match[1]), int(match[2])
         if match := re.search(r": using device (\S+ \(.*\)) \([^()]*\) - ", line):
             self.devices.append(printable(match[1]))
+        if match := re.search(r"loaded CPU backend from .*ggml-cpu-([^/\\]+)\.(?:so|dll)$", line):
+            self.processor = printable(match[1])
         if line:
             log.log(self._level, "llama.cpp: %s", line)
 
@@ -5852,7 +6041,7 @@ class LlamaLog:
 @functools.cache
 def llama_log() -> LlamaLog:
     """The one log of the process: the library calls back into it, so it must never be freed."""
-    return LlamaLog(load_llama())
+    return LlamaLog(_import_llama())
 
 
 def check_schema(schema: Any, *, repeats: int = 1, depth: int = 0) -> None:
@@ -10700,6 +10889,8 @@ def check_engine(gpu_layers: int | None) -> list[Check]:
         found, _, remedy = str(error).partition("; ")
         return [note("engine", "engine_missing", f"{found}: this machine can ask, not serve", remedy)]
     found = f"llama-cpp-python {llama.__version__}, psutil {psutil.__version__}"
+    if kind := llama_log().processor:
+        found += f", for processors of the kind {kind}"
     gpu, offloads = detect_gpu(gpu_layers), bool(llama.llama_supports_gpu_offload())
     if gpu.backend is not None and not offloads:
         what = f"{found}, built for the CPU alone, though this machine has a GPU ({gpu.backend})"

@@ -256,17 +256,19 @@ class Hyperswarm(NodeProcess):
 
 
 class QmeshWorker(Peer):
-    """Our own worker process, asked through the mesh as any client asks it."""
+    """Our own worker process, asked through the mesh as any client asks it. packages: go before those installed."""
 
     name = "QMesh worker"
 
-    def __init__(self, setup: Setup, directory: Path) -> None:
+    def __init__(self, setup: Setup, directory: Path, packages: Path | None = None) -> None:
         program = [str(gpu_python() if setup.gpu else sys.executable), qmesh.__file__]
         sizes = ["--slots", str(setup.slots), "--ctx", str(setup.context), "--threads", str(setup.threads)]
         sizes += ["--gpu-layers", "-1" if setup.gpu else "0"]
         command = [*program, "worker", "--model", str(setup.model), *sizes, "--nice", "0", "--json"]
-        self._settings = qmesh.Settings(host="127.0.0.1", topic=f"bench-{os.getpid()}", state_dir=str(directory))
-        own = {"QMESH_HOST": "127.0.0.1", "QMESH_TOPIC": self._settings.topic, "QMESH_STATE_DIR": str(directory)}
+        topic = f"bench-{os.urandom(8).hex()}"
+        self._settings = qmesh.Settings(host="127.0.0.1", topic=topic, state_dir=str(directory))
+        own = {"QMESH_HOST": "127.0.0.1", "QMESH_TOPIC": topic, "QMESH_STATE_DIR": str(directory)}
+        own |= {"PYTHONPATH": str(packages)} if packages is not None else {}
         super().__init__([*command, "--port", "0"], own, pipes=True)
         self._client = qmesh.Client(self._settings)
 
