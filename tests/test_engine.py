@@ -1251,6 +1251,17 @@ def test_where_its_library_does_not_load_the_command_that_builds_it_is_named(mon
     assert str(caught.value).endswith(f"{INSTALL} --force-reinstall --no-cache-dir")
 
 
+def test_a_package_that_it_needs_and_that_does_not_load_is_told_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def import_module(name: str) -> Any:
+        raise ImportError("a page of advice") from ImportError("libstdc++.so.6: cannot open shared object file")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(qmesh.MissingPackage, match=r"does not load here \(libstdc\+\+\.so\.6: cannot open .* file\);"):
+        qmesh.load_llama()
+
+
 @pytest.mark.parametrize("version", ["0.2.90", "0.3.4", "0.3.35", "0.4.0", "1.0"])
 def test_a_version_that_does_not_work_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(llama_cpp, "__version__", version)
@@ -1312,6 +1323,25 @@ def test_the_log_tells_the_devices_that_a_model_is_put_on(line: str, device: str
     assert (log.devices, log.offloaded) == ([device], (31, 31))
     log.begin()
     assert (log.devices, log.offloaded) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (b"load_backend: loaded CPU backend from /a b/libggml-cpu-haswell.so\n", "haswell"),
+        (b"load_backend: loaded CPU backend from /a/libggml-cpu-armv8.2_1.so\n", "armv8.2_1"),
+        (b"load_backend: loaded CPU backend from C:\\a\\ggml-cpu-zen4.dll\n", "zen4"),
+        (b"load_backend: loaded CPU backend from /a/libggml-cpu.so\n", None),
+        (b"load_backend: loaded CUDA backend from /a/libggml-cuda.so\n", None),
+    ],
+)
+def test_the_log_tells_which_kind_of_processor_the_code_is_for(
+    monkeypatch: pytest.MonkeyPatch, line: bytes, kind: str | None
+) -> None:
+    log = qmesh.llama_log()
+    monkeypatch.setattr(log, "processor", None)
+    log.on_line(2, line, None)
+    assert log.processor == kind
 
 
 def test_without_a_gpu_or_a_wish_for_it_there_is_no_warning() -> None:

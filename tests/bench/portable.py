@@ -2,10 +2,11 @@
 
     python tests/bench/portable.py [--engine FOLDER] [--rounds N] [--streams N ...]
 
-Both run in a worker, with the same model, threads and context, and take turns within each round. Figures are medians
-over the rounds, ratios medians of the ratios within a round. Whether the installed one was built for this very
-processor is for you to know: pip does that where it compiles. `build_zipapp.py --engine` leaves the other in
-build/engine.
+Both run in a worker, with the same model, threads and context, and take turns within each round. Tokens are counted
+per second of processor time that the worker took, so that what else runs on the machine matters little; with several
+threads the waiting of one for another is in it. Figures are medians over the rounds, ratios medians of the ratios
+within a round. Whether the installed one was built for this very processor is for you to know: pip does that where it
+compiles. `build_zipapp.py --engine` leaves the other in build/engine.
 """
 
 from __future__ import annotations
@@ -29,17 +30,29 @@ import peers  # noqa: E402
 import qmesh  # noqa: E402
 
 Speeds = dict[tuple[str, int, str], list[float]]
+TOKENS = 64  # of an answer
+PROMPT_TOKENS = 300  # so many of the same word; some fifty before them are of no other prompt
+CONTEXT = 1024  # tokens per slot
+UNUSED = 100_000  # numbers that no answer's prompt has
 WRITING, READING = "written", "of a prompt"
 
 
 async def measure(side: peers.Peer, streams: int, number: int) -> tuple[float, float]:
-    """Tokens per second, of all streams together: of answers as they are written, and of prompts that are read."""
-    prompts = range(number, number + streams)
-    answers = engine.Figures()
-    answers.add(await side.load([engine.short_prompt(at) for at in prompts], engine.TOKENS))
-    read = await side.load([engine.long_prompt(at) for at in prompts], 2)
-    wait_s = max(stream.times[0] for stream in read) - min(stream.started for stream in read)
-    return answers.speeds[0], streams * engine.LONG_PROMPT_TOKENS / wait_s
+    """Tokens per second of processor time: of answers as they are written, and of prompts that are read."""
+    numbers = range(number, number + streams)
+    began_s = processor_s(side)
+    answers = await side.load([engine.short_prompt(at) for at in numbers], TOKENS)
+    written_s = processor_s(side)
+    await side.load([engine.short_prompt(at + UNUSED) + " and" * PROMPT_TOKENS for at in numbers], 1)
+    read_s = processor_s(side)
+    written = sum(len(answer.times) for answer in answers)
+    return written / (written_s - began_s), streams * PROMPT_TOKENS / (read_s - written_s)
+
+
+def processor_s(side: peers.Peer) -> float:
+    """What a side's process took of the processor since it began."""
+    times = psutil.Process(side.popen.pid).cpu_times()
+    return float(times.user + times.system)
 
 
 async def in_turn(sides: Sequence[peers.Peer], counts: Sequence[int], rounds: int) -> Speeds:
@@ -70,7 +83,7 @@ def report(speeds: Speeds, names: Sequence[str], counts: Sequence[int]) -> str:
 
 async def main(arguments: argparse.Namespace) -> None:
     model = ROOT / "models" / qmesh.DEFAULT_MODEL.file_name
-    setup = peers.Setup(model, max(arguments.streams), arguments.context, psutil.cpu_count(logical=False) or 1)
+    setup = peers.Setup(model, max(arguments.streams), CONTEXT, arguments.threads)
     with tempfile.TemporaryDirectory() as directory:
 
         class GatheredWorker(peers.QmeshWorker):
@@ -90,5 +103,5 @@ if __name__ == "__main__":
     parser.add_argument("--engine", type=Path, default=ROOT / "build" / "engine", metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--context", type=int, default=2048, help="tokens per slot")
+    parser.add_argument("--threads", type=int, default=1)
     asyncio.run(main(parser.parse_args()))
