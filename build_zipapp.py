@@ -32,7 +32,9 @@ from typing import IO, Any, Final
 import qmesh
 
 ROOT: Final = Path(__file__).resolve().parent
-SHEBANG: Final = b"#!/usr/bin/env python3\n"
+# Python runs the zip at a file's end. Where that is missing, since a copy was cut short, it takes the file for a
+# script, and all that it says then is "SyntaxError: encoding problem: " and what the second line holds.
+HEAD: Final = b"#!/usr/bin/env python3\n# coding: this-file-is-damaged--copy-it-to-this-machine-again\n"
 DEFLATE_LEVEL: Final = 9  # packed once, copied to every machine
 
 # zipapp's own template drops the exit code of what it calls.
@@ -355,7 +357,7 @@ class Packer:
     parts: dict[str, qmesh.Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.file.write(SHEBANG)
+        self.file.write(HEAD)
 
     def add(self, kind: str, name: str, source: IO[bytes], *, unpacked: int, about: Mapping[str, Any]) -> None:
         offset = self.file.tell()

@@ -4139,6 +4139,8 @@ ZIP_MODE: Final = 0o644
 SEALED_MODE: Final = 0o600
 LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
 UNPACK_TIMEOUT_S: Final = 900.0  # another process unpacks 10 GB from a slow disk to the same one
+IN_USE: Final = ".lock"  # of a part's name: locked by all who use it, together
+UNPACKING: Final = ".unpacking"  # locked by who unpacks it
 UNPACK_POLL_S: Final = 0.05
 STALE_AFTER_S: Final = 86_400.0  # of yesterday's version nobody starts another worker; and then it is unpacked again
 SPARE_BYTES: Final = 64 * 1024 * 1024  # that unpacking leaves to others on a disk that is nearly full
@@ -4343,7 +4345,7 @@ class Cache:
     def find(self, part: Part) -> Unpacked | None:
         """The part as it was unpacked before, if it is whole."""
         path = self.root / part.folder
-        lock = self._lock(part.folder, shared=True) if path.is_dir() else None
+        lock = self._lock(part.folder, IN_USE, shared=True) if path.is_dir() else None
         if lock is None:
             return None
         if not _is_whole(path):
@@ -4357,7 +4359,7 @@ class Cache:
         """The part, unpacked now or before. Raises OSError, DamagedArchive, and QMeshError after UNPACK_TIMEOUT_S."""
         deadline = time.monotonic() + UNPACK_TIMEOUT_S
         while (found := self.find(part)) is None:
-            lock = self._lock(part.folder)
+            lock = self._lock(part.folder, UNPACKING)
             if lock is not None:
                 with lock:
                     if not _is_whole(self.root / part.folder):
@@ -4370,9 +4372,9 @@ class Cache:
                 time.sleep(UNPACK_POLL_S)
         return found
 
-    def _lock(self, name: str, *, shared: bool = False) -> IO[bytes] | None:
-        """The lock of a part; None when another has it, or has just removed its file."""
-        path = self.root / f"{name}.lock"
+    def _lock(self, name: str, kind: str, *, shared: bool = False) -> IO[bytes] | None:
+        """A lock of a part, IN_USE or UNPACKING; None when another has it, or has just removed its file."""
+        path = self.root / (name + kind)
         lock = try_lock(path, shared=shared)
         if lock is not None and not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
             lock.close()
@@ -4380,7 +4382,11 @@ class Cache:
         return lock
 
     def _unpack(self, archive: Path, part: Part) -> None:
-        """Unpack beside the place, and move it there. Its lock is held."""
+        """Unpack beside the place, and move it there. The lock UNPACKING is held.
+
+        Nothing is waited for to reach the disk: what a power cut takes away makes files shorter, which is looked for at
+        each start.
+        """
         free = shutil.disk_usage(self.root).free - SPARE_BYTES
         if free < part.size + part.unpacked:
             raise OSError(errno.ENOSPC, f"{human_bytes(part.size + part.unpacked)} are needed", str(self.root))
@@ -4398,8 +4404,6 @@ class Cache:
                 packed.unlink()
             sizes = {str(path.relative_to(tree)): path.stat().st_size for path in tree.rglob("*") if path.is_file()}
             (tree / SIZES_FILE).write_text(json.dumps(sizes))
-            if hasattr(os, "sync"):
-                os.sync()  # or, after a power cut, the folder has its name and not its content
             place = self.root / part.folder
             if place.exists():
                 place.rename(scratch / "damaged")
@@ -4413,17 +4417,28 @@ class Cache:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _remove_stale(self) -> None:
-        """Remove parts that nobody uses, nor has used of late: those of earlier versions."""
-        for path in self.root.glob("*.lock"):
+        """Remove parts that nobody uses or unpacks, nor has of late: those of earlier versions."""
+        locks = [path for kind in (IN_USE, UNPACKING) for path in self.root.glob(f"*{kind}")]
+        for name in {path.stem for path in locks}:
             with contextlib.suppress(OSError):
-                if path.stat().st_mtime > time.time() - STALE_AFTER_S or (lock := self._lock(path.stem)) is None:
-                    continue
-                with lock:
-                    trash = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{path.stem}."))
-                    if (place := self.root / path.stem).exists():
-                        place.rename(trash / "stale")  # at once, so that what has the name is whole
-                    self._sweep(path.stem)
-                    path.unlink()
+                used_at = max(path.stat().st_mtime for path in locks if path.stem == name)
+                if used_at < time.time() - STALE_AFTER_S:
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a part, unless it is in use."""
+        with contextlib.ExitStack() as held:
+            for kind in (UNPACKING, IN_USE):
+                lock = self._lock(name, kind)
+                if lock is None:
+                    return
+                held.enter_context(lock)
+            trash = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{name}."))
+            if (place := self.root / name).exists():
+                place.rename(trash / "stale")  # at once, so that what has the name is whole
+            self._sweep(name)
+            for kind in (UNPACKING, IN_USE):
+                (self.root / (name + kind)).unlink()
 
 
 def _extract(packed: Path, into: Path, links: Mapping[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import harness
+import machines
 import pytest
+from archives import Archives, NoArchives, find_archives
 
 import qmesh
 
@@ -23,6 +26,20 @@ def model_path() -> Path:
             [sys.executable, harness.ROOT / "qmesh.py", "pull", "--to", path.parent], check=True, timeout=600
         )
     return path
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Archives:
+    """Archives that carry what a worker needs, for bare machines."""
+    machines.require(machines.no_accounts())
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # one for all processes of this run
+    try:
+        return find_archives(place / "archives", model_path)
+    except NoArchives as error:
+        machines.require(str(error))
+        raise
 
 
 @pytest.fixture

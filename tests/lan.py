@@ -114,16 +114,16 @@ def _prefix() -> str:
 @functools.cache
 def _sweep() -> None:
     """Take away what is left of runs that were killed."""
-    for pid, name in re.findall(r"^(?=qmesh-(\d+)-)(\S+)", _tool("ip", "netns", "list"), re.MULTILINE):
+    for pid, name in re.findall(r"^(?=qmesh-(\d+)-)(\S+)", tool("ip", "netns", "list"), re.MULTILINE):
         if not Path("/proc", pid).exists():
             _remove(name)
 
 
 def _remove(namespace: str) -> None:
-    for pid in _tool("ip", "netns", "pids", namespace).split():
+    for pid in tool("ip", "netns", "pids", namespace).split():
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
-    _tool("ip", "netns", "del", namespace)
+    tool("ip", "netns", "del", namespace)
 
 
 def _counters(family: str) -> str:
@@ -153,10 +153,10 @@ table {family} watch {{
 """
 
 
-def _tool(*command: str, stdin: str = "") -> str:
+def tool(*command: str, stdin: str = "", timeout_s: float = TOOL_TIMEOUT_S) -> str:
     """What a command prints. Raises NoLan when it fails."""
     finished = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=TOOL_TIMEOUT_S, check=False, encoding="utf-8"
+        command, input=stdin, capture_output=True, text=True, timeout=timeout_s, check=False, encoding="utf-8"
     )
     if finished.returncode:
         raise NoLan(f"{' '.join(command)}: {finished.stderr.strip()}")
@@ -169,23 +169,23 @@ class Namespace:
     def __init__(self, name: str, made: contextlib.ExitStack) -> None:
         self.name = name
         self.prefix = ("ip", "netns", "exec", name)
-        _tool("ip", "netns", "add", name)
+        tool("ip", "netns", "add", name)
         made.callback(_remove, name)
         self.ip("link set lo up")
 
     def ip(self, *commands: str) -> None:
         """Commands of `ip`, in one process."""
-        _tool("ip", "-n", self.name, "-batch", "-", stdin="\n".join(commands) + "\n")
+        tool("ip", "-n", self.name, "-batch", "-", stdin="\n".join(commands) + "\n")
 
     def nft(self, script: str) -> None:
         """All of a script of `nft`, or nothing of it."""
-        _tool(*self.prefix, "nft", "-f", "-", stdin=script)
+        tool(*self.prefix, "nft", "-f", "-", stdin=script)
 
     def set_ipv6(self, **settings: int) -> None:
         """Settings of net.ipv6.conf, for the interfaces that are here and those to come."""
         pairs = itertools.product(("all", "default"), settings.items())
         lines = [f"echo {value} > /proc/sys/net/ipv6/conf/{kind}/{name}" for kind, (name, value) in pairs]
-        _tool(*self.prefix, "sh", "-ec", "\n".join(lines))
+        tool(*self.prefix, "sh", "-ec", "\n".join(lines))
 
     def filter(self, family: str, hook: str, rules: Iterable[str]) -> None:
         """Have exactly these rules on a hook."""
@@ -202,7 +202,7 @@ class Namespace:
 
     def strays(self, family: str) -> Counter[str]:
         found: Counter[str] = Counter()
-        listed = json.loads(_tool(*self.prefix, "nft", "-j", "list", "table", family, "watch"))
+        listed = json.loads(tool(*self.prefix, "nft", "-j", "list", "table", family, "watch"))
         for item in listed["nftables"]:
             listed_set = item.get("set", {})
             for element in listed_set.get("elem", ()) if listed_set.get("name") != "home" else ():
@@ -244,7 +244,7 @@ class Cable:
 class Machine(harness.Place):
     """A computer of a LAN. What runs on it is given no address: neither its own nor another's."""
 
-    worker_flags = WORKER_FLAGS
+    worker_flags: tuple[str, ...] = WORKER_FLAGS
 
     def __init__(self, lan: Lan, name: str, made: contextlib.ExitStack, *, ipv4: bool, ipv6: bool) -> None:
         super().__init__(lan.directory / name, lan.model, lan.topic, lan.program)
@@ -283,7 +283,7 @@ class Machine(harness.Place):
 
     def python(self, script: str) -> str:
         """What a script prints that runs here."""
-        return _tool(*self.prefix, sys.executable, "-c", script)
+        return tool(*self.prefix, sys.executable, "-c", script)
 
     # --- What its clients see ---
 
@@ -366,6 +366,9 @@ class Machine(harness.Place):
             self._firewalled = False
 
 
+SomeMachine = TypeVar("SomeMachine", bound=Machine)
+
+
 class Lan:
     """A switch and the machines at it. Use as a context manager, and `machine` to add to it.
 
@@ -420,6 +423,12 @@ class Lan:
         """
         machine = Machine(self, name, self._made, ipv4=ipv4, ipv6=ipv6)
         machine.gateway = gateway
+        self.join(machine, plugged=plugged)
+        return machine
+
+    def machine_of(self, kind: type[SomeMachine], name: str, *, plugged: bool = True) -> SomeMachine:
+        """A machine of another kind, with both versions of IP and no default route."""
+        machine = kind(self, name, self._made, ipv4=True, ipv6=True)
         self.join(machine, plugged=plugged)
         return machine
 

@@ -63,6 +63,11 @@ def unpack(cache: Path, archive: Path, kind: str = qmesh.MODEL) -> Path:
 Finished = subprocess.CompletedProcess[str]
 
 
+def files_of(cache: Path) -> set[str]:
+    """What is in a cache, but for the files that are locked."""
+    return {path.name for path in cache.iterdir() if path.suffix not in (qmesh.IN_USE, qmesh.UNPACKING)}
+
+
 def program(*arguments: object, cache: Path, python: tuple[str, ...] = ("-I", "-S")) -> Finished:
     environ = {"HOME": str(cache / "home"), "QMESH_CACHE_DIR": str(cache), "QMESH_HOST": "127.0.0.1"}
     command = [sys.executable, *python, *map(str, arguments)]
@@ -123,7 +128,7 @@ def test_an_archive_beyond_4_gib_starts_and_tells_its_contents(tmp_path: Path) -
     contents = qmesh.Contents("1", "", {qmesh.MODEL: part})
     members = {"__main__.py": build_zipapp.MAIN, "qmesh.py": harness.PROGRAM.read_bytes()}
     with path.open("wb") as file:
-        file.write(build_zipapp.SHEBANG)
+        file.write(build_zipapp.HEAD)
         file.seek(part.size, os.SEEK_CUR)  # a hole, which takes no room
         file.write(qmesh.program_zip(members | {qmesh.CONTENTS_FILE: qmesh.dump_json(contents.to_json())}))
     assert qmesh.read_contents(path) == contents
@@ -172,7 +177,7 @@ def test_of_many_at_once_one_unpacks_and_all_get_it(archive: Path, tmp_path: Pat
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         found = list(threads.map(lambda _: unpack(tmp_path / "cache", archive, qmesh.ENGINE), range(32)))
     assert len({path.stat().st_ino for path in found}) == 1
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [found[0].name, f"{found[0].name}.lock"]
+    assert files_of(tmp_path / "cache") == {found[0].name}
 
 
 def test_another_version_of_a_part_has_a_place_of_its_own(archive: Path, model: Path, tmp_path: Path) -> None:
@@ -198,7 +203,7 @@ def test_a_damaged_part_is_told_and_nothing_of_it_is_kept(archive: Path, tmp_pat
     archive.write_bytes(data)
     with pytest.raises(qmesh.DamagedArchive, match=f"its {kind} is not what was packed"):
         unpack(tmp_path / "cache", archive, kind)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [f"{part.folder}.lock"]
+    assert files_of(tmp_path / "cache") == set()
     with pytest.raises(qmesh.DamagedArchive):
         qmesh.check_archive(archive, qmesh.read_contents(archive))
 
@@ -212,6 +217,14 @@ def test_an_unpacked_file_that_lost_something_is_unpacked_anew(archive: Path, tm
     assert (folder / "package" / "lib" / "liba.so.0").read_bytes() == b"\x7fELF" * 1000
 
 
+def test_what_lost_something_while_it_is_used_is_unpacked_anew_for_the_next(archive: Path, tmp_path: Path) -> None:
+    cache = qmesh.Cache(tmp_path / "cache")
+    used = cache.unpack(archive, part_of(archive, qmesh.MODEL))
+    (used.path / "tiny.gguf").write_bytes(b"")
+    assert (unpack(cache.root, archive) / "tiny.gguf").read_bytes() == MODEL_BYTES
+    used.lock.close()
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next(archive: Path, tmp_path: Path) -> None:
     cache, part = tmp_path / "cache", part_of(archive, qmesh.MODEL)
     left = cache / f".{part.folder}.x1y2z3" / "tree"
@@ -219,12 +232,14 @@ def test_what_a_killed_process_left_is_removed_by_the_next(archive: Path, tmp_pa
     cache.chmod(0o700)
     (left / "tiny.gguf").write_bytes(MODEL_BYTES[:100])
     unpack(cache, archive)
-    assert sorted(path.name for path in cache.iterdir()) == [part.folder, f"{part.folder}.lock"]
+    assert files_of(cache) == {part.folder}
 
 
-def aged(lock: Path) -> None:
+def age(folder: Path) -> None:
+    """Have a part be unpacked and used last long ago."""
     long_ago = time.time() - qmesh.STALE_AFTER_S - 60
-    os.utime(lock, (long_ago, long_ago))
+    for kind in (qmesh.IN_USE, qmesh.UNPACKING):
+        os.utime(folder.with_name(folder.name + kind), (long_ago, long_ago))
 
 
 def test_unpacking_removes_what_nobody_used_for_a_day_and_nothing_that_somebody_uses(
@@ -234,20 +249,20 @@ def test_unpacking_removes_what_nobody_used_for_a_day_and_nothing_that_somebody_
     used = cache.unpack(archive, part_of(archive, qmesh.ENGINE))
     stale = cache.unpack(archive, part_of(archive, qmesh.MODEL))
     for unpacked in (used, stale):
-        aged(unpacked.path.with_name(f"{unpacked.path.name}.lock"))
+        age(unpacked.path)
     stale.lock.close()
     model.write_bytes(MODEL_BYTES + b"!")
     build_zipapp.build(tmp_path / "newer.pyz", None, model)
     newer = unpack(tmp_path / "cache", tmp_path / "newer.pyz")
     used.lock.close()
-    kept = {used.path.name, newer.name}
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == kept | {f"{name}.lock" for name in kept}
+    assert files_of(tmp_path / "cache") == {used.path.name, newer.name}
+    assert not list((tmp_path / "cache").glob(f"{stale.path.name}*"))
 
 
 def test_what_was_used_today_is_kept_though_nobody_uses_it_now(archive: Path, model: Path, tmp_path: Path) -> None:
     cache = qmesh.Cache(tmp_path / "cache")
     before = unpack(cache.root, archive)
-    aged(before.with_name(f"{before.name}.lock"))
+    age(before)
     found = cache.find(part_of(archive, qmesh.MODEL))
     assert found is not None
     found.lock.close()

@@ -253,7 +253,7 @@ def test_a_sealed_archive_holds_what_the_archive_holds_and_the_key(archive: Path
         assert after.read("mesh.key") == f"{KEY.text}\n".encode()
         assert {member.date_time for member in after.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert {member.compress_type for member in after.infolist()} == {zipfile.ZIP_STORED}
-    assert sealed.read_bytes().startswith(b"#!/usr/bin/env python3\nPK")
+    assert sealed.read_bytes().startswith(b"#!/usr/bin/env python3\n# coding: this-file-is-damaged--")
 
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
@@ -331,6 +331,15 @@ def test_a_key_and_the_one_that_it_replaces_are_both_sealed_in(archive: Path, tm
     with zipfile.ZipFile(tmp_path / "lab.pyz") as members:
         assert qmesh.parse_mesh_keys(members.read("mesh.key").decode("ascii")) == (KEY, old)
     assert told_mesh(tmp_path / "lab.pyz", tmp_path) == fingerprint(KEY)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_an_archive_that_was_copied_in_part_says_so(archive: Path, tmp_path: Path, share: float) -> None:
+    part = tmp_path / "qmesh.pyz"
+    part.write_bytes(archive.read_bytes()[: int(archive.stat().st_size * share)])
+    finished = bare(part, "worker", tmp_path=tmp_path)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert finished.stderr.endswith(": this-file-is-damaged--copy-it-to-this-machine-again\n")
 
 
 def test_without_a_key_nothing_is_sealed(archive: Path, tmp_path: Path) -> None:

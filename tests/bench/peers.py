@@ -5,7 +5,8 @@
 - `llama_cpp.server`, the HTTP server of llama-cpp-python.
 - `node-llama-cpp`, from npm, driven by node_peer.mjs through its own interface, without HTTP.
 
-And what our discovery is measured against: `hyperswarm`, from npm, driven by hyperswarm_peer.mjs.
+And what our discovery is measured against: `hyperswarm`, from npm, driven by hyperswarm_peer.mjs; and our archives:
+`shiv` and `pex`, which pack a program with the packages that it needs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ HYPERSWARM_PEER = Path(__file__).with_name("hyperswarm_peer.mjs")
 START_TIMEOUT_S = 120
 LOAD_TIMEOUT_S = 300
 LLAMA_SOURCE = "llama-cpp-python==0.3.36"
+ARCHIVE_BUILDERS = ("shiv==1.0.8", "pex==2.105.2")
 
 PREBUILT_SERVER = """
 import sys, time, xllamacpp
@@ -333,6 +335,16 @@ def peer_python() -> Path:
         _run(sys.executable, "-m", "venv", str(CACHE / "venv"))
         _run(str(python), "-m", "pip", "install", "-q", "xllamacpp", LLAMA_SOURCE.replace("python=", "python[server]="))
         (CACHE / "venv" / "done").touch()
+    return python
+
+
+def builders_python() -> Path:
+    """An interpreter with the builders of archives."""
+    python = CACHE / "venv-builders" / "bin" / "python"
+    if not (CACHE / "venv-builders" / "done").exists():
+        _run(sys.executable, "-m", "venv", str(CACHE / "venv-builders"))
+        _run(str(python), "-m", "pip", "install", "-q", *ARCHIVE_BUILDERS)
+        (CACHE / "venv-builders" / "done").touch()
     return python
 
 
