@@ -4336,10 +4336,11 @@ class Cache:
     def __init__(self, root: Path) -> None:
         """Raises OSError where it can be no such folder."""
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = root.stat()
-        owners = {found.st_uid, root.lstat().st_uid}  # of the folder, and of a link to it
-        if hasattr(os, "getuid") and (owners != {os.getuid()} or found.st_mode & 0o022):
-            raise PermissionError(errno.EPERM, "others can write there", str(root))  # and what is there is run
+        if hasattr(os, "getuid"):
+            found, me = root.stat(), os.getuid()
+            laid_by = root.lstat().st_uid  # a link to it: systemd lays such
+            if found.st_uid != me or laid_by not in (me, 0) or found.st_mode & 0o022:
+                raise PermissionError(errno.EPERM, "others can write there", str(root))  # and what is there is run
         self.root = root
 
     def find(self, part: Part) -> Unpacked | None:

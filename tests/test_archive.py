@@ -308,7 +308,7 @@ def test_a_link_of_ones_own_to_another_disk_is_followed(archive: Path, tmp_path:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make another's link")
-def test_a_link_that_somebody_else_laid_is_not_followed(archive: Path, tmp_path: Path) -> None:
+def test_a_link_that_some_other_user_laid_is_not_followed(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir(mode=0o700)
     (tmp_path / "laid").symlink_to(tmp_path / "mine")
     os.chown(tmp_path / "laid", 12345, 12345, follow_symlinks=False)
