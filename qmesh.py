@@ -4390,7 +4390,7 @@ class Cache:
         """
         free = shutil.disk_usage(self.root).free - SPARE_BYTES
         if free < part.size + part.unpacked:
-            raise OSError(errno.ENOSPC, f"{human_bytes(part.size + part.unpacked)} are needed", str(self.root))
+            raise OSError(errno.ENOSPC, f"full: {human_bytes(part.size + part.unpacked)} are needed", str(self.root))
         scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{part.folder}."))
         try:
             tree = scratch / "tree"

@@ -320,7 +320,7 @@ def test_a_link_that_some_other_user_laid_is_not_followed(archive: Path, tmp_pat
 def test_too_little_room_is_told_before_anything_is_written(archive: Path, tmp_path: Path) -> None:
     part = part_of(archive, qmesh.MODEL)
     large = qmesh.Part(part.kind, part.name, part.offset, part.size, part.sha256, 1 << 60, {})
-    with pytest.raises(qmesh.UsageError, match=r"1152921504\.6 GB are needed.*QMESH_CACHE_DIR"):
+    with pytest.raises(qmesh.UsageError, match=r"full: 1152921504\.6 GB are needed.*QMESH_CACHE_DIR"):
         qmesh.unpack(archive, large, {"QMESH_CACHE_DIR": str(tmp_path / "cache")})
 
 

@@ -122,8 +122,9 @@ def other_sides(folder: Path, packages: Path, bare: Path) -> list[Side]:
     shiv, pex, pex_venv = (folder / name for name in ("qmesh-shiv.pyz", "qmesh.pex", "qmesh-venv.pex"))
     start = ["-e", "qmesh:main", "-o"]
     call(builders, "-m", "shiv", "--reproducible", "--compressed", "--site-packages", site, *start, shiv)
-    call(builders, "-m", "pex", "-D", site, *start, pex)
-    call(builders, "-m", "pex", "-D", site, "--venv", *start, pex_venv)
+    packed: list[str | Path] = ["-m", "pex", "--pex-root", folder / "pex", "-D", site]
+    call(builders, *packed, *start, pex)
+    call(builders, *packed, "--venv", *start, pex_venv)
     made = [(SHIV, shiv), (PEX, pex), (PEX_VENV, pex_venv)]
     return [Side(PLAIN, program, installed), *(Side(name, archive, bare, engine=True) for name, archive in made)]
 
@@ -151,8 +152,8 @@ def environment(home: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def new_home(folder: Path) -> Iterator[Path]:
-    """An empty folder; the paths of all are of one length, as some of what is unpacked tells it."""
-    home = folder / f"home-{secrets.token_hex(4)}"
+    """An empty folder, at the same place each time: what pex unpacks has names and contents that depend on it."""
+    home = folder / "home"
     home.mkdir()
     try:
         yield home
