@@ -29,9 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-import qmesh
+try:
+    import qmesh
+except ModuleNotFoundError:
+    sys.exit("error: qmesh.py, which is to be packed, does not lie beside build_zipapp.py")
 
 ROOT: Final = Path(__file__).resolve().parent
+WORK: Final = ROOT / "build"  # keeps what took long to make
 # Python runs the zip at a file's end. Where that is missing, since a copy was cut short, it takes the file for a
 # script, and all that it says then is "SyntaxError: encoding problem: " and what the second line holds.
 HEAD: Final = b"#!/usr/bin/env python3\n# coding: this-file-is-damaged--copy-it-to-this-machine-again\n"
@@ -118,15 +122,14 @@ class EngineTree:
     about: dict[str, Any]
 
 
-def gather_engine(work: Path, wheels: Path | None = None) -> EngineTree:
-    """Put the engine for this kind of machine and this Python together, under `work`, afresh.
+def gather_engine(root: Path, work: Path, wheels: Path | None = None) -> EngineTree:
+    """Put the engine for this kind of machine and this Python together, in a folder `root` that is not there yet.
 
-    wheels: a folder with wheels that go before those of the package index, such as one of llama-cpp-python that was
-    built elsewhere. Without one it is compiled, which takes a quarter of an hour, and kept for the next time.
-    Raises BuildError, and OSError where files cannot be written.
+    work: a folder that keeps what was compiled, and what pip said last. wheels: a folder with wheels that go before
+    those of the package index, such as one of llama-cpp-python that was built elsewhere. Without one it is compiled,
+    which takes a quarter of an hour, and kept for the next time. Raises BuildError, and OSError where files cannot be
+    written.
     """
-    root = work / "engine"
-    shutil.rmtree(root, ignore_errors=True)
     requirements = engine_requirements(ROOT / "requirements.txt")
     found = sorted(wheels.glob("llama_cpp_python-*.whl")) if wheels is not None else []
     wheel = found[-1] if found else portable_wheel(work, requirements[0])
@@ -170,7 +173,14 @@ def portable_wheel(work: Path, requirement: str) -> Path:
     shelf = work / "wheels" / hashlib.sha256(asked.encode()).hexdigest()[:16]
     if ready := sorted(shelf.glob("*.whl")):
         return ready[-1]
-    source = unpack_source(work, requirement)
+    shelf.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work, prefix="compiling-") as scratch:
+        wheel = compile_wheel(work, unpack_source(work, Path(scratch), requirement), options, Path(scratch) / "made")
+        return wheel.replace(shelf / wheel.name)
+
+
+def compile_wheel(work: Path, source: Path, options: Mapping[str, str], made: Path) -> Path:
+    """A wheel of llama-cpp-python from its source, in the folder `made`."""
     arguments = ";".join(f"-D{name}={value}" for name, value in options.items())
     settings = ["-C", f"build-dir={source / '_build'}", "-C", f"cmake.args={arguments}"]
     env = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
@@ -178,18 +188,13 @@ def portable_wheel(work: Path, requirement: str) -> Path:
         flag = f"-ffile-prefix-map={source}=llama-cpp-python"  # else the folder's name gets into the libraries
         env |= {name: f"{os.environ.get(name, '')} {flag}".strip() for name in ("CFLAGS", "CXXFLAGS")}
     print("compiling llama.cpp for every kind of processor, once; this takes a quarter of an hour ...", file=sys.stderr)
-    made = work / "made"
-    shutil.rmtree(made, ignore_errors=True)
     run_pip(work, "wheel", "--no-deps", "--no-cache-dir", "-w", made, source, *settings, env=env)
-    shelf.mkdir(parents=True, exist_ok=True)
     [wheel] = made.glob("*.whl")
-    return wheel.replace(shelf / wheel.name)
+    return wheel
 
 
-def unpack_source(work: Path, requirement: str) -> Path:
-    """llama-cpp-python's source, in a place that is the same each time."""
-    place = work / "source"
-    shutil.rmtree(place, ignore_errors=True)
+def unpack_source(work: Path, place: Path, requirement: str) -> Path:
+    """llama-cpp-python's source, in a folder of its own under `place`."""
     run_pip(work, "download", "--no-deps", "--no-binary=:all:", "-d", place, requirement)
     [archive] = place.glob("*.tar.gz")
     with tarfile.open(archive) as members:
@@ -483,12 +488,13 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.model is not None:
         qmesh.read_model(arguments.model)
-    engine = gather_engine(ROOT / "build", arguments.wheels) if arguments.engine else None
-    target: Path = arguments.output or ROOT / "dist" / file_name(engine, arguments.model)
-    try:
-        build(target, engine, arguments.model)
-    except OSError as error:
-        raise BuildError(f"{target} cannot be written: {error.strerror or error}") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = gather_engine(Path(scratch) / "engine", WORK, arguments.wheels) if arguments.engine else None
+        target: Path = arguments.output or ROOT / "dist" / file_name(engine, arguments.model)
+        try:
+            build(target, engine, arguments.model)
+        except OSError as error:
+            raise BuildError(f"{target} cannot be written: {error.strerror or error}") from None
     print(f"{target} ({target.stat().st_size:,} bytes)")
 
 

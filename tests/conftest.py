@@ -30,8 +30,7 @@ def model_path() -> Path:
 
 @pytest.fixture(scope="session")
 def archives(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Archives:
-    """Archives that carry what a worker needs, for bare machines."""
-    machines.require(machines.no_accounts())
+    """Archives that carry what a worker needs."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent  # one for all processes of this run

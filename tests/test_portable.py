@@ -1,13 +1,12 @@
 """An engine that runs on other machines than its builder's: what is gathered, what it needs, and what it chooses there.
 
-The tests of a gathered engine take that under build/engine, or the folder in QMESH_TEST_ENGINE; where there is none
-they are skipped, unless QMESH_TEST_ENGINE=required. Other processors are those of Debian's package qemu-user.
+The tests of a built engine take that of the archives that conftest.py finds or builds. Other processors are those of
+Debian's package qemu-user.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.metadata
 import json
 import os
@@ -16,13 +15,15 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
+import machines
 import pytest
 import tiny_models
+from archives import Archives
 
 import build_zipapp
 import qmesh
@@ -360,26 +361,14 @@ def test_llama_cpp_chooses_its_code_when_it_runs_where_it_can(
 # --- A gathered engine, here and on other processors ---
 
 
-@functools.cache
-def gathered() -> Path | str:
-    """The engine's folder, or why there is none."""
-    told = os.environ.get("QMESH_TEST_ENGINE", "")
-    folder = Path(told) if told not in ("", "required") else harness.ROOT / "build" / "engine"
-    return folder.resolve() if (folder / "llama_cpp").is_dir() else f"there is no engine in {folder}"
-
-
-def skip_or_fail(reason: str) -> None:
-    if os.environ.get("QMESH_TEST_ENGINE") == "required":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 @pytest.fixture(scope="module")
-def engine() -> Path:
-    found = gathered()
-    if isinstance(found, str):
-        skip_or_fail(found)
-    return Path(found)
+def engine(archives: Archives, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The engine of an archive, unpacked."""
+    contents = qmesh.read_contents(archives.engine)
+    assert contents is not None
+    unpacked = qmesh.Cache(tmp_path_factory.mktemp("cache")).unpack(archives.engine, contents.parts[qmesh.ENGINE])
+    with unpacked.lock:
+        yield unpacked.path
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +412,7 @@ def emulator() -> None:
     if platform.machine() != "x86_64" or sys.platform != "linux":
         pytest.skip("processors are emulated on Linux, for programs of its own kind")
     if shutil.which(QEMU) is None:
-        skip_or_fail(f"{QEMU} is not installed; it comes with Debian's qemu-user")
+        machines.require(f"{QEMU} is not installed; it comes with Debian's qemu-user")
 
 
 def test_a_gathered_engine_says_what_it_needs(about: dict[str, Any]) -> None:

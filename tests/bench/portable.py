@@ -1,12 +1,12 @@
 """What it costs that an engine runs on every processor: the gathered one against the one installed here.
 
-    python tests/bench/portable.py [--engine FOLDER] [--rounds N] [--streams N ...]
+    python tests/bench/portable.py ARCHIVE [--rounds N] [--streams N ...]
 
 Both run in a worker, with the same model, threads and context, and take turns within each round. Tokens are counted
 per second of processor time that the worker took, so that what else runs on the machine matters little; with several
 threads the waiting of one for another is in it. Figures are medians over the rounds, ratios medians of the ratios
 within a round. Whether the installed one was built for this very processor is for you to know: pip does that where it
-compiles. `build_zipapp.py --engine` leaves the other in build/engine.
+compiles. The other is that of the archive, which `build_zipapp.py --engine` makes.
 """
 
 from __future__ import annotations
@@ -84,13 +84,17 @@ def report(speeds: Speeds, names: Sequence[str], counts: Sequence[int]) -> str:
 async def main(arguments: argparse.Namespace) -> None:
     model = ROOT / "models" / qmesh.DEFAULT_MODEL.file_name
     setup = peers.Setup(model, max(arguments.streams), CONTEXT, arguments.threads)
+    contents = qmesh.read_contents(arguments.archive)
+    if contents is None or qmesh.ENGINE not in contents.parts:
+        raise SystemExit(f"{arguments.archive} carries no engine")
     with tempfile.TemporaryDirectory() as directory:
+        gathered = qmesh.Cache(Path(directory) / "cache").unpack(arguments.archive, contents.parts[qmesh.ENGINE])
 
         class GatheredWorker(peers.QmeshWorker):
             name = "gathered engine"
 
             def __init__(self, setup: peers.Setup) -> None:
-                super().__init__(setup, Path(directory), arguments.engine)
+                super().__init__(setup, Path(directory), gathered.path)
 
         async with peers.running(setup, GatheredWorker) as sides:
             print(f"{model.stem}, {setup.threads} threads; {engine.machine()}", flush=True)
@@ -100,7 +104,7 @@ async def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", type=Path, default=ROOT / "build" / "engine", metavar="FOLDER")
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--threads", type=int, default=1)
