@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,8 @@ COMPILE: Final = """\
 import py_compile, sys
 from py_compile import PycInvalidationMode
 source, target = sys.argv[1:]
-py_compile.compile(source, target, dfile="qmesh.py", doraise=True, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
+mode = PycInvalidationMode.UNCHECKED_HASH
+py_compile.compile(source, target, dfile="qmesh.py", doraise=True, optimize=0, invalidation_mode=mode)
 """
 
 
@@ -131,10 +133,9 @@ def gather_engine(root: Path, work: Path, wheels: Path | None = None) -> EngineT
     written.
     """
     requirements = engine_requirements(ROOT / "requirements.txt")
-    found = sorted(wheels.glob("llama_cpp_python-*.whl")) if wheels is not None else []
-    wheel = found[-1] if found else portable_wheel(work, requirements[0])
-    links = [] if wheels is None else [f"--find-links={wheels}"]
-    run_pip(work, "install", "--target", root, "--only-binary=:all:", "--no-compile", *links, wheel, *requirements)
+    given = wheels if wheels is not None else portable_wheel(work, requirements[0]).parent
+    sources = ("--only-binary=:all:", f"--find-links={given}")  # llama-cpp-python has no wheels but those given
+    run_pip(work, "install", "--target", root, "--no-compile", *sources, *requirements)
     prune(root)
     if sys.platform == "linux":
         tidy_libraries(root / LLAMA_LIBRARIES)
@@ -185,7 +186,8 @@ def compile_wheel(work: Path, source: Path, options: Mapping[str, str], made: Pa
     settings = ["-C", f"build-dir={source / '_build'}", "-C", f"cmake.args={arguments}"]
     env = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
     if sys.platform != "win32":
-        flag = f"-ffile-prefix-map={source}=llama-cpp-python"  # else the folder's name gets into the libraries
+        # Else the folder's name gets into the libraries.
+        flag = shlex.quote(f"-ffile-prefix-map={source}=llama-cpp-python")
         env |= {name: f"{os.environ.get(name, '')} {flag}".strip() for name in ("CFLAGS", "CXXFLAGS")}
     print("compiling llama.cpp for every kind of processor, once; this takes a quarter of an hour ...", file=sys.stderr)
     run_pip(work, "wheel", "--no-deps", "--no-cache-dir", "-w", made, source, *settings, env=env)
@@ -374,7 +376,7 @@ class Packer:
         contents = qmesh.Contents(qmesh.__version__, hashlib.sha256(program).hexdigest(), self.parts)
         members = {
             "__main__.py": MAIN,
-            "qmesh.py": program,
+            qmesh.PROGRAM_FILE: program,
             "qmesh.pyc": compiled(program),
             qmesh.CONTENTS_FILE: qmesh.dump_json(contents.to_json()),
         }
@@ -389,7 +391,8 @@ def compiled(program: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         source, target = Path(scratch) / "qmesh.py", Path(scratch) / "qmesh.pyc"
         source.write_bytes(program)
-        environ = os.environ | {"PYTHONHASHSEED": "0"}
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environ["PYTHONHASHSEED"] = "0"
         subprocess.run([sys.executable, "-S", "-c", COMPILE, source, target], check=True, env=environ)
         return target.read_bytes()
 
@@ -419,7 +422,7 @@ def pack_engine(packer: Packer, engine: EngineTree) -> None:
 
 def build(target: Path, engine: EngineTree | None, model: Path | None) -> None:
     """Write an archive, executable, and put it into place at once, so that nobody runs half of it."""
-    program = (ROOT / "qmesh.py").read_bytes().replace(b"\r\n", b"\n")
+    program = (ROOT / qmesh.PROGRAM_FILE).read_bytes().replace(b"\r\n", b"\n")
     target.parent.mkdir(parents=True, exist_ok=True)
     with qmesh.replacing(target) as file:
         packer = Packer(file)
@@ -427,7 +430,8 @@ def build(target: Path, engine: EngineTree | None, model: Path | None) -> None:
             pack_engine(packer, engine)
         if model is not None:
             with model.open("rb") as source:
-                packer.add(qmesh.MODEL, model.name, source, unpacked=model.stat().st_size, about={})
+                about = {name: value for name, value in qmesh.read_model(model).to_json().items() if name != "path"}
+                packer.add(qmesh.MODEL, model.name, source, unpacked=model.stat().st_size, about=about)
         packer.finish(program)
     target.chmod(0o755)
 
@@ -446,21 +450,18 @@ def file_name(engine: EngineTree | None, model: Path | None) -> str:
 
 
 def list_archive(archive: Path) -> None:
-    """Print what is inside, file by file, with sizes in bytes. Raises BuildError, qmesh.DamagedArchive."""
-    try:
-        contents = qmesh.read_contents(archive)
-        qmesh.check_archive(archive, contents)
-        for part in contents.parts.values() if contents is not None else []:
-            print(f"{part.kind}: {part.name}, {part.size:,} bytes, SHA-256 {part.sha256}")
-            if part.kind == qmesh.ENGINE:
-                with archive.open("rb") as source, tempfile.TemporaryFile() as packed:
-                    source.seek(part.offset)
-                    qmesh.copy_bytes(source, packed, part.size)
-                    print_members(packed, part.about["links"])
-        print("program:")
-        print_members(archive, {})
-    except OSError as error:
-        raise BuildError(f"{archive} cannot be read: {error.strerror or error}") from None
+    """Print what is inside, file by file, with sizes in bytes. Raises qmesh.DamagedArchive, OSError."""
+    contents = qmesh.read_contents(archive)
+    qmesh.check_archive(archive, contents)
+    for part in contents.parts.values() if contents is not None else []:
+        print(f"{part.kind}: {part.name}, {part.size:,} bytes, SHA-256 {part.sha256}")
+        if part.kind == qmesh.ENGINE:
+            with archive.open("rb") as source, tempfile.TemporaryFile() as packed:
+                source.seek(part.offset)
+                qmesh.copy_bytes(source, packed, part.size)
+                print_members(packed, part.about["links"])
+    print("program:")
+    print_members(archive, {})
 
 
 def print_members(archive: Path | IO[bytes], links: Mapping[str, str]) -> None:
@@ -474,27 +475,41 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Build the program into one file that Python runs as it is.")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to (dist/qmesh...pyz)")
     parser.add_argument("--engine", action="store_true", help="put in all that a worker needs, for this platform")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="take the engine's wheels from here")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="take llama-cpp-python's wheel from here")
     parser.add_argument("--model", type=Path, metavar="FILE", help="put this GGUF file in")
     parser.add_argument(
-        "--list", type=Path, metavar="ARCHIVE", dest="listed", help="build nothing, tell what is in this one"
+        "--list", type=Path, metavar="ARCHIVE", dest="listed", help="build nothing, list this one's files"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.wheels is not None and not arguments.engine:
+        parser.error("--wheels are for an engine: add --engine")
+    return arguments
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """What is wrong with them is said before anything is compiled. Raises BuildError, qmesh.ModelError."""
+    if arguments.wheels is not None and not any(arguments.wheels.glob("llama_cpp_python-*.whl")):
+        raise BuildError(f"there is no wheel of llama-cpp-python in {arguments.wheels}")
+    if arguments.model is not None:
+        qmesh.read_model(arguments.model)
+    target: Path | None = arguments.output
+    if target is None or not target.exists():
+        return
+    if not target.is_file():
+        raise BuildError(f"{target} is there, and is no file")
+    if any(source is not None and target.samefile(source) for source in (arguments.model, ROOT / qmesh.PROGRAM_FILE)):
+        raise BuildError(f"{target} is to be packed: name another file to write")
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.listed is not None:
         list_archive(arguments.listed)
         return
-    if arguments.model is not None:
-        qmesh.read_model(arguments.model)
+    check_arguments(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         engine = gather_engine(Path(scratch) / "engine", WORK, arguments.wheels) if arguments.engine else None
         target: Path = arguments.output or ROOT / "dist" / file_name(engine, arguments.model)
-        try:
-            build(target, engine, arguments.model)
-        except OSError as error:
-            raise BuildError(f"{target} cannot be written: {error.strerror or error}") from None
+        build(target, engine, arguments.model)
     print(f"{target} ({target.stat().st_size:,} bytes)")
 
 
@@ -503,8 +518,15 @@ def main() -> int:
         run(parse_arguments())
     except (BuildError, qmesh.QMeshError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except BrokenPipeError:  # whoever read the list has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+    else:
+        return 0
+    return 1
 
 
 if __name__ == "__main__":

@@ -623,6 +623,11 @@ class ModelError(QMeshError):
 class MissingPackage(QMeshError):
     """The other commands do without it: only `worker` and `demo` run a model on this machine."""
 
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what = what
+        self.advice = advice
+
 
 class InvalidRequest(QMeshError):
     """The request itself has to change: no worker can answer it as it is."""
@@ -4131,6 +4136,7 @@ def grafana_board() -> Json:
 
 SEALED_KEY_FILE: Final = "mesh.key"  # in an archive
 CONTENTS_FILE: Final = "contents.json"  # in an archive
+PROGRAM_FILE: Final = "qmesh.py"  # in an archive
 SIZES_FILE: Final = "sizes.json"  # of an unpacked part: what belongs to it, and how large it is
 ENGINE: Final = "engine"
 MODEL: Final = "model"
@@ -4138,11 +4144,12 @@ COPY_CHUNK_BYTES: Final = 1024 * 1024
 ZIP_MODE: Final = 0o644
 SEALED_MODE: Final = 0o600
 LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
+PART_NAME: Final = re.compile(rf"(?:{ENGINE}|{MODEL})-[0-9a-f]{{32}}")  # in a cache; all else there is somebody's
 UNPACK_TIMEOUT_S: Final = 900.0  # another process unpacks 10 GB from a slow disk to the same one
 IN_USE: Final = ".lock"  # of a part's name: locked by all who use it, together
 UNPACKING: Final = ".unpacking"  # locked by who unpacks it
 UNPACK_POLL_S: Final = 0.05
-STALE_AFTER_S: Final = 86_400.0  # of yesterday's version nobody starts another worker; and then it is unpacked again
+STALE_AFTER_S: Final = 86_400.0  # without use; who starts yesterday's version once more unpacks it again
 SPARE_BYTES: Final = 64 * 1024 * 1024  # that unpacking leaves to others on a disk that is nearly full
 
 
@@ -4172,7 +4179,7 @@ def try_lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:
 
     shared: with others who share it. On Windows such a lock is none: there, what is open cannot be removed anyway.
     """
-    file = path.open("ab")
+    file = path.open("a+b")  # NFS lets those alone share a lock who can read
     try:
         if sys.platform == "win32":
             if not shared:
@@ -4256,7 +4263,10 @@ def read_contents(archive: Path) -> Contents | None:
 
 
 def check_archive(archive: Path, contents: Contents | None) -> str:
-    """An archive's SHA-256, in hexadecimal, once all of it was read. Raises DamagedArchive when a part is not whole."""
+    """An archive's SHA-256, in hexadecimal, once all of it was read. Raises DamagedArchive where it is not whole."""
+    members = read_members(archive)
+    if contents is not None and hashlib.sha256(members.get(PROGRAM_FILE, b"")).hexdigest() != contents.program:
+        raise DamagedArchive(f"{archive} is damaged: its program is not what was packed")
     whole = hashlib.sha256()
     with archive.open("rb") as file:
         for part in sorted(contents.parts.values() if contents else [], key=lambda part: part.offset):
@@ -4265,6 +4275,15 @@ def check_archive(archive: Path, contents: Contents | None) -> str:
                 raise DamagedArchive(f"{archive} is damaged: its {part.kind} is not what was packed")
         _pass_bytes(file, archive.stat().st_size - file.tell(), whole.update)
     return whole.hexdigest()
+
+
+def read_members(archive: Path) -> dict[str, bytes]:
+    """What is in the last piece of an archive, by name. Raises DamagedArchive."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            return {name: zipped.read(name) for name in zipped.namelist()}
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise DamagedArchive(f"{archive} is damaged: its program cannot be read ({error})") from None
 
 
 def program_zip(members: Mapping[str, bytes]) -> bytes:
@@ -4280,10 +4299,13 @@ def program_zip(members: Mapping[str, bytes]) -> bytes:
 
 
 def seal(archive: Path, keys: str, target: Path) -> None:
-    """Copy an archive as it is, with these keys in it: the same bytes each time. Only this user can read it."""
+    """Copy an archive as it is, with these keys in it: the same bytes each time. Only this user can read it.
+
+    Raises DamagedArchive, OSError.
+    """
+    members = read_members(archive)
     with zipfile.ZipFile(archive) as zipped:
         start = min(info.header_offset for info in zipped.infolist())  # all before it is the parts
-        members = {name: zipped.read(name) for name in zipped.namelist()}
     with replacing(target) as file, archive.open("rb") as original:
         copy_bytes(original, file, start)
         file.write(program_zip(members | {SEALED_KEY_FILE: keys.encode("ascii")}))
@@ -4307,19 +4329,38 @@ def _pass_bytes(source: IO[bytes], size: int, take: Callable[[bytes], object]) -
 # --- Unpacking ---
 
 
-def cache_places(environ: Mapping[str, str]) -> list[Path]:
-    """Where this user's unpacked parts may be, best first: one that is set, or the platform's and a temporary one."""
-    if environ.get("QMESH_CACHE_DIR"):
-        return [Path(environ["QMESH_CACHE_DIR"]).expanduser().absolute()]
-    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or os.devnull)  # nothing can be made in there
+def user_dir(environ: Mapping[str, str], home: Path, *, xdg: str, usual: str, windows: str, macos: str) -> Path:
+    """The program's folder in a place that the platform has for each user. xdg: the variable that names it on Linux."""
     if sys.platform == "win32":
-        usual = Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "qmesh" / "cache"
-    elif sys.platform == "darwin":
-        usual = home / "Library" / "Caches" / "qmesh"
-    else:
-        usual = Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "qmesh"
-    owner = os.getuid() if hasattr(os, "getuid") else "cache"
-    return [usual, Path(tempfile.gettempdir()) / f"qmesh-{owner}"]
+        return Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / windows
+    if sys.platform == "darwin":
+        return home / macos / "qmesh"
+    return Path(environ.get(xdg) or home / usual) / "qmesh"
+
+
+def set_cache_dir(environ: Mapping[str, str]) -> Path | None:
+    """The folder that QMESH_CACHE_DIR names, absolute. Raises UsageError."""
+    told = environ.get("QMESH_CACHE_DIR", "").strip()
+    try:
+        return Path(told).expanduser().absolute() if told else None
+    except RuntimeError as error:
+        raise UsageError(f"QMESH_CACHE_DIR={told}: {error}") from None
+
+
+def cache_places(environ: Mapping[str, str]) -> Iterator[Path]:
+    """Where this user's unpacked parts may be, best first: one that is set, or the platform's and a temporary one."""
+    if (told := set_cache_dir(environ)) is not None:
+        yield told
+        return
+    home = Path(environ.get("HOME") or environ.get("USERPROFILE") or os.devnull)  # nothing can be made in there
+    places = {"xdg": "XDG_CACHE_HOME", "usual": ".cache", "windows": r"qmesh\cache", "macos": "Library/Caches"}
+    yield user_dir(environ, home, **places)
+    with contextlib.suppress(FileNotFoundError):  # no temporary folder can be written
+        temporary = Path(tempfile.gettempdir())
+        if hasattr(os, "getuid"):
+            yield temporary / f"qmesh-{os.getuid()}"
+        elif temporary.is_relative_to(home):  # elsewhere on Windows others may write, and nothing here would notice
+            yield temporary / "qmesh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -4334,13 +4375,13 @@ class Cache:
     """A folder of unpacked parts, which this user alone can write."""
 
     def __init__(self, root: Path) -> None:
-        """Raises OSError where it can be no such folder."""
+        """Raises OSError where it can be no such folder, as where others could put what would be run."""
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if hasattr(os, "getuid"):
             found, me = root.stat(), os.getuid()
             laid_by = root.lstat().st_uid  # a link to it: systemd lays such
             if found.st_uid != me or laid_by not in (me, 0) or found.st_mode & 0o022:
-                raise PermissionError(errno.EPERM, "others can write there", str(root))  # and what is there is run
+                raise PermissionError(errno.EPERM, "others own it, or can write there", str(root))
         self.root = root
 
     def find(self, part: Part) -> Unpacked | None:
@@ -4377,10 +4418,12 @@ class Cache:
         """A lock of a part, IN_USE or UNPACKING; None when another has it, or has just removed its file."""
         path = self.root / (name + kind)
         lock = try_lock(path, shared=shared)
-        if lock is not None and not (path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())):
+        if lock is not None:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    return lock
             lock.close()
-            return None
-        return lock
+        return None
 
     def _unpack(self, archive: Path, part: Part) -> None:
         """Unpack beside the place, and move it there. The lock UNPACKING is held.
@@ -4388,9 +4431,9 @@ class Cache:
         Nothing is waited for to reach the disk: what a power cut takes away makes files shorter, which is looked for at
         each start.
         """
-        free = shutil.disk_usage(self.root).free - SPARE_BYTES
-        if free < part.size + part.unpacked:
-            raise OSError(errno.ENOSPC, f"full: {human_bytes(part.size + part.unpacked)} are needed", str(self.root))
+        needed = part.unpacked + (part.size if part.kind == ENGINE else 0)  # which is there twice for a moment
+        if shutil.disk_usage(self.root).free < needed + SPARE_BYTES:
+            raise OSError(errno.ENOSPC, f"full: {human_bytes(needed + SPARE_BYTES)} are needed", str(self.root))
         scratch = Path(tempfile.mkdtemp(dir=self.root, prefix=f".{part.folder}."))
         try:
             tree = scratch / "tree"
@@ -4420,7 +4463,7 @@ class Cache:
     def _remove_stale(self) -> None:
         """Remove parts that nobody uses or unpacks, nor has of late: those of earlier versions."""
         locks = [path for kind in (IN_USE, UNPACKING) for path in self.root.glob(f"*{kind}")]
-        for name in {path.stem for path in locks}:
+        for name in {path.stem for path in locks if PART_NAME.fullmatch(path.stem)}:
             with contextlib.suppress(OSError):
                 used_at = max(path.stat().st_mtime for path in locks if path.stem == name)
                 if used_at < time.time() - STALE_AFTER_S:
@@ -4562,11 +4605,8 @@ X86_FEATURES: Final = {
 def default_state_dir(environ: Mapping[str, str]) -> Path:
     """Where the platform keeps a program's state, for this user."""
     home = Path(environ.get("HOME") or environ.get("USERPROFILE") or ".")
-    if sys.platform == "win32":
-        return Path(environ.get("LOCALAPPDATA") or home / "AppData" / "Local") / "qmesh"
-    if sys.platform == "darwin":
-        return home / "Library" / "Application Support" / "qmesh"
-    return Path(environ.get("XDG_STATE_HOME") or home / ".local" / "state") / "qmesh"
+    macos = "Library/Application Support"
+    return user_dir(environ, home, xdg="XDG_STATE_HOME", usual=".local/state", windows="qmesh", macos=macos)
 
 
 def host_state_dir(state_dir: str | None, environ: Mapping[str, str]) -> Path:
@@ -4800,9 +4840,9 @@ def remembered_peers(host_dir: Path) -> list[Address]:
 
 @functools.cache
 def engine_to_use() -> Part | None:
-    """The engine that the running archive carries, unless one is installed: that may be built for a GPU here.
+    """The engine that the running archive carries, unless all of it is installed.
 
-    Raises MissingPackage where it is not made for this machine.
+    Raises MissingPackage where it is needed and not made for this machine.
     """
     part = carried_part(ENGINE)
     if part is None or (importlib.util.find_spec("psutil") and installed_llama()):
@@ -4815,11 +4855,12 @@ def engine_to_use() -> Part | None:
 def use_carried_engine() -> None:
     """Make the packages of the carried engine importable, where it is to be used.
 
-    Raises as `engine_to_use` and `unpacked_part` do.
+    Behind an installed llama-cpp-python, which may be built for the GPU here; before what else is installed, of which
+    nothing is known. Raises as `engine_to_use` and `unpacked_part` do.
     """
     part = engine_to_use()
     if part is not None:
-        sys.path.insert(0, str(unpacked_part(part)))
+        sys.path.insert(len(sys.path) if installed_llama() else 0, str(unpacked_part(part)))
 
 
 def installed_llama() -> bool:
@@ -4839,7 +4880,7 @@ def load_psutil() -> Any:
     try:
         return importlib.import_module("psutil")
     except ImportError:
-        raise MissingPackage(f"psutil is not installed here; install it with: {install_command('psutil')}") from None
+        raise MissingPackage("psutil is not installed here", f"install it with: {install_command('psutil')}") from None
 
 
 def install_command(requirement: str) -> str:
@@ -4890,7 +4931,8 @@ def system_tag() -> str:
 def python_tag() -> str:
     """The kind of Python that compiled packages are made for, as in "cp311"."""
     name = sys.implementation.name
-    return f"{'cp' if name == 'cpython' else name}{sys.version_info[0]}{sys.version_info[1]}"
+    threads = "t" if "t" in getattr(sys, "abiflags", "") else ""  # without the global lock
+    return f"{'cp' if name == 'cpython' else name}{sys.version_info[0]}{sys.version_info[1]}{threads}"
 
 
 def glibc_version() -> str | None:
@@ -4936,7 +4978,7 @@ def _features_of_glibc() -> frozenset[str] | None:
     return frozenset(name for name, (leaf, register, bit) in places if leaf_of(leaf)[0].active[register] >> bit & 1)
 
 
-def engine_misfit(about: Mapping[str, Any], here: Platform) -> str | None:
+def engine_misfit(about: Mapping[str, Any], here: Platform) -> tuple[str, str] | None:
     """Why an archive's engine does not run on a platform, and what to do; None where nothing is known against it.
 
     about: "platform", "python", "glibc" and "cpu" as build_zipapp.py's `gather_engine` tells them.
@@ -4944,23 +4986,17 @@ def engine_misfit(about: Mapping[str, Any], here: Platform) -> str | None:
     made_for = Platform(about["platform"], about["python"])
     install = f"install llama-cpp-python here: {install_command(LLAMA_REQUIREMENT)}"
     if (made_for.system, made_for.python) != (here.system, here.python):
-        return (
-            f"the engine in this archive is for {made_for}; this is {here}: "
-            f"build one there with {ENGINE_COMMAND}, or {install}"
-        )
+        what = f"the engine in this archive is for {made_for}, and this is {here}"
+        return what, f"build one there with {ENGINE_COMMAND}, or {install}"
     needed = about.get("glibc")
     if needed is not None and (here.glibc is None or version_numbers(here.glibc) < version_numbers(needed)):
         has = f"has {here.glibc}" if here.glibc else "has another C library"
-        return (
-            f"the engine in this archive needs glibc {needed} or newer, and this machine {has}: "
-            f"build one on the machine with the oldest system with {ENGINE_COMMAND}, or {install}"
-        )
+        what = f"the engine in this archive needs glibc {needed} or newer, and this machine {has}"
+        return what, f"build one on the machine with the oldest system with {ENGINE_COMMAND}, or {install}"
     if missing := missing_features(about.get("cpu", ()), here.features):
         name = f" ({here.processor})" if here.processor else ""
-        return (
-            f"the engine in this archive needs a processor with {', '.join(missing)}, and that of this machine{name} "
-            "is without: run workers on newer machines; this one can ask them"
-        )
+        what = f"the engine in this archive needs a processor with {', '.join(missing)}; this machine's{name} has none"
+        return what, "run workers on newer machines; this one can ask them"
     return None
 
 
@@ -4981,9 +5017,9 @@ def check_engine_fits(about: Mapping[str, Any]) -> None:
     """Refuse an archive's engine that cannot run here, before any of it is loaded: a processor that lacks what it
     needs would end the process without a word. Raises MissingPackage.
     """
-    why = engine_misfit(about, Platform.here())
-    if why is not None:
-        raise MissingPackage(why)
+    misfit = engine_misfit(about, Platform.here())
+    if misfit is not None:
+        raise MissingPackage(*misfit)
 
 
 def uptime_s() -> float:
@@ -5108,8 +5144,8 @@ def _interfaces_of_name() -> list[Interface]:
 
 def _interfaces_of_psutil() -> list[Interface]:
     try:
-        psutil = load_psutil()
-    except MissingPackage:
+        psutil = importlib.import_module("psutil")  # if it is installed: a client unpacks no engine for it
+    except ImportError:
         return _interfaces_of_name()
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     indexes = {name: index for index, name in socket.if_nameindex()}
@@ -5546,12 +5582,6 @@ def list_models(directories: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def models_here() -> list[Path]:
-    """The model files of this machine: what the running archive carries, and those in the folders for models."""
-    part = carried_part(MODEL)
-    return [*([unpacked_part(part) / part.name] if part is not None else []), *list_models(model_dirs())]
-
-
 def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     """The model file that is meant: a path, a name, or the only one there is. Raises ModelError or ModelNotFound."""
     if wanted is not None and Path(wanted).is_file():
@@ -5575,8 +5605,18 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
 def carried_model(wanted: str | None) -> Part | None:
     """The model that the running archive carries, if that is meant: by its name, or because none is named."""
     part = carried_part(MODEL)
-    meant = part is not None and (wanted is None or model_key(wanted) == model_key(Path(part.name).stem))
-    return part if meant else None
+    if part is None or (wanted is not None and Path(wanted).is_file()):
+        return None
+    return part if wanted is None or model_key(wanted) == model_key(Path(part.name).stem) else None
+
+
+def carried_model_file() -> ModelFile | None:
+    """The model that the running archive carries, as its header describes it; its path is that of the archive."""
+    part, archive = carried_part(MODEL), running_archive()
+    if part is None or archive is None:
+        return None
+    fingerprint = bytes.fromhex(part.about["fingerprint"])
+    return ModelFile(**{**part.about, "path": archive, "fingerprint": fingerprint})
 
 
 def choose_model(wanted: str | None) -> Path:
@@ -6303,7 +6343,7 @@ def load_llama() -> Any:
         llama_log()  # tells which
         ggml.ggml_backend_load_all_from_path(os.fsencode(folder))
         if not ggml.ggml_backend_reg_count():
-            raise MissingPackage(f"llama-cpp-python finds nothing in {folder} that runs here; {rebuild_advice()}")
+            raise MissingPackage(f"llama-cpp-python finds nothing in {folder} that runs here", rebuild_advice())
     return library
 
 
@@ -6317,14 +6357,14 @@ def _import_llama() -> Any:
     try:
         library = importlib.import_module("llama_cpp")
     except ModuleNotFoundError:
-        command = install_command(LLAMA_REQUIREMENT)
-        raise MissingPackage(f"llama-cpp-python is not installed here; install it with: {command}") from None
+        advice = f"install it with: {install_command(LLAMA_REQUIREMENT)}"
+        raise MissingPackage("llama-cpp-python is not installed here", advice) from None
     except (ImportError, OSError, RuntimeError) as error:  # a shared library does not load on this machine
         why = error.__cause__ or error  # numpy tells a page about its own, which says it in a line
-        raise MissingPackage(f"llama-cpp-python does not load here ({why}); {rebuild_advice()}") from None
+        raise MissingPackage(f"llama-cpp-python does not load here ({why})", rebuild_advice()) from None
     if not LLAMA_VERSIONS[0] <= version_numbers(library.__version__)[:3] < LLAMA_VERSIONS[1]:
-        command = install_command(LLAMA_REQUIREMENT)
-        raise MissingPackage(f"llama-cpp-python {library.__version__} is not one this works with; run: {command}")
+        advice = f"run: {install_command(LLAMA_REQUIREMENT)}"
+        raise MissingPackage(f"llama-cpp-python {library.__version__} is not one this works with", advice)
     return library
 
 
@@ -11278,8 +11318,9 @@ def check_engine(gpu_layers: int | None) -> list[Check]:
     try:
         psutil, llama = load_psutil(), load_llama()
     except MissingPackage as error:
-        found, _, remedy = str(error).partition("; ")
-        return [note("engine", "engine_missing", f"{found}: this machine can ask, not serve", remedy)]
+        return [note("engine", "engine_missing", f"{error.what}: this machine can ask, not serve", error.advice)]
+    except QMeshError as error:  # an archive's engine is damaged, or cannot be unpacked
+        return [problem("engine", "engine_unusable", str(error), error.remedy)]
     found = f"llama-cpp-python {llama.__version__}, psutil {psutil.__version__}"
     if kind := llama_log().processor:
         found += f", for processors of the kind {kind}"
@@ -11291,8 +11332,9 @@ def check_engine(gpu_layers: int | None) -> list[Check]:
 
 
 def check_models() -> list[Check]:
-    paths, checks = models_here(), []
-    for path in paths:
+    carried = carried_model_file()
+    checks = [Check("model", f"{carried.name} ({human_bytes(carried.size)}), in this archive")] if carried else []
+    for path in list_models(model_dirs()):
         try:
             checks.append(Check("model", f"{read_model(path).name} ({human_bytes(path.stat().st_size)})"))
         except (ModelError, OSError) as error:
@@ -16605,10 +16647,10 @@ def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Te
         state_dir=absolute(settings.state_dir),
         model=service_model(settings.model, terminal),
     )
-    program, cache = program_file(), os.environ.get("QMESH_CACHE_DIR", "").strip()
+    program, cache = program_file(), set_cache_dir(os.environ)
     told = (settings.key, settings.api_key, settings.model)
     command = (sys.executable, str(program), "worker", *setting_words(settings), *worker_words(arguments))
-    for word in (*command, cache):
+    for word in (*command, str(cache)):
         if _UNFIT_FOR_UNITS.search(word):
             raise UsageError(f"{word!r} cannot be written into a unit: choose a name without such characters")
     return Service(
@@ -16617,7 +16659,7 @@ def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Te
         nice=arguments.nice,
         grace_s=arguments.grace,
         state_dir=Path(settings.state_dir) if settings.state_dir is not None else None,
-        cache_dir=Path(cache).absolute() if cache else None,
+        cache_dir=cache,
     )
 
 
@@ -17168,8 +17210,9 @@ def pull_model(source: str | None, directory: Path, terminal: Terminal) -> Path:
 
 
 def run_models(arguments: argparse.Namespace, settings: Settings) -> int:
-    models, damaged = [], []
-    for path in models_here():
+    carried = carried_model_file()
+    models, damaged = [carried] if carried is not None else [], []
+    for path in list_models(model_dirs()):
         try:
             models.append(read_model(path))
         except ModelError as error:

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import harness
 import pytest
+import tiny_models
 
 import build_zipapp
 import qmesh
-
-MODEL_BYTES = b"GGUF" + bytes(range(256)) * 64
 
 
 @pytest.fixture
@@ -33,10 +32,15 @@ def tree(tmp_path: Path) -> build_zipapp.EngineTree:
     return build_zipapp.EngineTree(root, {"platform": "linux-x86_64", "python": "cp311", "packages": {"package": "1"}})
 
 
+@pytest.fixture(scope="module")
+def model_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return tiny_models.write_model("qwen2", tmp_path_factory.mktemp("models") / "tiny.gguf").read_bytes()
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(model_bytes: bytes, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.gguf"
-    path.write_bytes(MODEL_BYTES)
+    path.write_bytes(model_bytes)
     return path
 
 
@@ -88,16 +92,16 @@ def test_the_same_things_give_the_same_bytes_whatever_their_dates(
     assert (tmp_path / "again.pyz").read_bytes() == archive.read_bytes()
 
 
-def test_an_archive_tells_what_it_carries(archive: Path, tree: build_zipapp.EngineTree) -> None:
+def test_an_archive_tells_what_it_carries(model_bytes: bytes, archive: Path, tree: build_zipapp.EngineTree) -> None:
     contents = qmesh.read_contents(archive)
     assert contents is not None
     assert contents.version == qmesh.__version__
     assert contents.program == hashlib.sha256(harness.PROGRAM.read_bytes()).hexdigest()
     engine, model = contents.parts[qmesh.ENGINE], contents.parts[qmesh.MODEL]
     assert engine.about == {**tree.about, "links": {"package/lib/liba.so.0": "package/lib/liba.so"}}
-    assert (model.name, model.size, model.unpacked) == ("tiny.gguf", len(MODEL_BYTES), len(MODEL_BYTES))
+    assert (model.name, model.size, model.unpacked) == ("tiny.gguf", len(model_bytes), len(model_bytes))
     data = archive.read_bytes()
-    assert data[model.offset :][: model.size] == MODEL_BYTES
+    assert data[model.offset :][: model.size] == model_bytes
     packed = zipfile.ZipFile(io.BytesIO(data[engine.offset :][: engine.size]))
     assert packed.namelist() == ["package/__init__.py", "package/lib/liba.so", "single.py"]
     assert engine.unpacked == sum(info.file_size for info in packed.infolist())
@@ -143,9 +147,9 @@ def test_the_compiled_program_is_used_by_the_python_that_built_it(archive: Path,
 # --- Unpacking ---
 
 
-def test_a_model_is_unpacked_as_it_was(archive: Path, tmp_path: Path) -> None:
+def test_a_model_is_unpacked_as_it_was(model_bytes: bytes, archive: Path, tmp_path: Path) -> None:
     folder = unpack(tmp_path / "cache", archive)
-    assert (folder / "tiny.gguf").read_bytes() == MODEL_BYTES
+    assert (folder / "tiny.gguf").read_bytes() == model_bytes
 
 
 def test_an_engine_is_unpacked_as_it_was_and_one_library_under_two_names_stays_one(
@@ -180,13 +184,15 @@ def test_of_many_at_once_one_unpacks_and_all_get_it(archive: Path, tmp_path: Pat
     assert files_of(tmp_path / "cache") == {found[0].name}
 
 
-def test_another_version_of_a_part_has_a_place_of_its_own(archive: Path, model: Path, tmp_path: Path) -> None:
+def test_another_version_of_a_part_has_a_place_of_its_own(
+    model_bytes: bytes, archive: Path, model: Path, tmp_path: Path
+) -> None:
     before = unpack(tmp_path / "cache", archive)
-    model.write_bytes(MODEL_BYTES + b"!")
+    model.write_bytes(model_bytes + b"!")
     build_zipapp.build(tmp_path / "newer.pyz", None, model)
     after = unpack(tmp_path / "cache", tmp_path / "newer.pyz")
     assert before != after
-    assert [path.joinpath("tiny.gguf").read_bytes() for path in (before, after)] == [MODEL_BYTES, MODEL_BYTES + b"!"]
+    assert [path.joinpath("tiny.gguf").read_bytes() for path in (before, after)] == [model_bytes, model_bytes + b"!"]
 
 
 def test_a_sealed_copy_uses_what_the_archive_unpacked(archive: Path, tmp_path: Path) -> None:
@@ -217,20 +223,22 @@ def test_an_unpacked_file_that_lost_something_is_unpacked_anew(archive: Path, tm
     assert (folder / "package" / "lib" / "liba.so.0").read_bytes() == b"\x7fELF" * 1000
 
 
-def test_what_lost_something_while_it_is_used_is_unpacked_anew_for_the_next(archive: Path, tmp_path: Path) -> None:
+def test_what_lost_something_while_it_is_used_is_unpacked_anew_for_the_next(
+    model_bytes: bytes, archive: Path, tmp_path: Path
+) -> None:
     cache = qmesh.Cache(tmp_path / "cache")
     used = cache.unpack(archive, part_of(archive, qmesh.MODEL))
     (used.path / "tiny.gguf").write_bytes(b"")
-    assert (unpack(cache.root, archive) / "tiny.gguf").read_bytes() == MODEL_BYTES
+    assert (unpack(cache.root, archive) / "tiny.gguf").read_bytes() == model_bytes
     used.lock.close()
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(archive: Path, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_by_the_next(model_bytes: bytes, archive: Path, tmp_path: Path) -> None:
     cache, part = tmp_path / "cache", part_of(archive, qmesh.MODEL)
     left = cache / f".{part.folder}.x1y2z3" / "tree"
     left.mkdir(parents=True, mode=0o700)
     cache.chmod(0o700)
-    (left / "tiny.gguf").write_bytes(MODEL_BYTES[:100])
+    (left / "tiny.gguf").write_bytes(model_bytes[:100])
     unpack(cache, archive)
     assert files_of(cache) == {part.folder}
 
@@ -243,7 +251,7 @@ def age(folder: Path) -> None:
 
 
 def test_unpacking_removes_what_nobody_used_for_a_day_and_nothing_that_somebody_uses(
-    archive: Path, model: Path, tmp_path: Path
+    model_bytes: bytes, archive: Path, model: Path, tmp_path: Path
 ) -> None:
     cache = qmesh.Cache(tmp_path / "cache")
     used = cache.unpack(archive, part_of(archive, qmesh.ENGINE))
@@ -251,7 +259,7 @@ def test_unpacking_removes_what_nobody_used_for_a_day_and_nothing_that_somebody_
     for unpacked in (used, stale):
         age(unpacked.path)
     stale.lock.close()
-    model.write_bytes(MODEL_BYTES + b"!")
+    model.write_bytes(model_bytes + b"!")
     build_zipapp.build(tmp_path / "newer.pyz", None, model)
     newer = unpack(tmp_path / "cache", tmp_path / "newer.pyz")
     used.lock.close()
@@ -274,11 +282,11 @@ def test_what_was_used_today_is_kept_though_nobody_uses_it_now(archive: Path, mo
 
 
 def test_the_places_are_the_platforms_and_a_temporary_one_unless_one_is_set(tmp_path: Path) -> None:
-    assert qmesh.cache_places({"QMESH_CACHE_DIR": str(tmp_path)}) == [tmp_path]
+    assert [*qmesh.cache_places({"QMESH_CACHE_DIR": str(tmp_path)})] == [tmp_path]
     first, second = qmesh.cache_places({"HOME": str(tmp_path)})
     assert first.is_relative_to(tmp_path)
     assert not second.is_relative_to(tmp_path)
-    assert qmesh.cache_places({"HOME": "/h", "XDG_CACHE_HOME": "/c"})[0] == (
+    assert next(qmesh.cache_places({"HOME": "/h", "XDG_CACHE_HOME": "/c"})) == (
         Path("/c/qmesh") if sys.platform == "linux" else first
     )
 
@@ -297,14 +305,16 @@ def test_where_the_first_place_cannot_be_used_the_next_one_is(
 def test_a_place_that_others_can_write_is_not_used(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
-    with pytest.raises(qmesh.UsageError, match=r"shared \(others can write there\); name another .* QMESH_CACHE_DIR"):
+    with pytest.raises(
+        qmesh.UsageError, match=r"shared \(others own it, or can write there\); name another .* QMESH_CACHE_DIR"
+    ):
         qmesh.unpack(archive, part_of(archive, qmesh.MODEL), {"QMESH_CACHE_DIR": str(tmp_path / "shared")})
 
 
-def test_a_link_of_ones_own_to_another_disk_is_followed(archive: Path, tmp_path: Path) -> None:
+def test_a_link_of_ones_own_to_another_disk_is_followed(model_bytes: bytes, archive: Path, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir(mode=0o700)
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
-    assert (unpack(tmp_path / "cache", archive) / "tiny.gguf").read_bytes() == MODEL_BYTES
+    assert (unpack(tmp_path / "cache", archive) / "tiny.gguf").read_bytes() == model_bytes
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can make another's link")
@@ -320,14 +330,14 @@ def test_a_link_that_some_other_user_laid_is_not_followed(archive: Path, tmp_pat
 def test_too_little_room_is_told_before_anything_is_written(archive: Path, tmp_path: Path) -> None:
     part = part_of(archive, qmesh.MODEL)
     large = qmesh.Part(part.kind, part.name, part.offset, part.size, part.sha256, 1 << 60, {})
-    with pytest.raises(qmesh.UsageError, match=r"full: 1152921504\.6 GB are needed.*QMESH_CACHE_DIR"):
+    with pytest.raises(qmesh.UsageError, match=r"full: 1152921504\.7 GB are needed.*QMESH_CACHE_DIR"):
         qmesh.unpack(archive, large, {"QMESH_CACHE_DIR": str(tmp_path / "cache")})
 
 
 # --- Telling ---
 
 
-def test_version_tells_file_contents_hash_and_mesh(archive: Path, tmp_path: Path) -> None:
+def test_version_tells_file_contents_hash_and_mesh(model_bytes: bytes, archive: Path, tmp_path: Path) -> None:
     finished = program(archive, "version", cache=tmp_path / "cache")
     assert finished.stdout.splitlines()[:2] == [
         f"qmesh {qmesh.__version__} (protocol 1)",
@@ -336,7 +346,7 @@ def test_version_tells_file_contents_hash_and_mesh(archive: Path, tmp_path: Path
     for line in (
         f"SHA-256   {hashlib.sha256(archive.read_bytes()).hexdigest()}",
         "engine    for linux-x86_64-cp311: package 1",
-        "model     tiny.gguf, 0 MB",
+        f"model     tiny.gguf, {len(model_bytes) / 1e6:.0f} MB",
         "mesh      open mesh 'qmesh-inference'",
     ):
         assert line in finished.stdout.splitlines()
@@ -358,10 +368,10 @@ def test_version_of_a_source_file_tells_that_file(tmp_path: Path) -> None:
     assert f"file      {harness.PROGRAM}" in finished.stdout.splitlines()
 
 
-def test_listing_tells_every_file_that_is_inside(archive: Path, tmp_path: Path) -> None:
+def test_listing_tells_every_file_that_is_inside(model_bytes: bytes, archive: Path, tmp_path: Path) -> None:
     finished = program(harness.ROOT / "build_zipapp.py", "--list", archive, cache=tmp_path, python=())
     names = [line.split()[1] for line in finished.stdout.splitlines() if not line.endswith(":") and "SHA" not in line]
     assert finished.returncode == 0, finished.stderr
     assert {"single.py", "package/lib/liba.so", "qmesh.py", "__main__.py", "contents.json"} <= {*names}
     assert "     same file package/lib/liba.so.0 as package/lib/liba.so" in finished.stdout
-    assert "model: tiny.gguf, 16,388 bytes" in finished.stdout
+    assert f"model: tiny.gguf, {len(model_bytes):,} bytes" in finished.stdout

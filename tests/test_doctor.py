@@ -145,7 +145,7 @@ def test_a_python_without_tls_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_machine_without_the_workers_packages_can_still_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> object:
-        raise qmesh.MissingPackage("llama-cpp-python is not installed here; install it with: pip install it")
+        raise qmesh.MissingPackage("llama-cpp-python is not installed here", "install it with: pip install it")
 
     monkeypatch.setattr(qmesh, "load_llama", missing)
     check = only(qmesh.check_engine(None))

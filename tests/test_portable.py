@@ -94,30 +94,31 @@ def test_nothing_is_held_against_a_processor_that_is_not_known() -> None:
     [
         (
             {"python": "cp312"},
-            "is for Python 3.12 on Linux x86_64; this is Python 3.11 on Linux x86_64: build one there",
+            "is for Python 3.12 on Linux x86_64, and this is Python 3.11 on Linux x86_64; build one there",
         ),
-        ({"platform": "linux-aarch64"}, "is for Python 3.11 on Linux aarch64; this is Python 3.11 on Linux x86_64"),
+        ({"platform": "linux-aarch64"}, "is for Python 3.11 on Linux aarch64, and this is Python 3.11 on Linux x86_64"),
         ({"platform": "windows-x86_64"}, "is for Python 3.11 on Windows x86_64"),
         ({"python": "pypy311"}, "is for pypy311 on Linux"),
-        ({"glibc": "2.38"}, "needs glibc 2.38 or newer, and this machine has 2.36: build one on the machine with the"),
+        ({"glibc": "2.38"}, "needs glibc 2.38 or newer, and this machine has 2.36; build one on the machine with the"),
         ({"glibc": "3.0"}, "needs glibc 3.0"),
         (
             {"cpu": ["avx2", "popcnt", "sha"]},
-            "needs a processor with avx2, sha, and that of this machine (A Processor)",
+            "needs a processor with avx2, sha; this machine's (A Processor) has none",
         ),
     ],
 )
 def test_an_engine_that_does_not_fit_is_refused_with_what_it_needs(about: dict[str, Any], words: str) -> None:
-    why = qmesh.engine_misfit(ENGINE | about, HERE)
-    assert why is not None
+    misfit = qmesh.engine_misfit(ENGINE | about, HERE)
+    assert misfit is not None
+    why = "; ".join(misfit)
     assert words in why
     assert qmesh.install_command(qmesh.LLAMA_REQUIREMENT) in why or "run workers on newer machines" in why
 
 
 def test_a_machine_with_another_c_library_is_told_so() -> None:
-    why = qmesh.engine_misfit(ENGINE, qmesh.Platform(HERE.system, HERE.python, None))
-    assert why is not None
-    assert "this machine has another C library" in why
+    misfit = qmesh.engine_misfit(ENGINE, qmesh.Platform(HERE.system, HERE.python, None))
+    assert misfit is not None
+    assert "this machine has another C library" in misfit[0]
 
 
 def test_an_engine_for_another_machine_is_refused() -> None:
