@@ -5,7 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -25,11 +27,14 @@ def tree(tmp_path: Path) -> build_zipapp.EngineTree:
     """A stand-in for the engine's packages: two files of Python, and one library under two names."""
     root = tmp_path / "tree"
     (root / "package" / "lib").mkdir(parents=True)
-    (root / "package" / "__init__.py").write_text("NAME = 'the carried one'\n")
-    (root / "single.py").write_text("")
+    for name in ("package", "llama_cpp"):
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "__init__.py").write_text("")
+    (root / "psutil.py").write_text("")
     (root / "package" / "lib" / "liba.so.0").write_bytes(b"\x7fELF" * 1000)
     os.link(root / "package" / "lib" / "liba.so.0", root / "package" / "lib" / "liba.so")
-    return build_zipapp.EngineTree(root, {"platform": "linux-x86_64", "python": "cp311", "packages": {"package": "1"}})
+    about = {"platform": qmesh.system_tag(), "python": qmesh.python_tag(), "packages": {"package": "1"}}
+    return build_zipapp.EngineTree(root, about)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,13 @@ def program(*arguments: object, cache: Path, python: tuple[str, ...] = ("-I", "-
     environ = {"HOME": str(cache / "home"), "QMESH_CACHE_DIR": str(cache), "QMESH_HOST": "127.0.0.1"}
     command = [sys.executable, *python, *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, env=environ, timeout=harness.COMMAND_TIMEOUT_S, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=environ,
+        cwd=cache.parent,
+        timeout=harness.COMMAND_TIMEOUT_S,
+        check=False,
     )
 
 
@@ -103,7 +114,7 @@ def test_an_archive_tells_what_it_carries(model_bytes: bytes, archive: Path, tre
     data = archive.read_bytes()
     assert data[model.offset :][: model.size] == model_bytes
     packed = zipfile.ZipFile(io.BytesIO(data[engine.offset :][: engine.size]))
-    assert packed.namelist() == ["package/__init__.py", "package/lib/liba.so", "single.py"]
+    assert packed.namelist() == ["llama_cpp/__init__.py", "package/__init__.py", "package/lib/liba.so", "psutil.py"]
     assert engine.unpacked == sum(info.file_size for info in packed.infolist())
 
 
@@ -278,6 +289,117 @@ def test_what_was_used_today_is_kept_though_nobody_uses_it_now(archive: Path, mo
     assert before.is_dir()
 
 
+def test_unpacking_removes_nothing_that_is_not_its_own(archive: Path, model: Path, tmp_path: Path) -> None:
+    before = unpack(tmp_path / "cache", archive)
+    theirs = [tmp_path / "cache" / name for name in ("poetry.lock", "poetry", ".poetry.kept", "engine-1.lock")]
+    for path in theirs:
+        path.write_text("theirs")
+        long_ago = time.time() - 2 * qmesh.STALE_AFTER_S
+        os.utime(path, (long_ago, long_ago))
+    age(before)
+    unpack(tmp_path / "cache", archive, qmesh.ENGINE)
+    assert not before.exists()
+    assert [path.read_text() for path in theirs] == ["theirs"] * 4
+
+
+def test_a_lock_is_shared_as_nfs_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux has locks of bytes stand for those of files on NFS; who shares one has to be able to read."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    for shared in (True, False):
+        lock = qmesh.try_lock(tmp_path / "lock", shared=shared)
+        assert lock is not None
+        lock.close()
+
+
+# --- Using what is carried ---
+
+USE = """
+import sys, qmesh
+qmesh.use_carried_engine()
+import llama_cpp, psutil
+print(llama_cpp.__file__, psutil.__file__, flush=True)
+sys.stdin.read()
+"""
+
+
+def user(archive: Path, cache: Path, *installed: Path, **pipes: int) -> subprocess.Popen[str]:
+    """A process that uses the packages of a worker, as the archive's program finds them."""
+    path = os.pathsep.join(map(str, (archive, *installed)))
+    environ = {"PYTHONPATH": path, "QMESH_CACHE_DIR": str(cache), "HOME": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-S", "-c", USE],
+        env=environ,
+        cwd=cache.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def used(archive: Path, cache: Path, *installed: Path) -> list[Path]:
+    """Where that process found llama_cpp and psutil."""
+    output, _ = user(archive, cache, *installed).communicate(timeout=harness.COMMAND_TIMEOUT_S)
+    return [Path(each) for each in output.split()]
+
+
+def installed(folder: Path, llama: str | None, *, psutil: bool) -> Path:
+    """A folder of packages: llama-cpp-python in this version, psutil."""
+    folder.mkdir()
+    if llama is not None:
+        (folder / "llama_cpp").mkdir()
+        (folder / "llama_cpp" / "__init__.py").write_text("")
+        (folder / f"llama_cpp_python-{llama}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: llama_cpp_python\nVersion: {llama}\n"
+        (folder / f"llama_cpp_python-{llama}.dist-info" / "METADATA").write_text(metadata)
+    if psutil:
+        (folder / "psutil.py").write_text("")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("llama", "psutil", "are_installed"),
+    [
+        (None, False, [False, False]),
+        (None, True, [False, False]),
+        ("0.3.36", True, [True, True]),
+        ("0.3.36", False, [True, False]),
+        ("0.2.90", True, [False, False]),
+    ],
+)
+def test_an_installed_llama_goes_before_the_carried_one_if_it_is_one_that_works(
+    archive: Path, tmp_path: Path, llama: str | None, psutil: bool, are_installed: list[bool]
+) -> None:
+    packages = installed(tmp_path / "packages", llama, psutil=psutil)
+    found = used(archive, tmp_path / "cache", packages)
+    assert [path.is_relative_to(packages) for path in found] == are_installed
+    assert (tmp_path / "cache").exists() != all(are_installed)
+
+
+def test_what_a_process_uses_is_locked_until_it_ends(archive: Path, tmp_path: Path) -> None:
+    process = user(archive, tmp_path / "cache")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdout.readline()
+    (lock,) = (tmp_path / "cache").glob(f"*{qmesh.IN_USE}")
+    assert qmesh.try_lock(lock) is None
+    process.stdin.close()
+    assert process.wait(harness.COMMAND_TIMEOUT_S) == 0
+    process.stdout.close()
+    freed = qmesh.try_lock(lock)
+    assert freed is not None
+    freed.close()
+
+
+def test_models_tells_of_a_carried_model_without_unpacking_it(
+    archive: Path, model_bytes: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.gguf").unlink()  # which lies where the program looks for models
+    listed = json.loads(program(archive, "models", "--json", cache=tmp_path / "cache").stdout)
+    assert [(each["size"], each["path"]) for each in listed["models"]] == [(len(model_bytes), str(archive))]
+    assert not (tmp_path / "cache").exists()
+
+
 # --- Places ---
 
 
@@ -327,6 +449,31 @@ def test_a_link_that_some_other_user_laid_is_not_followed(archive: Path, tmp_pat
     assert list((tmp_path / "mine").iterdir()) == []
 
 
+def test_a_home_is_enough_where_no_temporary_folder_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    assert len([*qmesh.cache_places({"HOME": str(tmp_path)})]) == 1
+
+
+def test_a_cache_of_a_user_that_does_not_exist_is_told(archive: Path) -> None:
+    with pytest.raises(qmesh.UsageError, match="QMESH_CACHE_DIR=~nobody-at-all/x: "):
+        qmesh.unpack(archive, part_of(archive, qmesh.MODEL), {"QMESH_CACHE_DIR": "~nobody-at-all/x"})
+
+
+def test_a_model_needs_its_room_once(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = part_of(archive, qmesh.MODEL)
+    room = shutil.disk_usage(tmp_path)._replace(free=part.size + qmesh.SPARE_BYTES)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: room)
+    unpack(tmp_path / "cache", archive)
+    room = room._replace(free=room.free - 1)
+    with pytest.raises(OSError, match="full: "):
+        unpack(tmp_path / "another", archive)
+
+
 def test_too_little_room_is_told_before_anything_is_written(archive: Path, tmp_path: Path) -> None:
     part = part_of(archive, qmesh.MODEL)
     large = qmesh.Part(part.kind, part.name, part.offset, part.size, part.sha256, 1 << 60, {})
@@ -345,7 +492,7 @@ def test_version_tells_file_contents_hash_and_mesh(model_bytes: bytes, archive: 
     ]
     for line in (
         f"SHA-256   {hashlib.sha256(archive.read_bytes()).hexdigest()}",
-        "engine    for linux-x86_64-cp311: package 1",
+        f"engine    for {qmesh.system_tag()}-{qmesh.python_tag()}: package 1",
         f"model     tiny.gguf, {len(model_bytes) / 1e6:.0f} MB",
         "mesh      open mesh 'qmesh-inference'",
     ):
@@ -363,15 +510,58 @@ def test_version_tells_damage(archive: Path, tmp_path: Path) -> None:
     assert "Copy it to this machine once more" in finished.stderr
 
 
+@pytest.mark.parametrize("member", ["qmesh.py", "qmesh.pyc", "__main__.py"])
+def test_damage_to_the_program_itself_is_told_by_version_and_seal(archive: Path, tmp_path: Path, member: str) -> None:
+    with zipfile.ZipFile(archive) as members:
+        info = members.getinfo(member)
+    data = bytearray(archive.read_bytes())
+    data[info.header_offset + 30 + len(member) + info.file_size - 3] ^= 0x20
+    archive.write_bytes(data)
+    with pytest.raises(qmesh.DamagedArchive, match="is damaged: its program"):
+        qmesh.check_archive(archive, qmesh.read_contents(archive))
+    with pytest.raises(qmesh.DamagedArchive, match="is damaged: its program"):
+        qmesh.seal(archive, "key", tmp_path / "sealed.pyz")
+    assert not (tmp_path / "sealed.pyz").exists()
+
+
 def test_version_of_a_source_file_tells_that_file(tmp_path: Path) -> None:
     finished = program(harness.PROGRAM, "version", cache=tmp_path)
     assert f"file      {harness.PROGRAM}" in finished.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--engine", "--wheels", "."], "there is no wheel of llama-cpp-python in ."),
+        (["--wheels", "."], "--wheels are for an engine: add --engine"),
+        (["--model", "tiny.gguf", "-o", "tiny.gguf"], "tiny.gguf is to be packed: name another file to write"),
+        (["-o", "folder"], "folder is there, and is no file"),
+        (["--model", "nothing.gguf"], "nothing.gguf"),
+        (["--list", "tiny.gguf"], "its list of contents cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_built(
+    model: Path, model_bytes: bytes, arguments: list[str], why: str
+) -> None:
+    (model.parent / "folder").mkdir()
+    finished = subprocess.run(
+        [sys.executable, harness.ROOT / "build_zipapp.py", *arguments],
+        cwd=model.parent,
+        capture_output=True,
+        text=True,
+        timeout=harness.COMMAND_TIMEOUT_S,
+        check=False,
+    )
+    assert finished.returncode in (1, 2)
+    assert why in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert model.read_bytes() == model_bytes
 
 
 def test_listing_tells_every_file_that_is_inside(model_bytes: bytes, archive: Path, tmp_path: Path) -> None:
     finished = program(harness.ROOT / "build_zipapp.py", "--list", archive, cache=tmp_path, python=())
     names = [line.split()[1] for line in finished.stdout.splitlines() if not line.endswith(":") and "SHA" not in line]
     assert finished.returncode == 0, finished.stderr
-    assert {"single.py", "package/lib/liba.so", "qmesh.py", "__main__.py", "contents.json"} <= {*names}
+    assert {"psutil.py", "package/lib/liba.so", "qmesh.py", "__main__.py", "contents.json"} <= {*names}
     assert "     same file package/lib/liba.so.0 as package/lib/liba.so" in finished.stdout
     assert f"model: tiny.gguf, {len(model_bytes):,} bytes" in finished.stdout
