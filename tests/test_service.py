@@ -95,6 +95,9 @@ def test_each_system_runs_the_worker_with_all_that_is_in_force_and_absolute_path
         *("--wait", "5", "--json", "--log-level", "info"),
     ]
     env = {"QMESH_PEERS": "lab1 lab2:5", "QMESH_API_KEY": str(api_keys), "QMESH_STALL_TIMEOUT": "4", "QMESH_HOST": ""}
+    if kind == "windows":  # where what is between two % is a variable's name
+        renamed = key.rename(tmp_path / "lab $x.key")
+        flags[3] = relative = os.path.relpath(renamed, harness.ROOT)
     words = words_of(kind, printed(place, kind, *flags, env=env))
     assert words[:3] == [sys.executable, str(harness.PROGRAM), "worker"]
     shown, told = parsed(words), parsed(["", "", "worker", *flags])
@@ -174,6 +177,33 @@ def test_a_model_that_is_not_there_yet_is_spoken_of(place: harness.Mesh) -> None
     assert parsed(words_of("systemd", finished.stdout))["model"] == str(harness.ROOT / "later" / "big.gguf")
 
 
+def test_a_python_without_an_engine_and_one_that_may_be_cleared_are_spoken_of(place: harness.Mesh) -> None:
+    """As `uv run` and `pipx run` make them."""
+    folder = place.directory / ".cache" / "environment"
+    venv.create(folder, symlinks=True)
+    command = [str(folder / "bin" / "python"), str(harness.PROGRAM), "worker", "--print-service", "systemd"]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": harness.ROOT, "timeout": 60}
+    finished = subprocess.run(command, env=place.env, check=True, **options)
+    assert f"{folder} belongs to a cache that may be cleared: use an installed Python" in finished.stderr
+    absent = "So far it would not start: llama-cpp-python and psutil: not installed for "
+    assert absent in finished.stderr
+    assert absent not in place.run("worker", "--print-service", "systemd").stderr
+
+
+def test_packages_that_are_closed_to_others_count_for_who_runs_it(
+    as_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model_path: Path
+) -> None:
+    """As those that root installed below its home."""
+    (as_root / "closed").mkdir(mode=0o700)
+    (as_root / "closed" / "psutil.py").touch()
+    monkeypatch.delitem(sys.modules, "psutil", raising=False)
+    monkeypatch.syspath_prepend(str(as_root / "closed"))
+    arguments = qmesh.make_parser().parse_args(["worker", "--model", str(model_path)])
+    settings = qmesh.resolve_settings(vars(arguments), {})
+    told = qmesh.make_service(arguments, settings, qmesh.Terminal(shown=False))
+    assert as_root / "closed" / "psutil.py" in told.files
+
+
 def test_of_an_archive_the_service_runs_that_file(tmp_path: Path) -> None:
     archive = tmp_path / "my lab.pyz"
     subprocess.run([sys.executable, harness.ROOT / "build_zipapp.py", "-o", archive], check=True, capture_output=True)
@@ -190,14 +220,52 @@ def service(**more: Any) -> qmesh.Service:
     return qmesh.Service(**(usual | more))
 
 
-def test_systemd_restarts_it_unless_that_cannot_help_and_lets_it_finish(tmp_path: Path) -> None:
+def test_systemd_restarts_it_for_ever_after_a_failure_and_lets_it_finish(tmp_path: Path) -> None:
+    """Nearly every cause may pass by itself: Python's own exit code for a file that is not there yet is 2."""
     unit = settings_of(qmesh.systemd_unit(service(grace_s=60.5), "ann"))
     assert unit["Restart"] == ["on-failure"]
-    assert unit["RestartPreventExitStatus"] == ["2 5"]
+    assert unit["StartLimitIntervalSec"] == ["0"]
+    assert "RestartPreventExitStatus" not in unit
     assert unit["KillMode"] == ["mixed"]
     assert float(unit["TimeoutStopSec"][0]) > 60.5
     assert unit["User"] == ["ann"]
     assert unit["PrivateTmp"] == ["yes"]
+
+
+def test_systemd_waits_until_the_folders_of_all_files_are_mounted(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "my % lab.pyz").symlink_to(tmp_path / "real" / "lab.pyz")
+    files = tmp_path / "my % lab.pyz", Path("/nfs/my % models/big.gguf")
+    unit = settings_of(qmesh.systemd_unit(service(files=files, state_dir=Path("/srv/state")), "ann"))
+    waited_for = {word.replace("%%", "%") for word in shlex.split(unit["RequiresMountsFor"][0])}
+    assert waited_for == {str(tmp_path), str(tmp_path / "real"), "/nfs/my % models", "/srv/state"}
+
+
+def test_a_user_with_a_percent_sign_is_that_user() -> None:
+    assert settings_of(qmesh.systemd_unit(service(), "an%n"))["User"] == ["an%%n"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_no_unit_can_hold_is_refused_in_a_user_s_name_too(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(qmesh, "user_name", lambda: "an\x1fn")
+    monkeypatch.setattr(qmesh, "service_user", lambda service: "an\x1fn")
+    assert qmesh.main(["worker", "--print-service", kind]) == 2
+    assert r"'an\x1fn' cannot be written into a unit" in capsys.readouterr().err
+
+
+def test_what_no_unit_can_hold_is_refused_in_the_path_of_the_home_and_the_log_too(place: harness.Mesh) -> None:
+    finished = place.run("worker", "--print-service", "launchd", env={"HOME": str(place.directory / "a\x01b")})
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert r"a\x01b' cannot be written into a unit" in finished.stderr
+
+
+@pytest.mark.parametrize("words", [("--topic", "50%", "--peer", "100%"), ("--topic", "%TEMP%")])
+def test_what_windows_would_take_for_a_variable_is_refused(place: harness.Mesh, words: tuple[str, ...]) -> None:
+    finished = place.run("worker", "--print-service", "windows", *words)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "for a variable in what a task runs: choose names without %" in finished.stderr
 
 
 @pytest.mark.parametrize(("nice", "weight"), [(19, "1"), (10, "11"), (0, "100"), (-20, "8674")])
@@ -393,10 +461,12 @@ def test_the_installed_command_speaks_of_itself_as_it_is_typed(installed: Path, 
     assert words_of("systemd", run("worker", "--print-service", "systemd").stdout)[1].endswith("/qmesh.py")
 
 
-@pytest.mark.parametrize("typed", ["qmesh", "qmesh.py", "lab.pyz"])
+@pytest.mark.parametrize("typed", ["qmesh", "qmesh.py", "lab.pyz", "my lab.pyz"])
 def test_commands_are_suggested_as_they_are_typed(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [f"/somewhere/{typed}"])
-    name = typed if typed == "qmesh" else f"python {typed}"
+    quoted = shlex.quote(typed)
+    name = quoted if typed == "qmesh" else f"python {quoted}"
     assert qmesh.as_typed("see `python qmesh.py worker` or `qmesh.py --help`") == (
-        f"see `{name} worker` or `{typed} --help`"
+        f"see `{name} worker` or `{quoted} --help`"
     )
+    assert f"\n  {name} prompt " in qmesh.make_parser().format_help()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import socket
 import struct
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
@@ -227,6 +229,22 @@ async def test_a_client_of_before_tls_is_told_so_in_its_own_way_and_closed(
             )
         assert server.dropped == {"protocol": 2}
     assert caplog.text.count("was turned away: it runs an older QMesh") == 1
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has one address of the loopback alone")
+@in_a_loop
+async def test_of_many_hosts_that_run_an_older_version_the_log_tells_of_one_at_a_time(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as (server, address), asyncio.timeout(PATIENCE_S):
+        for number in range(2, 12):
+            reader, writer = await asyncio.open_connection(*address, local_addr=(f"127.0.0.{number}", 0))
+            writer.write(qmesh.encode_frame(qmesh.greeting("hello", CLIENT.node_id)))
+            await reader.read()
+            writer.close()
+        assert server.dropped == {"protocol": 10}
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [line.partition(" was turned away: ")[0] for line in warnings] == ["127.0.0.2"]
 
 
 @pytest.mark.parametrize(

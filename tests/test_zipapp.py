@@ -345,7 +345,7 @@ def test_an_archive_that_was_copied_in_part_says_so(archive: Path, tmp_path: Pat
 def test_without_a_key_nothing_is_sealed(archive: Path, tmp_path: Path) -> None:
     finished = bare(archive, "seal", tmp_path / "lab.pyz", tmp_path=tmp_path)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert re.search(r"no key to put in: name one with --key FILE, as `\S+ init FILE` makes", finished.stderr)
+    assert re.search(r"no key to put in: name one with --key FILE, as `python \S+ init FILE` makes", finished.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
