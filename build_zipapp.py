@@ -25,10 +25,14 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
+
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this has what there is
+    sys.exit("error: Python 3.11 or newer is needed")
 
 try:
     import qmesh
@@ -42,9 +46,19 @@ WORK: Final = ROOT / "build"  # keeps what took long to make
 HEAD: Final = b"#!/usr/bin/env python3\n# coding: this-file-is-damaged--copy-it-to-this-machine-again\n"
 DEFLATE_LEVEL: Final = 9  # packed once, copied to every machine
 
-# zipapp's own template drops the exit code of what it calls.
-MAIN: Final = b"""\
+# zipapp's own template drops the exit code of what it calls. Any Python can read this, older ones not what it imports;
+# and Python itself does not look whether what it imports from a zip is what was packed.
+MAIN: Final = """\
 import sys
+
+if sys.version_info < (3, 11):
+    sys.exit("error: QMesh needs Python 3.11 or newer, and this is %s, %s" % (sys.version.split()[0], sys.executable))
+
+import binascii
+
+for name, crc in {checksums}:
+    if binascii.crc32(__loader__.get_data(name)) != crc:
+        sys.exit("error: %s is damaged: copy it to this machine again" % sys.argv[0])
 
 import qmesh
 
@@ -374,13 +388,13 @@ class Packer:
 
     def finish(self, program: bytes) -> None:
         contents = qmesh.Contents(qmesh.__version__, hashlib.sha256(program).hexdigest(), self.parts)
+        code = {qmesh.PROGRAM_FILE: program, "qmesh.pyc": compiled(program)}
+        checksums = tuple((name, zlib.crc32(data)) for name, data in code.items())
         members = {
-            "__main__.py": MAIN,
-            qmesh.PROGRAM_FILE: program,
-            "qmesh.pyc": compiled(program),
+            "__main__.py": MAIN.format(checksums=checksums).encode(),
             qmesh.CONTENTS_FILE: qmesh.dump_json(contents.to_json()),
         }
-        self.file.write(qmesh.program_zip(members))
+        self.file.write(qmesh.program_zip(code | members))
 
 
 def compiled(program: bytes) -> bytes:
@@ -495,10 +509,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     target: Path | None = arguments.output
     if target is None or not target.exists():
         return
-    if not target.is_file():
-        raise BuildError(f"{target} is there, and is no file")
-    if any(source is not None and target.samefile(source) for source in (arguments.model, ROOT / qmesh.PROGRAM_FILE)):
-        raise BuildError(f"{target} is to be packed: name another file to write")
+    if not target.is_file() or not (zipfile.is_zipfile(target) or not target.stat().st_size):
+        raise BuildError(f"{target} is there, and is no archive: name another file to write")
 
 
 def run(arguments: argparse.Namespace) -> None:

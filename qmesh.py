@@ -12150,6 +12150,10 @@ def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]
         theirs = status["mesh"].get("fingerprint") if isinstance(status.get("mesh"), dict) else None
         if theirs not in (None, mesh.fingerprint):
             print(f"{status['worker_id'][:6]}  has another key alone: that of {printable(theirs)}", file=sys.stderr)
+        if status.get("agent") not in (None, AGENT):
+            print(
+                f"{status['worker_id'][:6]}  runs {printable(str(status['agent']))}; this is {AGENT}", file=sys.stderr
+            )
     for status in silent:
         print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
 
@@ -17928,6 +17932,9 @@ def prepare_streams() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (that of the process when None) and return the exit code."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - 3.10 comes so far, and no further
+        print(f"error: QMesh needs Python 3.11 or newer, and this is {platform.python_version()}", file=sys.stderr)
+        return 1
     prepare_streams()
     arguments = make_parser().parse_args(argv)
     as_json = getattr(arguments, "json", False)

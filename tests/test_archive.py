@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import hashlib
 import io
@@ -141,7 +142,8 @@ def test_an_archive_beyond_4_gib_starts_and_tells_its_contents(tmp_path: Path) -
     path = tmp_path / "large.pyz"
     part = qmesh.Part(qmesh.MODEL, "large.gguf", 23, 5 << 30, "0" * 64, 5 << 30, {})
     contents = qmesh.Contents("1", "", {qmesh.MODEL: part})
-    members = {"__main__.py": build_zipapp.MAIN, "qmesh.py": harness.PROGRAM.read_bytes()}
+    main = build_zipapp.MAIN.format(checksums=()).encode()
+    members = {"__main__.py": main, "qmesh.py": harness.PROGRAM.read_bytes()}
     with path.open("wb") as file:
         file.write(build_zipapp.HEAD)
         file.seek(part.size, os.SEEK_CUR)  # a hole, which takes no room
@@ -522,6 +524,20 @@ def test_damage_to_the_program_itself_is_told_by_version_and_seal(archive: Path,
     with pytest.raises(qmesh.DamagedArchive, match="is damaged: its program"):
         qmesh.seal(archive, "key", tmp_path / "sealed.pyz")
     assert not (tmp_path / "sealed.pyz").exists()
+    if member != "__main__.py":
+        finished = program(archive, "--version", cache=tmp_path)
+        assert (finished.returncode, finished.stdout) == (1, "")
+        assert finished.stderr == f"error: {archive} is damaged: copy it to this machine again\n"
+
+
+def test_an_older_python_is_told_which_is_needed(archive: Path) -> None:
+    with zipfile.ZipFile(archive) as members:
+        main = members.read("__main__.py").decode()
+    old = "import sys\nsys.version_info, sys.version = (3, 8, 1), '3.8.1 (default)'\n"
+    finished = subprocess.run([sys.executable, "-c", old + main], capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert finished.stderr == f"error: QMesh needs Python 3.11 or newer, and this is 3.8.1, {sys.executable}\n"
+    ast.parse(main, feature_version=(3, 4))  # so far back that nobody has it any more
 
 
 def test_version_of_a_source_file_tells_that_file(tmp_path: Path) -> None:
@@ -534,8 +550,11 @@ def test_version_of_a_source_file_tells_that_file(tmp_path: Path) -> None:
     [
         (["--engine", "--wheels", "."], "there is no wheel of llama-cpp-python in ."),
         (["--wheels", "."], "--wheels are for an engine: add --engine"),
-        (["--model", "tiny.gguf", "-o", "tiny.gguf"], "tiny.gguf is to be packed: name another file to write"),
-        (["-o", "folder"], "folder is there, and is no file"),
+        (
+            ["--model", "tiny.gguf", "-o", "tiny.gguf"],
+            "tiny.gguf is there, and is no archive",
+        ),
+        (["-o", "folder"], "folder is there, and is no archive"),
         (["--model", "nothing.gguf"], "nothing.gguf"),
         (["--list", "tiny.gguf"], "its list of contents cannot be read"),
     ],

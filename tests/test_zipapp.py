@@ -123,7 +123,7 @@ def test_the_archive_is_built_beside_the_sources_when_no_place_is_named(archive:
 def test_an_archive_is_replaced_and_nothing_else_is_left(archive: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "qmesh.pyz"
     target.parent.mkdir()
-    target.write_bytes(b"old")
+    target.write_bytes(qmesh.program_zip({"__main__.py": b"old"}))
     assert build(target) == archive.read_bytes()
     assert list(target.parent.iterdir()) == [target]
 
