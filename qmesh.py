@@ -624,8 +624,8 @@ class ModelError(QMeshError):
 class MissingPackage(QMeshError):
     """The other commands do without it: only `worker` and `demo` run a model on this machine."""
 
-    def __init__(self, what: str, advice: str) -> None:
-        super().__init__(f"{what}; {advice}")
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(f"{what}; {advice}" if advice else what)
         self.what = what
         self.advice = advice
 

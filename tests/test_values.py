@@ -58,6 +58,7 @@ ERRORS: list[tuple[type[QMeshError], int, str, bool]] = [
     (qmesh.DeadlineExceeded, 1, "timeout", False),
     (qmesh.WireError, 1, "internal", False),
     (qmesh.WrongMesh, 1, "wrong_mesh", False),
+    (qmesh.DamagedArchive, 1, "damaged_archive", False),
 ]
 
 
@@ -85,7 +86,13 @@ def test_an_error_knows_its_codes(kind: type[QMeshError], exit_code: int, code: 
     error = kind("what happened")
     assert (str(error), error.exit_code, error.retryable) == ("what happened", exit_code, retryable)
     assert (error.code, qmesh.error_code(error)) == (code, code)
-    assert code in (*qmesh.ERROR_CODES, "usage", "no_worker", "wrong_mesh")  # the last three never cross the wire
+    assert code in (
+        *qmesh.ERROR_CODES,
+        "usage",
+        "no_worker",
+        "wrong_mesh",
+        "damaged_archive",
+    )  # the last four never cross the wire
 
 
 @pytest.mark.parametrize("kind", [row[0] for row in ERRORS])
