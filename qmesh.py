@@ -4522,26 +4522,19 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def find_unpacked(part: Part, environ: Mapping[str, str]) -> Unpacked | None:
-    """A part that was unpacked before, and is whole."""
+def is_unpacked(part: Part, environ: Mapping[str, str]) -> bool:
+    """Whether a part is there already, whole, in the first place that can be used."""
     for place in cache_places(environ):
         with contextlib.suppress(OSError):
-            if place.is_dir() and (found := Cache(place).find(part)) is not None:
-                return found
-    return None
-
-
-def is_unpacked(part: Part, environ: Mapping[str, str]) -> bool:
-    found = find_unpacked(part, environ)
-    if found is not None:
-        found.lock.close()
-    return found is not None
+            found = Cache(place).find(part)
+            if found is not None:
+                found.lock.close()
+            return found is not None
+    return False
 
 
 def unpack(archive: Path, part: Part, environ: Mapping[str, str]) -> Unpacked:
     """A part of an archive, unpacked where this user may. Raises DamagedArchive and UsageError."""
-    if (found := find_unpacked(part, environ)) is not None:
-        return found
     failures = []
     for place in cache_places(environ):
         try:

@@ -426,6 +426,20 @@ def test_where_the_first_place_cannot_be_used_the_next_one_is(
     assert qmesh.is_unpacked(part_of(archive, qmesh.MODEL), {"HOME": str(tmp_path / "home")})
 
 
+def test_the_temporary_place_is_left_as_soon_as_the_usual_one_can_be_used(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    home = {"HOME": str(tmp_path / "home")}
+    (tmp_path / "home").write_text("no folder")
+    qmesh.unpack(archive, part_of(archive, qmesh.MODEL), home).lock.close()
+    (tmp_path / "home").unlink()
+    assert not qmesh.is_unpacked(part_of(archive, qmesh.MODEL), home)
+    unpacked = qmesh.unpack(archive, part_of(archive, qmesh.MODEL), home)
+    unpacked.lock.close()
+    assert unpacked.path.is_relative_to(tmp_path / "home")
+
+
 def test_a_place_that_others_can_write_is_not_used(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
