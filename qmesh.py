@@ -4895,11 +4895,11 @@ def load_psutil() -> Any:
         raise MissingPackage("psutil is not installed here", f"install it with: {install_command('psutil')}") from None
 
 
-def install_command(requirement: str) -> str:
-    """The command that installs a package for the Python that runs this."""
+def install_command(*requirements: str) -> str:
+    """The command that installs packages for the Python that runs this."""
     python = sys.executable or "python"
     quoted = f'"{python}"' if " " in python else python
-    return f'{quoted} -m pip install "{requirement}"'
+    return " ".join([f"{quoted} -m pip install", *(f'"{requirement}"' for requirement in requirements)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -16728,7 +16728,7 @@ def service_engine(terminal: Terminal) -> tuple[Path, ...]:
         if engine_to_use() is not None:
             return ()
         if absent:
-            advice = f"install with: {install_command(' '.join(absent))}"
+            advice = f"install with: {install_command(*absent)}"
             raise MissingPackage(f"{' and '.join(absent)}: not installed for {sys.executable}", advice)
     except MissingPackage as error:
         terminal.say(f"⚠️  So far it would not start: {error}")

@@ -810,6 +810,7 @@ def test_an_install_command_can_be_pasted_into_a_shell(monkeypatch: pytest.Monke
 def test_an_interpreter_that_does_not_know_its_path_is_called_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "")
     assert qmesh.install_command("psutil") == 'python -m pip install "psutil"'
+    assert qmesh.install_command("numpy>=2", "psutil") == 'python -m pip install "numpy>=2" "psutil"'
 
 
 # --- The graphics card ---
