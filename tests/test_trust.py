@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import re
 import socket
 import ssl
 import struct
@@ -231,10 +232,13 @@ async def test_who_takes_no_answers_is_not_listened_to(monkeypatch: pytest.Monke
             ended.set_result(error)
 
     server = TcpServer(answers_without_end, member(1))
-    async with connected(await server.start(LOOPBACK, 0)) as client, asyncio.timeout(PATIENCE_S):
-        await client.send({"type": "status"})
-        assert "took nothing for 0.2 s" in str(await ended)
-    await server.stop()
+    try:
+        async with connected(await server.start(LOOPBACK, 0)) as client, asyncio.timeout(PATIENCE_S):
+            await client.send({"type": "status"})
+            # The system has the same limit, and on a busy machine may be the first to notice.
+            assert re.search(r"took nothing for 0\.2 s|timed out", str(await ended))
+    finally:
+        await server.stop()
 
 
 @in_a_loop
