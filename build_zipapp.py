@@ -81,7 +81,6 @@ class BuildError(Exception):
 
 # --- The engine: llama.cpp for every processor of this machine's kind, and what it needs to run ---
 
-ENGINE_PACKAGES = ("llama-cpp-python", "psutil")  # of requirements.txt; pip adds what they import
 PIP_DEADLINE_S = 4 * 3600  # compiling for every processor takes an old laptop so long
 LLAMA_LIBRARIES = Path("llama_cpp", "lib")
 OPENED_BY_NAME = frozenset({"libllama.so", "libggml.so"})  # by llama_cpp, through ctypes
@@ -158,9 +157,9 @@ def gather_engine(root: Path, work: Path, wheels: Path | None = None) -> EngineT
 
 
 def engine_requirements(file: Path) -> list[str]:
-    """Those of ENGINE_PACKAGES, in their order, as requirements.txt has them."""
+    """Those of `qmesh.ENGINE_PACKAGES`, in their order, as requirements.txt has them; pip adds what they import."""
     lines = {re.split(r"[^A-Za-z0-9_-]", line)[0]: line for line in file.read_text("utf-8").splitlines()}
-    return [lines[name] for name in ENGINE_PACKAGES]
+    return [lines[name] for name in qmesh.ENGINE_PACKAGES.values()]
 
 
 def llama_options() -> dict[str, str]:

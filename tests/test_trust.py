@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import re
 import socket
 import ssl
 import struct
@@ -220,6 +219,8 @@ async def through_a_flaw(address: Address) -> AsyncIterator[tuple[Address, async
 @in_a_loop
 async def test_who_takes_no_answers_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qmesh, "SEND_TIMEOUT_S", 0.2)
+    # The system has the same limit, and on a busy machine may be the first to notice.
+    monkeypatch.delattr("socket.TCP_USER_TIMEOUT", raising=False)
     ended: asyncio.Future[QMeshError] = asyncio.get_running_loop().create_future()
 
     async def answers_without_end(connection: Connection) -> None:
@@ -235,8 +236,7 @@ async def test_who_takes_no_answers_is_not_listened_to(monkeypatch: pytest.Monke
     try:
         async with connected(await server.start(LOOPBACK, 0)) as client, asyncio.timeout(PATIENCE_S):
             await client.send({"type": "status"})
-            # The system has the same limit, and on a busy machine may be the first to notice.
-            assert re.search(r"took nothing for 0\.2 s|timed out", str(await ended))
+            assert "took nothing for 0.2 s" in str(await ended)
     finally:
         await server.stop()
 
