@@ -44,7 +44,8 @@ arguments. `tests/test_architecture.py` holds the module to both rules and to th
     26  HTTP                   moves HTTP/1.1 requests and answers, with deadlines and limits
     27  Web page               the page that a gateway serves
     28  Gateway                the mesh as programs made for OpenAI's API see it
-    29  Command line           arguments in, text and exit codes out
+    29  Bench                  how fast a mesh is
+    30  Command line           arguments in, text and exit codes out
 
 The journey of one request:
 
@@ -10026,20 +10027,23 @@ class Hint:
 
 
 class KnownWorkers:
-    """The workers that a client heard of, each at one address or several. first_at: when the first was.
+    """The workers that a client heard of, each at one address or several. first_at: when the first was; newest_at:
+    when the last that was new.
 
     What is told are hints: only a connection shows who is where. So a lie, whatever it says, keeps nobody from
     what others tell; and where one has failed, others are tried before it.
     """
 
     def __init__(self) -> None:
-        self.first_at = math.inf
+        self.first_at = self.newest_at = math.inf
         self._hints: OrderedDict[tuple[NodeId, Address], Hint] = OrderedDict()  # the one heard of longest ago first
         self._kinds: OrderedDict[tuple[NodeId, str], str] = OrderedDict()  # of workers' models, by their fingerprints
 
     def heard_of(self, records: Iterable[WorkerRecord], now: float, *, own_word: bool) -> None:
         for record in records:
             key = record.worker_id, record.address
+            if key not in self._hints:
+                self.newest_at = now
             hint = self._hints.get(key, Hint(record, now, own_word))
             if hint.record.stamp <= record.stamp:
                 hint.record, hint.heard_at = record, now
@@ -16367,7 +16371,383 @@ _ROUTES: Final[dict[str, Route]] = {
 
 
 # ======================================================================================================
-# 29  Command line
+# 29  Bench
+#
+# How fast this mesh is: each of its workers, one after the other, and then all of them at once.
+# Rule 1: a worker is measured by what it does itself; where another would go on for it, it has failed.
+# Rule 2: the mesh belongs to all its members: slots that others use are left to them, overloaded workers alone.
+# Rule 3: time is bounded, and not tokens: what has come by then counts, and of a worker that fails, what it did before.
+# ======================================================================================================
+
+BENCH_ROUNDS: Final = 3  # the least of which a median says more than a mean
+MAX_BENCH_ROUNDS: Final = 100
+BENCH_TOKENS: Final = 32  # of each answer: half a second on a small machine
+BENCH_PROMPT_WORDS: Final = 256  # a token each in most vocabularies: enough that the way there and back is nothing
+BENCH_NUMBERS: Final = 3  # of a short prompt, which counts on from one that no slot has in memory
+BENCH_TIMEOUT_S: Final = 30.0  # for each worker: most take a few, a small machine with a large model them all
+# Shares of that time: one for each of a warm-up, one stream and all slots, two for reading, and one to spare.
+BENCH_SHARES: Final = 6
+READING_SHARES: Final = 2
+
+BENCH_HEADER: Final = ("WORKER", "HEALTH", "SLOTS", "1 STREAM", "ALL SLOTS", "PREFILL", "FIRST TOKEN", "MODEL")
+FIGURES: Final = ("one_stream_tokens_per_s", "all_slots_tokens_per_s", "prefill_tokens_per_s", "first_token_ms")
+BENCH_LEGEND: Final = f"tokens/s: medians, ± half of the rounds' range; PREFILL: some {BENCH_PROMPT_WORDS} tokens"
+
+
+@dataclass(slots=True)
+class Stream:
+    """An answer as it arrived, by the clock here. at_first: tokens that came with the first one, at `first_at`.
+
+    evaluated: tokens of its prompt that were not in memory before, where the answer came to its end.
+    """
+
+    started: float
+    first_at: float = 0.0
+    last_at: float = 0.0
+    at_first: int = 0
+    tokens: int = 0
+    evaluated: int = 0
+
+    def take(self, tokens: int, now: float) -> None:
+        if not self.tokens:
+            self.first_at, self.at_first = now, tokens
+        self.tokens += tokens
+        self.last_at = now
+
+    @property
+    def wait_s(self) -> float:
+        """For the first token."""
+        return self.first_at - self.started
+
+
+def tokens_per_s(streams: Sequence[Stream]) -> float:
+    """Of all streams together, from the first token of any to the last of all; 0 where that cannot be told.
+
+    >>> tokens_per_s([Stream(0.0, first_at=1.0, last_at=3.0, at_first=1, tokens=9)])
+    4.0
+    """
+    begun = [stream for stream in streams if stream.tokens]
+    later = sum(stream.tokens - stream.at_first for stream in begun)
+    took_s = max(stream.last_at for stream in begun) - min(stream.first_at for stream in begun) if begun else 0.0
+    return later / took_s if took_s else 0.0
+
+
+def median(values: Sequence[float]) -> float:
+    """
+    >>> median([3.0, 1.0, 2.0]), median([1.0, 4.0])
+    (2.0, 2.5)
+    """
+    ordered, count = sorted(values), len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
+
+
+def shown_figure(values: Sequence[float], unit: str = "") -> str:
+    """A figure's median, with half of its range.
+
+    >>> shown_figure([88.0, 80.0, 84.0]), shown_figure([2.34], " ms"), shown_figure([])
+    ('84 ±5%', '2.3 ms', '-')
+    """
+    if not values:
+        return "-"
+    middle = median(values)
+    spread = f" ±{50 * (max(values) - min(values)) / middle:.0f}%" if len(values) > 1 else ""
+    return f"{middle:,.{0 if middle >= 10 else 1}f}{unit}{spread}"
+
+
+def figure_json(values: Sequence[float]) -> Json | None:
+    if not values:
+        return None
+    told = {"median": median(values), "min": min(values), "max": max(values)}
+    return {**{name: round(value, 2) for name, value in told.items()}, "rounds": len(values)}
+
+
+@dataclass(slots=True, eq=False)
+class Measured:
+    """What a worker does. streams: its slots that nobody else used. failure: why it was measured no further.
+
+    unread: why the long prompt is too much for it.
+    """
+
+    record: WorkerRecord
+    status: Json = field(default_factory=dict)
+    streams: int = 0
+    figures: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in FIGURES})
+    prompt_tokens: int = 0
+    failure: QMeshError | None = None
+    unread: QMeshError | None = None
+
+    @property
+    def short(self) -> str:
+        return self.record.worker_id.short
+
+    @property
+    def model(self) -> str:
+        names = [model["name"] for model in self.status.get("models", [])]
+        return printable(names[0] if names else self.record.model)
+
+    @property
+    def is_up(self) -> bool:
+        return self.failure is None and bool(self.figures["all_slots_tokens_per_s"])
+
+    def note(self, name: str, value: float) -> None:
+        if value > 0:  # what arrives all at once has no speed
+            self.figures[name].append(value)
+
+    def take_status(self, status: Json) -> None:
+        """Plan by a fresh status. Raises Refused where the worker is to be left alone."""
+        self.status, queue = status, status["queue"]
+        health = HealthReport.from_json(status["health"])
+        if health.state is HealthState.OVERLOADED:
+            raise Refused(f"it is overloaded (health: {health.score:.0f}), and left alone")
+        held = queue["active"] + queue["waiting"]
+        self.streams = max(0, min(status["slots"], MAX_SLOTS) - held)
+        if not self.streams:
+            raise Refused("others use all of its slots", "queue_full")
+
+    def row(self) -> tuple[str, ...]:
+        health, slots = self.status.get("health"), self.status.get("slots")
+        state = f"{health['score']:.0f}" if health is not None else "-"
+        if self.failure is not None:
+            state = failure_code(self.failure).replace("_", " ")
+        *speeds, waits = (self.figures[name] for name in FIGURES)
+        figures = (*map(shown_figure, speeds), shown_figure(waits, " ms"))
+        return (self.short, state, str(slots or "-"), *figures, self.model)
+
+    def remarks(self) -> Iterator[str]:
+        if self.streams and self.streams < self.status["slots"]:
+            yield f"{self.short}: others used {self.status['slots'] - self.streams} of its slots"
+        for error in filter(None, (self.unread, self.failure)):
+            yield f"{self.short}: {printable(error, MAX_ERROR_CHARS)}"
+
+    def to_json(self) -> Json:
+        error, told = (
+            self.failure or self.unread,
+            {name: self.status.get(name) for name in ("agent", "health", "slots")},
+        )
+        return {
+            "worker_id": str(self.record.worker_id),
+            "address": list(self.record.address),
+            "model": self.model,
+            **told,
+            "streams": self.streams,
+            **{name: figure_json(values) for name, values in self.figures.items()},
+            "prompt_tokens": self.prompt_tokens,
+            "error": {"code": failure_code(error), "message": str(error)} if error is not None else None,
+        }
+
+
+class Bench:
+    """Measures a mesh: `run`; what it found so far is there at any time.
+
+    wanted: ids of workers, or their first digits; none for all. Times are since it began to look, in milliseconds.
+    """
+
+    def __init__(
+        self, settings: Settings, terminal: Terminal, *, rounds: int, max_tokens: int, wanted: Sequence[str] = ()
+    ) -> None:
+        self._settings = settings
+        self._terminal = terminal
+        self._rounds = rounds
+        self._max_tokens = max_tokens
+        self._wanted = wanted
+        self._share_s = settings.timeout_s / BENCH_SHARES
+        self.keys = read_mesh_keys(settings)[0]
+        self.first_ms = self.all_ms = 0.0
+        self.workers: list[Measured] = []
+        self.together: list[float] = []  # tokens/s of all workers at once, round by round
+        self.streams = 0  # that these took
+        self.is_whole = False
+
+    async def run(self) -> None:
+        """Raises NoWorkerFound, ModelNotFound and MissingTls; what becomes of single workers, `workers` tells."""
+        self._loop = asyncio.get_running_loop()
+        began = self._loop.time()
+        async with Client(self._settings) as self._mesh:
+            await self._mesh.discover(everything=True)
+            known = self._mesh.known
+            self.first_ms, self.all_ms = (1000 * (at - began) for at in (known.first_at, known.newest_at))
+            await self._mesh.statuses()  # which tell what their models are made for
+            self.workers = [Measured(record) for record in self._chosen()]
+            count, most_s = len(self.workers), (len(self.workers) + 1) * self._settings.timeout_s
+            self._terminal.say(f"🌐 Discovered {plural(count, 'worker')} to measure")
+            self._terminal.say(
+                f"⏱️  This keeps them busy for {duration(most_s)} at most; Ctrl-C tells what is known then"
+            )
+            for worker in self.workers:
+                await self._measure(worker)
+            await self._measure_all()
+        self.is_whole = True
+
+    def _chosen(self) -> list[WorkerRecord]:
+        """The workers to measure. Raises NoWorkerFound and ModelNotFound."""
+        known, model = sorted(self._mesh.records(), key=lambda record: record.worker_id), self._settings.model
+        for digits in self._wanted:
+            if not any(str(record.worker_id).startswith(digits) for record in known):
+                ids = ", ".join(record.worker_id.short for record in known)
+                raise NoWorkerFound(f"there is no worker {digits}; the mesh has: {ids}")
+        named = [record for record in known if offers(record, model)]
+        able = [record for record in named if self._mesh.known.may_do(record, WRITES)]
+        if not able:
+            models = ", ".join(sorted({printable(record.model) for record in known}))
+            lacking = f"no worker has the model {model}; the mesh has: {models}"
+            raise ModelNotFound(nobody_does(WRITES, models) if named else lacking)
+        wanted = tuple(self._wanted) or ("",)
+        return [record for record in able if str(record.worker_id).startswith(wanted)]
+
+    # --- One worker ---
+
+    async def _measure(self, worker: Measured) -> None:
+        deadline = self._loop.time() + self._settings.timeout_s
+        try:
+            worker.take_status(await self._status_of(worker))
+            health, streams = worker.status["health"]["score"], plural(worker.streams, "stream")
+            self._terminal.say(f"🏃 Worker {worker.short} (health: {health:.0f}), {worker.model}: 1 and {streams}...")
+            await self._streams({worker: 1})  # warms it up
+            for _ in range(self._rounds):
+                for step, shares in ((self._alone, 1), (self._filled, 1), (self._reading, READING_SHARES)):
+                    if self._loop.time() + shares * self._share_s > deadline:
+                        return
+                    await step(worker)
+        except QMeshError as error:
+            worker.failure = worker.failure or error
+            self._terminal.say(f"⚠️  {list(worker.remarks())[-1]}")
+
+    async def _status_of(self, worker: Measured) -> Json:
+        """Raises WorkerLost where it gives none."""
+        worker_id, (answering, silent) = str(worker.record.worker_id), await self._mesh.statuses()
+        for status in answering:
+            if status["worker_id"] == worker_id:
+                return status
+        why = [status["error"] for status in silent if status["worker_id"] == worker_id]
+        raise WorkerLost(f"it does not answer: {why[0]}" if why else "nothing is heard of it any more")
+
+    async def _alone(self, worker: Measured) -> None:
+        streams = await self._streams({worker: 1})
+        worker.note("one_stream_tokens_per_s", tokens_per_s(streams))
+        worker.note("first_token_ms", 1000 * streams[0].wait_s)
+
+    async def _filled(self, worker: Measured) -> None:
+        worker.note("all_slots_tokens_per_s", tokens_per_s(await self._streams({worker: worker.streams})))
+
+    async def _reading(self, worker: Measured) -> None:
+        if worker.unread is not None:
+            return
+        try:
+            [stream] = await self._streams({worker: 1}, more_words=BENCH_PROMPT_WORDS)
+        except (DeadlineExceeded, InvalidRequest) as error:
+            worker.failure, worker.unread = None, error
+            return
+        worker.prompt_tokens = max(worker.prompt_tokens, stream.evaluated)
+        worker.note("prefill_tokens_per_s", stream.evaluated / stream.wait_s)
+
+    # --- All of them ---
+
+    async def _measure_all(self) -> None:
+        """Rounds in which a worker fails do not count, nor do those before, which had it."""
+        deadline = self._loop.time() + self._settings.timeout_s
+        while len(self.together) < self._rounds and self._loop.time() + self._share_s <= deadline:
+            members = {worker: worker.streams for worker in self.workers if worker.is_up}
+            if not members:
+                return
+            if sum(members.values()) != self.streams:
+                self.streams = sum(members.values())
+                told = f"{plural(len(members), 'worker')} at once: {plural(self.streams, 'stream')}"
+                self._terminal.say(f"🏃 {told}...")
+            try:
+                if not (speed := tokens_per_s(await self._streams(members))):
+                    return
+                self.together.append(speed)
+            except QMeshError as error:
+                self.together.clear()
+                self._terminal.say(f"⚠️  {printable(error, MAX_ERROR_CHARS)}")
+                if all(worker.is_up for worker in members):
+                    return
+
+    # --- Streams ---
+
+    async def _streams(self, counts: Mapping[Measured, int], *, more_words: int = 0) -> list[Stream]:
+        """Ask workers for so many streams each, all at once, and hear them until their share of time is over.
+
+        more_words: of a longer prompt, whose answer is of no interest. Raises what keeps a worker from it, and
+        DeadlineExceeded where no token came.
+        """
+        streams, limit_s = [], self._share_s * (READING_SHARES if more_words else 1)
+        with contextlib.suppress(TimeoutError):
+            try:
+                async with asyncio.timeout(limit_s), asyncio.TaskGroup() as group:
+                    for worker in (worker for worker, count in counts.items() for _ in range(count)):
+                        streams.append(Stream(time.perf_counter()))
+                        group.create_task(self._hear(worker, streams[-1], more_words))
+            except BaseExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+        if not any(stream.tokens for stream in streams):
+            prompt = f"a prompt of {more_words} words" if more_words else "a short prompt"
+            raise DeadlineExceeded(f"{prompt} brought no token within {limit_s:g} s, its share of --timeout")
+        return streams
+
+    async def _hear(self, worker: Measured, stream: Stream, more_words: int) -> None:
+        try:
+            async with contextlib.aclosing(
+                self._mesh.run(self._job(more_words), worker=str(worker.record.worker_id))
+            ) as events:
+                async for event in events:
+                    if isinstance(event, Token):
+                        stream.take(len(event.tokens), time.perf_counter())
+                    elif isinstance(event, Answer):
+                        usage = event.result.usage
+                        stream.evaluated = usage.get("prompt_tokens", 0) - usage.get("cached_tokens", 0)
+                    elif isinstance(event, Lost):
+                        raise WorkerLost(event.reason)
+                    elif isinstance(event, Waiting):
+                        await self._status_of(worker)
+                        raise Refused(event.reason)
+        except QMeshError as error:
+            worker.failure = worker.failure or error
+            raise
+
+    def _job(self, more_words: int) -> Job:
+        """A text that no slot has begun, and that every model goes on with: it counts."""
+        start = self._mesh.rng.randrange(10**7, 10**8)
+        prompt = " ".join(str(start + count) for count in range(BENCH_NUMBERS)) + " and" * more_words
+        params = Sampling(max_tokens=1 if more_words else self._max_tokens, temperature=0)
+        return Job(secrets.token_hex(16), prompt=prompt, params=params, timeout_s=self._settings.timeout_s)
+
+    # --- What it found ---
+
+    def lines(self, width: int) -> Iterator[str]:
+        """For people; rows of the table are cut to so many columns of a screen, from the model's name on."""
+        rows = [worker.row() for worker in self.workers]
+        rows += [("all", "", str(self.streams), "", shown_figure(self.together), "", "", "")] if self.together else []
+        yield from (cut(line, width) for line in table(BENCH_HEADER, rows).splitlines())
+        yield BENCH_LEGEND
+        for worker in self.workers:
+            yield from worker.remarks()
+        found = f"{plural(len(self.workers), 'worker')} of the {self.keys.title}"
+        yield f"{found}, heard of after {self.first_ms:.0f} to {self.all_ms:.0f} ms"
+        machine = self.machine()
+        processors = plural(machine["processors"], "processor")
+        yield f"asked by {AGENT} on {machine['platform']}, {processors}, Python {machine['python']}"
+
+    @staticmethod
+    def machine() -> Json:
+        """The one that asked."""
+        system = {"platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
+        return {**system, "processors": os.cpu_count() or 1}
+
+    def to_json(self) -> Json:
+        discovery = {"first_ms": round(self.first_ms, 1), "all_ms": round(self.all_ms, 1)}
+        return {
+            "version": __version__,
+            "complete": self.is_whole,
+            "discovery": discovery,
+            "workers": [worker.to_json() for worker in self.workers],
+            "mesh": self.keys.to_json() | {"streams": self.streams, "tokens_per_s": figure_json(self.together)},
+            "machine": self.machine(),
+        }
+
+
+# ======================================================================================================
+# 30  Command line
 #
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
 # Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
@@ -16391,6 +16771,7 @@ examples:
   qmesh.pyz batch questions.jsonl -o out.jsonl  ask a file of questions
   qmesh.pyz gateway                             open the mesh to browsers and OpenAI's clients
   qmesh.pyz status --watch                      see every worker, live
+  qmesh.pyz bench                               see how fast every worker is
   qmesh.pyz doctor                              find out why machines do not find each other
   qmesh.pyz init lab.key                        make a key that closes the mesh to others
   qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
@@ -17187,17 +17568,26 @@ def elapsed_since(started: float) -> Json:
 
 async def watch_status(settings: Settings, period_s: float, *, as_json: bool) -> int:
     """Show how the workers do, again and again, until a signal comes."""
+
+    async def watch() -> None:
+        async with Client(settings) as mesh:
+            await keep_watching(mesh, period_s, as_json=as_json)
+
+    await until_stopped(watch())
+    return 0
+
+
+async def until_stopped(work: Coroutine[Any, Any, None]) -> bool:
+    """Do some work to its end, or until a signal comes; returns whether one came."""
     stop = asyncio.Event()
     with interrupts(stop):
-        async with Client(settings) as mesh:
-            stopped = asyncio.create_task(stop.wait())
-            watching = asyncio.create_task(keep_watching(mesh, period_s, as_json=as_json))
-            await asyncio.wait({stopped, watching}, return_when=asyncio.FIRST_COMPLETED)
-            for task in (stopped, watching):
-                task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
-    return 0
+        stopped, working = asyncio.create_task(stop.wait()), asyncio.create_task(work)
+        await asyncio.wait({stopped, working}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (stopped, working):
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+    return stop.is_set()
 
 
 async def keep_watching(mesh: Client, period_s: float, *, as_json: bool) -> None:
@@ -17232,6 +17622,30 @@ def draw_look(screen: Screen | None, look: Look, history: MeshHistory) -> None:
         size = screen_size()
         lines = watch_lines(look, history, size.columns, size.lines, colour=takes_colour(sys.stdout))
         screen.draw(lines, size.lines)
+
+
+# --- bench ---
+
+
+def run_bench(arguments: argparse.Namespace, settings: Settings) -> int:
+    started, terminal = time.monotonic(), Terminal(shown=not arguments.json)
+    wanted, counts = arguments.worker or (), {"rounds": arguments.rounds, "max_tokens": arguments.max_tokens}
+    bench = Bench(settings, terminal, wanted=wanted, **counts)
+    was_stopped = asyncio.run(until_stopped(bench.run()))
+    if was_stopped:
+        terminal.say("\n👋 Stopped before its end; so far:")
+    if arguments.json:
+        print_json(bench.to_json() | elapsed_since(started))
+    elif bench.workers:
+        print(*bench.lines(screen_size().columns if sys.stdout.isatty() else UNBOUNDED), sep="\n", flush=True)
+    if was_stopped:
+        return EXIT_INTERRUPTED
+    failure = next((worker.failure for worker in bench.workers if worker.failure is not None), None)
+    if failure is None or any(any(worker.figures.values()) for worker in bench.workers):
+        return 0
+    if not arguments.json:
+        raise failure
+    return failure.exit_code
 
 
 # --- pull and models ---
@@ -17841,6 +18255,41 @@ def status_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
 
 
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Measure the workers of the mesh, one after the other and then all at once. This makes them busy meanwhile; "
+        "slots that others use are left to them, and overloaded workers are passed over."
+    )
+    parser.add_argument(
+        "--worker",
+        type=worker_digits,
+        action="append",
+        metavar="ID",
+        help="only this one, by 6 or more digits of its id; repeatable",
+    )
+    parser.add_argument("--model", metavar="NAME", help="only workers with this model")
+    parser.add_argument(
+        "--rounds", type=whole(1, MAX_BENCH_ROUNDS), default=BENCH_ROUNDS, metavar="N", help=f"({BENCH_ROUNDS})"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=whole(2, MAX_TOKENS_LIMIT),
+        default=BENCH_TOKENS,
+        metavar="N",
+        help=f"of each answer ({BENCH_TOKENS})",
+    )
+    add_json(parser)
+    parser.add_argument(
+        "--timeout",
+        dest="timeout_s",
+        default=BENCH_TIMEOUT_S,
+        metavar="S",
+        help=f"seconds allowed for each worker, and for all at once ({BENCH_TIMEOUT_S:g})",
+    )
+    add_stall(parser)
+    add_network(parser)
+
+
 def doctor_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     add_network(parser)
@@ -17893,6 +18342,7 @@ _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], N
     "batch": ("Answer a file of questions, each once.", "batch in.jsonl -o out.jsonl", batch_arguments, run_batch),
     "gateway": ("Open the mesh to browsers and OpenAI's clients.", "gateway", gateway_arguments, run_gateway),
     "status": ("Show every worker of the mesh.", "status --watch", status_arguments, run_status),
+    "bench": ("See how fast every worker is.", "bench --rounds 5", bench_arguments, run_bench),
     "doctor": ("Find out why machines do not find each other.", "doctor", doctor_arguments, run_doctor),
     "init": ("Make a key that closes the mesh to others.", "init lab.key", init_arguments, run_init),
     "seal": ("Copy this program with a key in it.", "seal lab.pyz --key lab.key", seal_arguments, run_seal),

@@ -529,7 +529,7 @@ def test_a_shell_completes_commands_and_flags(nobody: harness.Mesh, typed: list[
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody: harness.Mesh) -> None:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
     assert commands == [
-        *("worker", "prompt", "chat", "batch", "gateway", "status", "doctor", "init", "seal"),
+        *("worker", "prompt", "chat", "batch", "gateway", "status", "bench", "doctor", "init", "seal"),
         *("pull", "models", "version", "complete", "demo"),
     ]
     for command in commands:
