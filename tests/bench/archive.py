@@ -1,6 +1,6 @@
 """What it costs to carry the engine in one file: QMesh's own archives against those that shiv and pex make.
 
-    python tests/bench/archive.py [PART ...] [--archives DIR] [--rounds N] [--storms N] [--model FILE]
+    python tests/bench/archive.py [PART ...] [--archives DIR] [--rounds N] [--storms N] [--model FILE] [--out DIR]
 
 The parts are starts, storm and trouble; all, where none is named. QMesh's archives, made by `build_zipapp.py`, are
 taken from DIR, of which one carries the engine alone: what it unpacks is what the others' archives are made of, and
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import random
 import resource
 import secrets
@@ -29,7 +28,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +38,14 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
+import goals  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
-PLAIN, OURS, SHIV, PEX, PEX_VENV = "python qmesh.py", "qmesh.pyz", "shiv", "pex", "pex --venv"
+PLAIN, OURS, SHIV, PEX, PEX_VENV = f"python {goals.SOURCE}", goals.ARCHIVE, "shiv", "pex", "pex --venv"
 LIMIT_S = 120
 CROWD = 10  # processes that start at once
 SEED = 2718
@@ -101,12 +102,35 @@ def our_sides(archives: Path, python: Path) -> list[Side]:
     return sorted(sides, key=lambda side: len(side.name))
 
 
-def unpacked_engine(folder: Path, side: Side) -> Path:
+def one_with(archives: Path, kinds: Set[str]) -> Path:
+    """The archive in a folder that carries just these. Raises report.CannotMeasure where there is none."""
+    for archive in archives.glob("*.pyz"):
+        contents = qmesh.read_contents(archive)
+        if kinds == set(contents.parts if contents is not None else ()):
+            return archive
+    carried = " and ".join(sorted(kinds)) or "the program alone"
+    raise report.CannotMeasure(f"no archive in {archives.name}/ carries {carried}: `python build_zipapp.py --help`")
+
+
+def programs(archives: Path) -> tuple[dict[str, Path], list[report.Item]]:
+    """The program as a file of Python, which is compiled at each start, and its archive, or why there is none."""
+    found = {goals.SOURCE: harness.PROGRAM}
+    try:
+        return found | {goals.ARCHIVE: one_with(archives, set())}, []
+    except report.CannotMeasure as reason:
+        return found, [report.Missing(goals.ARCHIVE, str(reason))]
+
+
+def add_archives_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--archives", type=Path, default=report.ROOT / "dist", metavar="DIR", help="QMesh's own (dist)")
+
+
+def unpacked_engine(folder: Path, archive: Path) -> Path:
     """The packages that an archive carries."""
-    contents = qmesh.read_contents(side.program)
+    contents = qmesh.read_contents(archive)
     assert contents is not None
     cache = {"QMESH_CACHE_DIR": str(folder / "engine")}
-    return qmesh.unpack(side.program, contents.parts[qmesh.ENGINE], cache).path
+    return qmesh.unpack(archive, contents.parts[qmesh.ENGINE], cache).path
 
 
 def other_sides(folder: Path, packages: Path, bare: Path) -> list[Side]:
@@ -187,19 +211,14 @@ class Took(NamedTuple):
     cpu: float
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    sys.stdout.flush()
-
-
-def spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print(f"\n{report.table(header, rows)}", flush=True)
 
 
 def both(times: Sequence[Took]) -> str:
-    return f"{spread([it.wall for it in times])}; {statistics.median(it.cpu for it in times):.2f}" if times else ""
+    return (
+        f"{report.spread([it.wall for it in times])}; {statistics.median(it.cpu for it in times):.2f}" if times else ""
+    )
 
 
 def last_line(text: str) -> str:
@@ -262,7 +281,7 @@ def observe_starts(side: Side, it: Starts, folder: Path, model: Path) -> None:
             it.heavy_mb, it.files = taken_mb(home), len(files_of(home))
 
 
-def part_starts(sides: Sequence[Side], folder: Path, arguments: argparse.Namespace) -> None:
+def part_starts(sides: Sequence[Side], folder: Path, arguments: argparse.Namespace) -> Iterator[report.Item]:
     found = {side.name: Starts() for side in sides}
     for turn in range(arguments.rounds):
         start = turn % len(sides)  # no side always follows the same one
@@ -272,6 +291,17 @@ def part_starts(sides: Sequence[Side], folder: Path, arguments: argparse.Namespa
     header = ["seconds: median (from-to); processor", "file, MB", "`--version`, first", "second", "most memory, MB"]
     header += ["unpacked, MB", "worker ready, first", "second", "unpacked, MB (files)"]
     markdown(header, [starts_row(side, found[side.name]) for side in sides])
+    for side in sides:
+        yield from starts_figures(side.name, found[side.name])
+
+
+def starts_figures(name: str, it: Starts) -> Iterator[report.Item]:
+    for what, pair in {"`--version`": it.version, "worker ready": it.ready}.items():
+        for when, times in zip(("first", "second"), pair, strict=True):
+            if times:
+                yield report.Figure.of(f"{what}, {when} start, {name}", [took.wall for took in times], "s")
+                yield report.Figure.of(f"{what}, {when} start, {name}: processor", [took.cpu for took in times], "s")
+    yield report.Figure.of(f"most memory of `--version`, {name}", it.memory_mb, "MB")
 
 
 def starts_row(side: Side, it: Starts) -> list[str]:
@@ -341,7 +371,7 @@ def observe_storm(side: Side, it: Storms, seed: int, folder: Path, whole: Mappin
         it.left_mb.append(sum(rubbish) / MB)
 
 
-def part_storm(sides: Sequence[Side], folder: Path, arguments: argparse.Namespace) -> None:
+def part_storm(sides: Sequence[Side], folder: Path, arguments: argparse.Namespace) -> Iterator[report.Item]:
     (folder / "no-model.gguf").touch()
     sides = [side for side in sides if side.engine and not side.model]
     found = {side.name: Storms() for side in sides}
@@ -357,12 +387,17 @@ def part_storm(sides: Sequence[Side], folder: Path, arguments: argparse.Namespac
     header = [f"{arguments.storms} x {CROWD} first starts at once", "killed", "others that failed", "later start fails"]
     header += ["later start, s", "files torn", "rubbish after the later start", "at most, MB", "said"]
     markdown(header, [storm_row(name, it) for name, it in found.items()])
+    for name, it in found.items():
+        yield report.Figure.of(f"start after a storm, {name}", it.later_s, "s")
+        yield report.Figure.of(
+            f"starts that failed in storms and after them, {name}", [it.failed + it.later_failed], ""
+        )
 
 
 def storm_row(name: str, it: Storms) -> list[str]:
     counts = [str(count) for count in (it.killed, it.failed, it.later_failed)]
     left = [str(it.torn), str(it.left), f"{max(it.left_mb):.0f}", it.said[:SAID_CHARS]]
-    return [name, *counts, spread(it.later_s), *left]
+    return [name, *counts, report.spread(it.later_s), *left]
 
 
 # --- 3  Trouble: what the file, the folder and the disk may do ---
@@ -451,7 +486,7 @@ TROUBLES = {
 }
 
 
-def part_trouble(sides: Sequence[Side], folder: Path, arguments: argparse.Namespace) -> None:
+def part_trouble(sides: Sequence[Side], folder: Path, arguments: argparse.Namespace) -> Iterator[report.Item]:
     sides = [side for side in sides if side.engine and not side.model]
     rows = []
     for name, trouble in TROUBLES.items():
@@ -461,45 +496,40 @@ def part_trouble(sides: Sequence[Side], folder: Path, arguments: argparse.Namesp
                 row.append(trouble(side, home, arguments.model))
         rows.append(row)
     markdown(["a worker, where", *(side.name for side in sides)], rows)
+    yield from ()  # what is said of troubles is words
 
 
 # --- Command line ---
 
 
-PARTS: dict[str, Callable[[Sequence[Side], Path, argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[Sequence[Side], Path, argparse.Namespace], Iterator[report.Item]]] = {
     "starts": part_starts,
     "storm": part_storm,
     "trouble": part_trouble,
 }
 
 
-def machine() -> str:
-    cores = psutil.cpu_count(logical=False)
-    return f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--archives", type=Path, default=ROOT / "dist", metavar="DIR", help="QMesh's own (dist)")
-    parser.add_argument("--rounds", type=int, default=9, help="of starts")
-    parser.add_argument("--storms", type=int, default=20)
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / qmesh.DEFAULT_MODEL.file_name)
-    arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}")
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    report.needed_model(arguments.model)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         bare = virtual_environment(folder / "bare")
         ours = our_sides(arguments.archives, bare)
-        alone = next((side for side in ours if side.engine and not side.model), None)
-        if alone is None:
-            parser.error(f"no archive in {arguments.archives} carries an engine: `python build_zipapp.py --engine`")
-        sides = [*other_sides(folder, unpacked_engine(folder, alone), bare), *ours]
-        print(f"{arguments.model.stem}; {machine()}; load before {os.getloadavg()[0]:.1f}", flush=True)
+        alone = one_with(arguments.archives, {qmesh.ENGINE})
+        packages = unpacked_engine(folder, alone)
+        sides = [*other_sides(folder, packages, bare), *ours]
         for part in arguments.parts or PARTS:
-            PARTS[part](sides, folder, arguments)
+            yield from PARTS[part](sides, folder, arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=9)
+    parser.add_argument("parts", nargs="*", metavar="PART", type=report.one_of(PARTS), help=", ".join(PARTS))
+    add_archives_option(parser)
+    parser.add_argument("--storms", type=int, default=20)
+    parser.add_argument("--model", type=Path, default=report.MODEL)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    report.main("archive", make_parser(), figures)

@@ -1,8 +1,8 @@
 """From a copied file to the first token, on computers that have Python and nothing else.
 
-    python tests/bench/bare.py ARCHIVE [--runs N] [--json FILE]
+    python tests/bench/bare.py [--archives DIR] [--rounds N] [--out DIR]
 
-ARCHIVE carries an engine and a model, as `build_zipapp.py --engine --model FILE` makes it. Each run has two new
+The archive carries an engine and a model, as `build_zipapp.py --engine --model FILE` makes it. Each round has two new
 computers (tests/machines.py) on a LAN of their own, with a copy of it in a home that is empty otherwise. Two commands
 are typed, with no flag that matters: `worker` on one, and `prompt` on the other as soon as the worker says that it
 serves. Then the worker is stopped and started once more, now that engine and model are unpacked. The file was written a
@@ -12,21 +12,22 @@ moment before, so it is in the page cache.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import platform
-import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
+import archive as archives  # noqa: E402
+import report  # noqa: E402
 from lan import Lan  # noqa: E402
 from machines import Computer, no_computers  # noqa: E402
+
+import qmesh  # noqa: E402
 
 QUESTION = ("prompt", "Why is the sky blue?", "--temperature", "0", "--max-tokens", "16")
 
@@ -65,23 +66,16 @@ def trial(archive: Path) -> Trial:
     return Trial(copied - started, serves - typed, token - serves, token - typed, again - typed_again)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", type=Path)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
     reason = no_computers()
     if reason is not None:
-        sys.exit(reason)
+        raise report.CannotMeasure(reason)
+    archive = archives.one_with(arguments.archives, {qmesh.ENGINE, qmesh.MODEL})
+    print(f"{archive.name}, {archive.stat().st_size:,} bytes", flush=True)
     trials = []
-    for run in range(arguments.runs):
-        trials.append(trial(arguments.archive))
-        print(f"run {run + 1}: {trials[-1]}", file=sys.stderr, flush=True)
-    size = arguments.archive.stat().st_size
-    machine = f"{platform.system()} {platform.machine()}"
-    print(f"{machine}; {arguments.archive.name}, {size:,} bytes; medians of {len(trials)}\n")
-    print("| | seconds (fastest, slowest) |\n|---|---|")
+    for turn in range(arguments.rounds):
+        trials.append(trial(archive))
+        print(f"round {turn + 1}: {trials[-1]}", file=sys.stderr, flush=True)
     for name, label in (
         ("copy_s", "the file is copied on one disk"),
         ("serves_s", "`worker`, for the first time: unpack, load, serve"),
@@ -89,11 +83,14 @@ def main() -> None:
         ("token_s", "both"),
         ("serves_again_s", "`worker`, from the second time on"),
     ):
-        values = [getattr(it, name) for it in trials]
-        print(f"| {label} | {statistics.median(values):.2f} ({min(values):.2f}, {max(values):.2f}) |")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(it) for it in trials], indent=1) + "\n", "utf-8")
+        yield report.Figure.of(label, [getattr(it, name) for it in trials], "s")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=5)
+    archives.add_archives_option(parser)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    report.main("bare", make_parser(), figures)

@@ -1,6 +1,6 @@
 """The engine's speed on a quiet machine and beside a busy neighbour, by how long its threads spin before they sleep.
 
-    python tests/bench/contention.py [--repeats N]
+    python tests/bench/contention.py [--rounds N] [--out DIR]
 
 Each figure comes from a process of its own, since the number is read once; the four cases take turns.
 """
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
 TOKENS = 6  # few, for beside a neighbour a spinning engine needs seconds for each
+ONE = "--one"  # what the process of one figure is started with
 NEIGHBOUR = "while True: pass"
 ROUNDS = {"as GNU's OpenMP has it": 300_000, "as a worker sets it": qmesh.SPIN_ROUNDS}
 
@@ -47,7 +50,7 @@ def run(rounds: int, *, busy: bool) -> float:
     neighbour = subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) if busy else None
     try:
         env = {**os.environ, "GOMP_SPINCOUNT": str(rounds)}
-        command = ["nice", "-n", str(qmesh.DEFAULT_NICE), sys.executable, __file__, "--one"]
+        command = ["nice", "-n", str(qmesh.DEFAULT_NICE), sys.executable, __file__, ONE]
         return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
     finally:
         if neighbour is not None:
@@ -55,26 +58,28 @@ def run(rounds: int, *, busy: bool) -> float:
             neighbour.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    threads = psutil.cpu_count(logical=False) or 1
-    if arguments.one:
-        print(measure(ROOT / "models" / qmesh.DEFAULT_MODEL.file_name, threads))
-        return
-    cases = [(busy, name) for busy in (False, True) for name in ROUNDS]
-    found: dict[tuple[bool, str], list[float]] = {case: [] for case in cases}
-    for _ in range(arguments.repeats):
-        for busy, name in cases:
-            found[busy, name].append(run(ROUNDS[name], busy=busy))
-    print(f"{qmesh.DEFAULT_MODEL.file_name}, {threads} threads, nice {qmesh.DEFAULT_NICE}, tokens/s")
-    for (busy, name), speeds in found.items():
-        place = "beside one busy process" if busy else "on a quiet machine"
-        spread = f"(from {min(speeds):.1f} to {max(speeds):.1f})"
-        print(f"{place:>24}, spinning {name:<22}: {statistics.median(speeds):6.1f} {spread}")
+def threads() -> int:
+    return psutil.cpu_count(logical=False) or 1
+
+
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    print(f"{report.needed_model().stem}, {threads()} threads, nice {qmesh.DEFAULT_NICE}", flush=True)
+    found: dict[tuple[bool, str], list[float]] = {(busy, name): [] for busy in (False, True) for name in ROUNDS}
+    for _ in range(arguments.rounds):
+        for (busy, name), speeds in found.items():
+            speeds.append(run(ROUNDS[name], busy=busy))
+    theirs, ours = ROUNDS
+    for busy, place in {False: "on a quiet machine", True: "beside one busy process"}.items():
+        sides = found[busy, ours], found[busy, theirs]
+        yield report.ratio(f"spinning {ours}, {place}", sides, "tokens/s", peer=theirs)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return report.parser(__doc__, rounds=5)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == [ONE]:
+        print(measure(report.MODEL, threads()))
+    else:
+        report.main("contention", make_parser(), figures)

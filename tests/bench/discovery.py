@@ -1,10 +1,9 @@
-"""How fast workers are found and connected, beside Hyperswarm; cold starts, idle traffic, sizes of replies, memory.
+"""How fast workers are found and connected, beside Hyperswarm; idle traffic, and sizes of replies.
 
-    python tests/bench/discovery.py [--workers N ...] [--repeats N] [--idle-s S] [--nodes N] [--only PART ...]
+    python tests/bench/discovery.py [--workers N ...] [--rounds N] [--idle-s S] [--only PART ...] [--out DIR]
 
-Everything stays on 127.0.0.1. Times are in milliseconds: medians over the repeats, with the spread; ratios are medians
-of the ratios within a repeat, in which both sides take turns. Hyperswarm comes from npm and is set up under
-~/.cache/qmesh-bench (or QMESH_BENCH_DIR); without npm, only QMesh's rows are printed.
+Everything stays on 127.0.0.1. Hyperswarm comes from npm and is set up under ~/.cache/qmesh-bench (or QMESH_BENCH_DIR);
+without npm, only QMesh is measured, and the figures say so.
 """
 
 from __future__ import annotations
@@ -12,48 +11,38 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
-import json
-import multiprocessing
 import secrets
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
-import harness  # noqa: E402
+import goals  # noqa: E402
 import peers  # noqa: E402
-from engine import machine  # noqa: E402
-from mesh import spread  # noqa: E402
+import report  # noqa: E402
 from scripted_worker import Script, ScriptedWorker, announced, record_of, says  # noqa: E402
 
 import qmesh  # noqa: E402
 from qmesh import Address, NodeId, WorkerRecord  # noqa: E402
 
-PARTS = ("qmesh", "hyperswarm", "cold-start", "idle", "memory")
+PARTS = ("qmesh", "hyperswarm", "idle")
 PATIENCE_S = 20.0  # what has not been found by then never will be; hyperswarm_peer.mjs waits as long
 DIALS_AT_ONCE = 3  # as Hyperswarm does, by default
 SETTLE_S = 7.0  # the dense beacons of a worker's start are over by then
 MOST_SETTLE_S = 120.0  # a mesh that is not calm by then is measured as it is
 CALM_SHARE = 0.5  # of one core: what idle nodes use stays below it, what nodes use that still meet does not
 CALM_SECONDS = 3  # in a row
-NODES_BEFORE = 20  # the first nodes pay for what all nodes share, so they are not in the figure
-COLD_START_GOAL_MS = 300
 NO_SERVER = 9  # the port of a record that nobody dials
-UNITS = ("datagrams", "bytes")
+WAYS, UNITS = ("sent", "heard"), ("datagrams", "bytes")
+CONNECTED = "QMesh connected"
+COMPARED = (("QMesh heard of", "Hyperswarm lookup"), (CONNECTED, "Hyperswarm connected"))
 
 INCLUDED = """Counted from before a fresh client is opened, which remembers nothing, to workers announced long before.
   QMesh heard of:        the worker's record is known; by beacon and lookup, as qmesh.Client does it
@@ -166,7 +155,7 @@ async def find(topic: str, count: int) -> dict[str, Times]:
             searching.cancel()
         for connection in connections:
             await connection.close()
-    return {"QMesh heard of": heard.times, "QMesh connected": connected.times}
+    return {"QMesh heard of": heard.times, CONNECTED: connected.times}
 
 
 async def whole_calls(topic: str, count: int) -> dict[str, Times]:
@@ -191,84 +180,71 @@ async def find_by_hyperswarm(peer: peers.Hyperswarm) -> dict[str, Times]:
     }
 
 
-async def compare(counts: Sequence[int], repeats: int, peer: peers.Hyperswarm | None, *, ours: bool) -> None:
+async def compare(
+    counts: Sequence[int], rounds: int, peer: peers.Hyperswarm | None, *, ours: bool
+) -> list[report.Item]:
     print(INCLUDED, flush=True)
+    items: list[report.Item] = []
     for count in counts:
         topic = f"bench-{secrets.token_hex(8)}"
-        rounds: list[dict[str, Times]] = []
+        found: list[dict[str, Times]] = []
         if peer is not None:
             await peer.ask({"servers": count})
         async with workers_on(topic, count, says("yes")) if ours else contextlib.nullcontext():
-            for turn in range(-1, repeats):  # the first warms up
+            for turn in range(-1, rounds):  # the first warms up
                 times = await find(topic, count) if ours else {}
                 times |= await whole_calls(topic, count) if ours else {}
                 times |= await find_by_hyperswarm(peer) if peer is not None else {}
-                rounds += [times] if turn >= 0 else []
-        print_times(count, rounds)
+                found += [times] if turn >= 0 else []
+        items += times_figures(count, found)
+    return items
 
 
-def print_times(count: int, rounds: Sequence[dict[str, Times]]) -> None:
-    print(f"\n{qmesh.plural(count, 'worker')}, median of {len(rounds)}")
-    for name in rounds[0]:
-        for what in ("first", "all"):
+def times_figures(count: int, rounds: Sequence[dict[str, Times]]) -> Iterator[report.Item]:
+    """Of each pair that is compared both sides where both came; all else alone."""
+    workers = qmesh.plural(count, "worker")
+    pairs = [pair for pair in COMPARED if set(pair) <= set(rounds[0])]
+    alone = [name for name in rounds[0] if not any(name in pair for pair in pairs)]
+    for what in ("first", "all") if count > 1 else ("first",):
+        of = f"{what} of {workers}" if count > 1 else workers
+        for ours, theirs in pairs:
+            both = [(getattr(turn[ours], what), getattr(turn[theirs], what)) for turn in rounds]
+            came = [pair for pair in both if None not in pair]
+            goal = goals.discovery_key(what, count) if ours == CONNECTED else ""
+            if came:
+                name = f"{ours}, {of}{_note(len(came), len(rounds))}"
+                yield report.ratio(name, list(zip(*came, strict=True)), "ms", peer=theirs, goal=goal)
+        for name in alone:
             values = [value for turn in rounds if (value := getattr(turn[name], what)) is not None]
-            missing = len(rounds) - len(values)
             if values:
-                note = f", not in {missing} of {len(rounds)} runs" if missing else ""
-                print(f"{name:>24}, {what:>5}: {spread(values, 'ms')}{note}")
-    for ours, theirs in (("QMesh heard of", "Hyperswarm lookup"), ("QMesh connected", "Hyperswarm connected")):
-        for what in ("first", "all") if ours in rounds[0] and theirs in rounds[0] else ():
-            pairs = [(getattr(turn[ours], what), getattr(turn[theirs], what)) for turn in rounds]
-            ratios = [mine / other for mine, other in pairs if mine is not None and other is not None]
-            if ratios:
-                print(f"{'ratio of times':>24}, {what:>5}: {statistics.median(ratios):8.2f} ({ours} / {theirs})")
-    sys.stdout.flush()
+                yield report.Figure.of(f"{name}, {of}{_note(len(values), len(rounds))}", values, "ms")
 
 
-async def opened_peer() -> peers.Hyperswarm | None:
-    """Hyperswarm in a process of its own; None, and a line that says why, when it cannot be had."""
-    if shutil.which("npm") is None or shutil.which("node") is None:
-        print("Hyperswarm is left out: npm is not here")
-        return None
-    try:
-        peer = await asyncio.to_thread(peers.Hyperswarm)
-    except subprocess.CalledProcessError as error:
-        print(f"Hyperswarm is left out: npm could not install it (exit code {error.returncode})")
-        return None
+def _note(came: int, rounds: int) -> str:
+    return "" if came == rounds else f", not in {rounds - came} of {rounds} rounds"
+
+
+async def opened_peer() -> peers.Hyperswarm:
+    """Hyperswarm in a process of its own. Raises report.CannotMeasure when it cannot be had."""
+    peer = await asyncio.to_thread(peers.Hyperswarm)
     await peer.ready()
     return peer
 
 
-# --- Cold starts ---
-
-
-async def cold_starts(count: int, repeats: int) -> None:
-    """From the start of a `prompt` process until a worker has its request."""
-    arrived: asyncio.Queue[float] = asyncio.Queue()
-    answer = says("yes")
-
-    async def script(connection: qmesh.Connection, request_id: str) -> bool:
-        arrived.put_nowait(time.perf_counter())
-        return await answer(connection, request_id)
-
-    async def start() -> tuple[float, float]:
-        started = time.perf_counter()
-        with mesh.popen("prompt", "Say hello.", "--json") as asking:
-            text, _ = await asyncio.to_thread(asking.communicate)
-        return 1000 * (arrived.get_nowait() - started), float(json.loads(text)["timings"]["discover_ms"])
-
-    with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), Path()) as mesh:
-        async with workers_on(mesh.topic, count, script):
-            runs: dict[str, list[tuple[float, float]]] = {"nothing remembered": [], "peers remembered": []}
-            for turn in range(-1, repeats):
-                mesh.state_dir = Path(directory) / f"state-{turn}"
-                for times in runs.values():  # the first process of a state directory leaves it peers
-                    one = await start()
-                    times += [one] if turn >= 0 else []
-    print(f"\nCold start with {qmesh.plural(count, 'worker')}: start of `prompt` to its request, median of {repeats}")
-    for name, times in runs.items():
-        print(f"{name:>24}, whole: {spread([whole for whole, _ in times], 'ms')} (goal {COLD_START_GOAL_MS})")
-        print(f"{'':>24}  its discovery: {spread([part for _, part in times], 'ms')}", flush=True)
+async def compared(arguments: argparse.Namespace, parts: set[str]) -> list[report.Item]:
+    peer, missing = None, []
+    if "hyperswarm" in parts:
+        try:
+            peer = await opened_peer()
+        except report.CannotMeasure as reason:
+            missing.append(report.Missing("discovery.", str(reason)))
+    try:
+        if peer is None and "qmesh" not in parts:
+            return [*missing]
+        return [*missing, *await compare(arguments.workers, arguments.rounds, peer, ours="qmesh" in parts)]
+    finally:
+        if peer is not None:
+            await peer.close()
 
 
 # --- Idle traffic, and sizes of replies ---
@@ -308,14 +284,14 @@ class CountingEngine(qmesh.DhtEngine):
 
 
 def light_node(
-    topic: str, *, beacons: bool, make_engine: Callable[..., qmesh.DhtEngine]
-) -> tuple[NodeId, contextlib.AbstractAsyncContextManager[Address]]:
+    topic: str, make_engine: Callable[..., qmesh.DhtEngine]
+) -> contextlib.AbstractAsyncContextManager[Address]:
     """A DHT node that announces a record with no server behind it."""
     node_id = NodeId.of_bytes(secrets.token_bytes(32))
-    return node_id, announced(topic, record_of(node_id, NO_SERVER), beacons=beacons, make_engine=make_engine)
+    return announced(topic, record_of(node_id, NO_SERVER), beacons=True, make_engine=make_engine)
 
 
-async def idle(count: int, idle_s: float, ratios: dict[str, list[float]]) -> None:
+async def idle(count: int, idle_s: float, ratios: dict[str, list[float]]) -> list[report.Item]:
     """What idle nodes send and hear; a client's search and the goodbyes at the end only count as ratios."""
     topic = f"bench-{secrets.token_hex(8)}"
     engines: list[CountingEngine] = []
@@ -326,7 +302,7 @@ async def idle(count: int, idle_s: float, ratios: dict[str, list[float]]) -> Non
 
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(count):
-            await stack.enter_async_context(light_node(topic, beacons=True, make_engine=make)[1])
+            await stack.enter_async_context(light_node(topic, make))
         await settled()
         before, kinds_before = total(engine.traffic for engine in engines), total(engine.sent for engine in engines)
         started = time.monotonic()
@@ -336,107 +312,43 @@ async def idle(count: int, idle_s: float, ratios: dict[str, list[float]]) -> Non
         share = 60 / (time.monotonic() - started) / count
         async with client_of(topic) as client:
             await client.discover(everything=True)
-    said = ", ".join(
-        f"{share * traffic[f'{what} {way}']:.0f} {what} {way}" for way in ("sent", "heard") for what in UNITS
-    )
-    print(f"{qmesh.plural(count, 'worker'):>12}: {said}")
-    print(
-        f"{'':>14}sent: {', '.join(f'{share * number:.1f} {kind}' for kind, number in kinds.most_common())}", flush=True
-    )
+    where = f"a minute by an idle worker of {count}"
+    said = [(f"{way} {where}", share * traffic[f"{unit} {way}"], unit) for way in WAYS for unit in UNITS]
+    said += [(f"sent {where}: {kind}", share * number, "datagrams") for kind, number in kinds.most_common()]
+    return [report.Figure.of(what, [value], unit) for what, value, unit in said]
 
 
 def total(counts: Any) -> Counter[str]:
     return sum(counts, Counter())
 
 
-async def idle_traffic(counts: Sequence[int], idle_s: float) -> None:
+async def idle_traffic(counts: Sequence[int], idle_s: float) -> list[report.Item]:
+    """A beacon counts once, though it leaves on each outlet. Replies are never larger than what asked for them."""
     ratios: dict[str, list[float]] = defaultdict(list)
-    print(
-        f"\nIdle traffic per node and minute, over {idle_s:g} s; a beacon counts once, though it leaves on each outlet"
-    )
+    items: list[report.Item] = []
     for count in counts:
-        await idle(count, idle_s, ratios)
-    print("\nSize of a reply by the size of its request (never above 1)")
-    for kind in sorted(qmesh.REQUESTS):
-        values = ratios.get(kind, [])
-        said = f"mean {statistics.mean(values):.2f}, largest {max(values):.2f}, of {len(values)}" if values else "none"
-        print(f"{kind:>24}: {said}", flush=True)
-    assert max(max(values) for values in ratios.values()) <= 1
+        items += await idle(count, idle_s, ratios)
+    for kind in sorted(kind for kind in qmesh.REQUESTS if ratios[kind]):
+        items.append(report.Figure.of(f"largest reply, by the size of its {kind}", [max(ratios[kind])], "x"))
+        assert max(ratios[kind]) <= 1, kind
+    return items
 
 
-# --- Memory ---
-
-
-def acquaint(engines: Sequence[qmesh.DhtEngine], contacts: Sequence[qmesh.Contact], now: float) -> None:
-    """Fill tables as answers from all the others would, each with values of its own, as they come off the wire."""
-    wire = qmesh.pack_contacts(contacts)
-    for engine in engines:
-        for contact in qmesh.unpack_contacts(wire):
-            engine.table.answered(contact, now)
-
-
-async def memory_per_node(nodes: int) -> tuple[float, float]:
-    """Kilobytes of one more node, and the contacts in its table."""
-    engines: list[qmesh.DhtEngine] = []
-    contacts: list[qmesh.Contact] = []
-    sizes = []
-    topic = f"bench-{secrets.token_hex(8)}"
-
-    def make(**arguments: Any) -> qmesh.DhtEngine:
-        engines.append(qmesh.DhtEngine(**arguments))
-        return engines[-1]
-
-    async with contextlib.AsyncExitStack() as stack:
-        for count in (NODES_BEFORE, nodes):
-            for _ in range(count):
-                node_id, node = light_node(topic, beacons=False, make_engine=make)
-                contacts.append(qmesh.Contact(node_id, await stack.enter_async_context(node)))
-            acquaint(engines, contacts, asyncio.get_running_loop().time())
-            await asyncio.sleep(2 * SETTLE_S)  # a search for holders, and their records
-            gc.collect()
-            sizes.append(psutil.Process().memory_info().rss)
-        in_table = statistics.mean(len(engine.table) for engine in engines[NODES_BEFORE:])
-    return (sizes[1] - sizes[0]) / nodes / 1e3, in_table
-
-
-def memory_in_here(nodes: int) -> tuple[float, float]:
-    return asyncio.run(memory_per_node(nodes))
-
-
-def memory(nodes: int) -> None:
-    """In a process of its own: what others freed before would hide some of it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        kilobytes, contacts = pool.submit(memory_in_here, nodes).result()
-    print(
-        f"\nMemory: {kilobytes:.0f} kB for each of {nodes} more nodes, with {contacts:.0f} contacts in its table",
-        flush=True,
-    )
-
-
-async def main(arguments: argparse.Namespace) -> None:
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
     parts = set(arguments.only or PARTS)
-    print(machine(), flush=True)
     if parts & {"qmesh", "hyperswarm"}:
-        peer = await opened_peer() if "hyperswarm" in parts else None
-        try:
-            if peer is not None or "qmesh" in parts:
-                await compare(arguments.workers, arguments.repeats, peer, ours="qmesh" in parts)
-        finally:
-            if peer is not None:
-                await peer.close()
-    if "cold-start" in parts:
-        await cold_starts(max(arguments.workers), arguments.repeats)
+        yield from asyncio.run(compared(arguments, parts))
     if "idle" in parts:
-        await idle_traffic(arguments.workers, arguments.idle_s)
-    if "memory" in parts:
-        memory(arguments.nodes)
+        yield from asyncio.run(idle_traffic(arguments.workers, arguments.idle_s))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=7)
+    parser.add_argument("--workers", type=int, nargs="+", default=list(goals.DISCOVERY_WORKERS))
+    parser.add_argument("--idle-s", type=float, default=60.0, help="how long idle workers are watched")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="default: all")
+    return parser
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 10, 50])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--idle-s", type=float, default=60.0, help="how long idle workers are watched")
-    parser.add_argument("--nodes", type=int, default=200, help="whose memory is measured")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="default: all")
-    asyncio.run(main(parser.parse_args()))
+    report.main("discovery", make_parser(), figures)

@@ -1,6 +1,6 @@
 """The gap in an answer when its worker is lost half-way, and whether any token is lost or comes twice.
 
-    python tests/bench/failover.py [--runs N] [--workers N] [--faults NAME ...] [--seed N] [--model FILE] [--json FILE]
+    python tests/bench/failover.py [--rounds N] [--workers N] [--faults NAME ...] [--seed N] [--model FILE] [--out DIR]
 
 Real workers, each a process with one thread, answer a greedy request of a fresh client. At a token that the seed draws,
 the one that writes is killed (SIGKILL), or told to stop with nothing left to finish in (SIGTERM, --grace 0), or only
@@ -10,6 +10,9 @@ whoever goes on has nothing of them in its memory.
 The gap is from the last token before the loss to the first one after it. A part of it is evaluating the prompt and the
 tokens again, as the worker that goes on says itself (`prompt_ms`); the rest is what failover costs. Then the same
 question is asked again and left alone: its tokens are those that must have come.
+
+At the end all workers but one are killed, and clients that were not here before look for workers until they find no
+record of those any more.
 """
 
 from __future__ import annotations
@@ -18,17 +21,15 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
-import platform
 import random
 import secrets
 import signal
 import socket
-import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,18 +38,19 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import harness  # noqa: E402
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
 TOKENS = 96
 PROMPT_NUMBERS = (5, 30)  # of some eight tokens each
 STRUCK_AFTER = (8, TOKENS - 16)  # tokens: some before, and some left to write after
-GOAL_MS = 1000
 FOUND_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 30.0
+FORGOTTEN_TIMEOUT_S = 2 * qmesh.RECORD_TTL_S
 WORKER_FLAGS = ("--slots", "2", "--nice", "0", "--grace", "0")
 
 
@@ -100,6 +102,12 @@ class Story:
         return next(it.event.worker_id for it in self._heard if isinstance(it.event, qmesh.Selected))
 
     @property
+    def chosen_again(self) -> int:
+        lost = next(number for number, it in enumerate(self._heard) if isinstance(it.event, qmesh.Lost))
+        chosen = [it.event.worker_id for it in self._heard[lost:] if isinstance(it.event, qmesh.Selected)]
+        return chosen.count(self.first_worker)
+
+    @property
     def ids(self) -> list[int]:
         return [token for _, piece in self.tokens for token in piece.tokens]
 
@@ -108,10 +116,6 @@ class Story:
         """Tokens that came again."""
         places = [piece.seq + index for _, piece in self.tokens for index in range(len(piece.tokens))]
         return len(places) - len(set(places))
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for _, piece in self.tokens)
 
     def longest_gap_ms(self) -> float:
         return 1000 * max(after - before for (before, _), (after, _) in pairwise(self.tokens))
@@ -146,11 +150,7 @@ class Trial:
     lost: int  # tokens of the undisturbed answer that did not come
     repeated: int
     altered: int  # that are others than in the undisturbed answer
-    same_text: bool
-
-    @property
-    def cost_ms(self) -> float:
-        return self.gap_ms - self.evaluation_ms
+    chosen_again: int  # times that the worker which was lost was chosen after that
 
 
 def make_job(rng: random.Random) -> qmesh.Job:
@@ -176,6 +176,27 @@ class Scene:
             self._replace(disturbed.first_worker)
         left_alone = asyncio.run(self._ask(dataclasses.replace(job, request_id=secrets.token_hex(8))))
         return compared(fault, struck_after, disturbed, left_alone)
+
+    def forgotten_s(self) -> list[float]:
+        """Seconds from the death of each worker but the last until new clients do not find it."""
+        dead = {worker.worker_id for worker in self._workers[:-1]}
+        for worker in self._workers[:-1]:
+            kill(worker)
+        started, times = time.monotonic(), []
+        while dead:
+            passed = time.monotonic() - started
+            assert passed < FORGOTTEN_TIMEOUT_S, "a dead worker is still found"
+            found = asyncio.run(self._found())
+            times += [passed] * len(dead - found)
+            dead &= found
+        return times
+
+    async def _found(self) -> set[str]:
+        """The workers that a new client finds, which remembers nobody."""
+        with tempfile.TemporaryDirectory() as directory:
+            async with qmesh.Client(dataclasses.replace(self._settings, state_dir=directory)) as client:
+                await client.discover(everything=True)
+                return {str(record.worker_id) for record in client.records()}
 
     def _replace(self, worker_id: str) -> None:
         """Put a new worker in the place of one that ends."""
@@ -227,68 +248,62 @@ def compared(fault: str, struck_after: int, disturbed: Story, left_alone: Story)
         lost=max(0, len(left_alone.ids) - len(disturbed.ids)),
         repeated=disturbed.repeated,
         altered=sum(one != other for one, other in pairs),
-        same_text=disturbed.text == left_alone.text == result.text,
+        chosen_again=disturbed.chosen_again,
     )
 
 
-# --- The report ---
+# --- The figures ---
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+def fault_figures(fault: str, trials: Sequence[Trial]) -> Iterator[report.Item]:
+    goal = "failover.cost" if fault == "killed" else ""
+    gaps, evaluation = [it.gap_ms for it in trials], [it.evaluation_ms for it in trials]
+    group = f"gap, {fault}"
+    yield report.added(
+        f"{group}: without evaluation",
+        (gaps, evaluation),
+        "ms",
+        own="whole gap",
+        peer="evaluation",
+        group=group,
+        goal=goal,
+    )
+    for name, label in {"noticed_ms": "noticed", "chosen_ms": "then chosen", "went_on_ms": "then went on"}.items():
+        yield report.Figure.of(f"{group}: {label} after", [getattr(it, name) for it in trials], "ms")
+    yield report.Figure.of(f"longest gap undisturbed, {fault}", [it.undisturbed_gap_ms for it in trials], "ms")
+    for name in ("lost", "repeated", "altered"):
+        yield report.Figure.of(f"tokens {name} in an answer, {fault}", [getattr(it, name) for it in trials], "tokens")
+    if FAULTS[fault] in FATAL:
+        again = [it.chosen_again for it in trials]
+        key = "failover.again" if fault == "killed" else ""
+        yield report.Figure.of(f"lost worker chosen again, {fault}", again, "times", key)
 
 
-def tail(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):,.0f}, {percentile(values, 0.99):,.0f}, {max(values):,.0f}"
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    model = report.needed_model(arguments.model)
+    rng = random.Random(arguments.seed)
+    trials: dict[str, list[Trial]] = {fault: [] for fault in arguments.faults}
+    workers = qmesh.plural(arguments.workers, "worker")
+    print(f"{model.stem}, {workers} of one thread, {TOKENS} tokens, seed {arguments.seed}", flush=True)
+    with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), model) as mesh:
+        scene = Scene(mesh, arguments.workers)
+        for run in range(arguments.rounds):
+            for fault in arguments.faults:
+                trials[fault].append(scene.trial(fault, rng))
+                print(f"round {run + 1}: {trials[fault][-1]}", file=sys.stderr, flush=True)
+        for fault, them in trials.items():
+            yield from fault_figures(fault, them)
+        yield report.Figure.of("killed, and no longer found", scene.forgotten_s(), "s", "failover.forgotten")
 
 
-def row(trials: Sequence[Trial]) -> list[str]:
-    parts = [[getattr(it, name) for it in trials] for name in ("noticed_ms", "chosen_ms", "went_on_ms")]
-    return [
-        trials[0].fault,
-        tail([it.gap_ms for it in trials]),
-        tail([it.evaluation_ms for it in trials]),
-        tail([it.cost_ms for it in trials]),
-        ", ".join(f"{statistics.median(part):,.0f}" for part in parts),
-        f"{statistics.median(it.undisturbed_gap_ms for it in trials):,.0f}",
-        f"{sum(it.lost for it in trials)}, {sum(it.repeated for it in trials)}, {sum(it.altered for it in trials)}",
-        f"{sum(it.same_text for it in trials)} of {len(trials)}",
-    ]
-
-
-def report(trials: Sequence[Trial]) -> str:
-    header = ["the worker was", "gap p50, p99, longest, ms", "of it evaluation"]
-    header += [f"rest (goal {GOAL_MS:,})", "noticed, chosen, went on after", "longest gap undisturbed"]
-    header += ["tokens lost, repeated, altered", "same text"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    for fault in dict.fromkeys(it.fault for it in trials):
-        lines.append(f"| {' | '.join(row([it for it in trials if it.fault == fault]))} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30)
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=10)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / qmesh.DEFAULT_MODEL.file_name)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    rng, trials = random.Random(arguments.seed), []
-    with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), arguments.model) as mesh:
-        scene = Scene(mesh, arguments.workers)
-        for run in range(arguments.runs):
-            for fault in arguments.faults:
-                trials.append(scene.trial(fault, rng))
-                print(f"run {run + 1}: {trials[-1]}", file=sys.stderr, flush=True)
-    machine = f"{platform.system()} {platform.machine()}, {psutil.cpu_count(logical=False)} cores"
-    sides = f"{arguments.model.stem}, {qmesh.plural(arguments.workers, 'worker')} of one thread, {TOKENS} tokens"
-    print(f"{machine}; {sides}; {qmesh.plural(arguments.runs, 'run')}, seed {arguments.seed}\n\n{report(trials)}")
-    if arguments.json is not None:
-        rows = [{**dataclasses.asdict(it), "cost_ms": it.cost_ms} for it in trials]
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    parser.add_argument("--model", type=Path, default=report.MODEL)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    report.main("failover", make_parser(), figures)

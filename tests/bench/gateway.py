@@ -1,16 +1,15 @@
 """What the gateway costs: waits and tokens per second against a client of the mesh, and against llama.cpp's own server.
 
-    python tests/bench/gateway.py [--runs N] [--pairs N] [--streams N ...] [--threads N] [--no-peer]
+    python tests/bench/gateway.py [--rounds N] [--pairs N] [--streams N ...] [--threads N] [--no-peer] [--out DIR]
 
-Three sides answer the same questions in turn within each run: one worker asked through `Client`, the same worker asked
+Three sides answer the same questions in turn in each round: one worker asked through `Client`, the same worker asked
 over HTTP through a gateway, and llama.cpp's server, built from the code that our engine runs on, with the same model,
 threads, slots and context. One process asks them all: it reads events as lines off the socket and looks into no more of
 them than it must, on a connection of its own for each request; its share of a core is printed, as is the gateway's.
 
-Ratios and added waits are medians over pairs from the same run, since a shared machine changes its mind between two;
-the gateway's processor time is what it takes on any machine, however busy. Where others are at work, `--threads 1`
-keeps llama.cpp's threads from waiting for each other. A Markdown table comes first, then all figures as a line of JSON.
-The peer is set up by peers.py.
+Added waits are of pairs from the same round; the gateway's processor time is what it takes on any machine, however
+busy. Where others are at work, `--threads 1` keeps llama.cpp's threads from waiting for each other. The peer is
+set up by peers.py.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import secrets
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +36,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import harness  # noqa: E402
 import peers  # noqa: E402
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
-DIRECT, GATEWAY, PEER = "direct", "gateway", "llama.cpp server"
+DIRECT, GATEWAY, PEER = "the library", "gateway", "llama.cpp server"
+GOAL_STREAMS = 4  # at which the goal for tokens per second is held against the gateway
+ASK = "--ask"  # what the process that asks is started with
 TOKENS = 128
 WORDS = 10  # of a prompt
 SHORT_WORDS = 1  # so that what the model makes of it, and how long that takes by chance, hides as little as may be
@@ -50,8 +51,6 @@ SLOTS = 8
 CONTEXT = 2048
 LIMIT_S = 300
 REPORT_LIMIT_BYTES = 2**20
-GOAL_ADDED_MS = 3.0
-GOAL_RATIO = 0.97
 NUMBERS_FROM = 1000  # so that all prompts are of the same length
 
 
@@ -150,7 +149,7 @@ class Asker:
     @contextlib.asynccontextmanager
     async def started(cls, topic: str, state_dir: Path) -> AsyncIterator[Asker]:
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout"), asyncio.subprocess.PIPE)
-        command = [sys.executable, __file__, "--ask", json.dumps([topic, str(state_dir)])]
+        command = [sys.executable, __file__, ASK, json.dumps([topic, str(state_dir)])]
         process = await asyncio.create_subprocess_exec(*command, **pipes, limit=REPORT_LIMIT_BYTES)
         try:
             yield cls(process)
@@ -200,10 +199,6 @@ class Sides:
         return load, after.user + after.system - before.user - before.system
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 class Waits:
     """Milliseconds to the first token and to the end, for short answers: the same place is the same pair."""
 
@@ -220,17 +215,15 @@ class Waits:
             self._of.setdefault((name, "first token"), []).append(1000 * (stream.first - stream.started))
             self._of.setdefault((name, "whole answer"), []).append(1000 * (stream.ended - stream.started))
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [self._row(what) for what in ("first token", "whole answer")]
-
-    def _row(self, what: str) -> dict[str, Any]:
-        direct, gateway = self._of[DIRECT, what], self._of[GATEWAY, what]
-        added = [theirs - ours for ours, theirs in zip(direct, gateway, strict=True)]
-        row: dict[str, Any] = {"tokens": self.tokens, "what": what, "pairs": len(added)}
-        for name, values in {"direct_ms": direct, "gateway_ms": gateway, "added_ms": added}.items():
-            row |= {f"{name}_p50": statistics.median(values), f"{name}_p99": percentile(values, 0.99)}
-        row["added_of_p99_ms"] = row["gateway_ms_p99"] - row["direct_ms_p99"]
-        return row | {"gateway_cpu_ms": 1000 * self._gateway_s / len(added)}
+    def figures(self) -> Iterator[report.Item]:
+        answer = f"answer of {qmesh.plural(self.tokens, 'token')}"
+        for what in ("first token", "whole answer"):
+            sides = [self._of[name, what] for name in (GATEWAY, DIRECT)]
+            goal = "gateway.wait" if (what, self.tokens) == ("first token", SHORT_TOKENS[0]) else ""
+            group = f"{what}, {answer}"
+            yield report.added(f"{group}: added", sides, "ms", own=GATEWAY, peer=DIRECT, group=group, goal=goal)
+        spent = 1000 * self._gateway_s / len(self._of[GATEWAY, "first token"])
+        yield report.Figure.of(f"processor of the gateway, {answer}", [spent], "ms")
 
 
 class Speeds:
@@ -256,23 +249,19 @@ class Speeds:
                 self._gateway_s += gateway_s
                 self._gateway_tokens += load.tokens
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [self._row(name) for name in self.of]
-
-    def _row(self, name: str) -> dict[str, Any]:
-        values, waits = self.of[name], self._first_ms[name]
-        ratios = [ours / theirs for ours, theirs in zip(self.of[GATEWAY], values, strict=True)]
-        return {
-            "streams": self.count,
-            "side": name,
-            "tokens_per_s": statistics.median(values),
-            "tokens_per_s_range": (min(values), max(values)),
-            "first_token_ms": statistics.median(waits),
-            "first_token_ms_range": (min(waits), max(waits)),
-            "gateway_is": (statistics.median(ratios), min(ratios), max(ratios)),
-            "asker_cores": statistics.median(self._cores[name]),
-            "gateway_cpu_ms_per_token": 1000 * self._gateway_s / self._gateway_tokens if name == GATEWAY else None,
-        }
+    def figures(self) -> Iterator[report.Item]:
+        group = qmesh.plural(self.count, "stream")
+        for name in self.of:
+            if name != GATEWAY:
+                goal = "gateway.speed" if (name, self.count) == (DIRECT, GOAL_STREAMS) else ""
+                sides = self.of[GATEWAY], self.of[name]
+                yield report.ratio(
+                    f"tokens/s, {group}", sides, "tokens/s", own=GATEWAY, peer=name, group=group, goal=goal
+                )
+            yield report.Figure.of(f"first token, {name}, {group}", self._first_ms[name], "ms")
+            yield report.Figure.of(f"processor of who asks, {name}, {group}", self._cores[name], "cores")
+        spent = 1000 * self._gateway_s / self._gateway_tokens
+        yield report.Figure.of(f"processor of the gateway for a token, {group}", [spent], "ms")
 
 
 async def measure(sides: Sides, counts: Sequence[int], runs: int, pairs: int) -> tuple[list[Waits], list[Speeds]]:
@@ -285,91 +274,54 @@ async def measure(sides: Sides, counts: Sequence[int], runs: int, pairs: int) ->
                 await short.pair(sides, turn)
         for speed in speeds:
             await speed.turn(sides, run)
-        print(f"run {run + 1} of {runs}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        print(f"round {run + 1} of {runs}, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     return waits, speeds
 
 
-# --- The report ---
+# --- The figures ---
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def waits_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["max_tokens", "time to", "direct p50 / p99", "gateway p50 / p99", "added p50", "goal", "added to p99"]
-    header += ["gateway, CPU ms"]
-    lines = []
-    for it in rows:
-        sides = [f"{it[f'{side}_ms_p50']:.1f} / {it[f'{side}_ms_p99']:.1f} ms" for side in (DIRECT, GATEWAY)]
-        added = [f"{it['added_ms_p50']:.1f} ms", f"{GOAL_ADDED_MS:g} ms", f"{it['added_of_p99_ms']:.1f} ms"]
-        lines.append([str(it["tokens"]), it["what"], *sides, *added, f"{it['gateway_cpu_ms']:.2f}"])
-    return table(header, lines)
-
-
-def speeds_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["streams", "side", "tokens/s (spread)", "first token (spread)", "the gateway is (spread)", "goal"]
-    header += ["asker, cores", "gateway, CPU ms a token"]
-    lines = []
-    for it in rows:
-        ratio = "{:.3f} x ({:.3f}-{:.3f})".format(*it["gateway_is"])
-        cpu = it["gateway_cpu_ms_per_token"]
-        lines.append(
-            [
-                str(it["streams"]),
-                it["side"],
-                "{:.1f} ({:.1f}-{:.1f})".format(it["tokens_per_s"], *it["tokens_per_s_range"]),
-                "{:.0f} ({:.0f}-{:.0f}) ms".format(it["first_token_ms"], *it["first_token_ms_range"]),
-                "" if it["side"] == GATEWAY else ratio,
-                f"{GOAL_RATIO} x" if it["side"] == DIRECT else "",
-                f"{it['asker_cores']:.2f}",
-                "" if cpu is None else f"{cpu:.2f}",
-            ]
-        )
-    return table(header, lines)
-
-
-async def compare(mesh: harness.Mesh, arguments: argparse.Namespace) -> None:
+async def compare(mesh: harness.Mesh, arguments: argparse.Namespace) -> list[report.Item]:
     threads = arguments.threads
     setup = peers.Setup(mesh.model, SLOTS, CONTEXT, threads)
     sizes = ["--slots", str(SLOTS), "--ctx", str(CONTEXT), "--threads", str(threads)]
+    missing: list[report.Item] = []
     mesh.start_worker(*sizes, "--nice", "0")
     gateway = mesh.start_gateway()
     async with contextlib.AsyncExitStack() as stack:
-        peer = peers.BuiltLlamaServer(setup) if arguments.peer else None
-        if peer is not None:
-            stack.push_async_callback(peer.close)
-            await peer.ready()
+        peer = None
+        if arguments.peer:
+            try:
+                peer = peers.BuiltLlamaServer(setup)
+                stack.push_async_callback(peer.close)
+                await peer.ready()
+            except report.CannotMeasure as reason:
+                missing.append(report.Missing("gateway.peer", str(reason)))
         asker = await stack.enter_async_context(Asker.started(mesh.topic, mesh.directory / "asker"))
-        before = os.getloadavg()
         sides = Sides(asker, gateway, peer)
-        waits, speeds = await measure(sides, arguments.streams, arguments.runs, arguments.pairs)
-    machine = f"{platform.system()} {platform.machine()}, {psutil.cpu_count(logical=False)} cores"
-    load = f"load of the machine before {before[0]:.1f}, after {os.getloadavg()[0]:.1f}"
-    sizes_told = f"{SLOTS} slots of {CONTEXT} tokens, {qmesh.plural(threads, 'thread')}"
-    print(f"{mesh.model.stem}, {sizes_told}; {machine}; {load}")
-    print(f"medians of {arguments.runs} runs; {arguments.runs * arguments.pairs} pairs of short answers\n")
-    short, long = [row for it in waits for row in it.rows()], [row for it in speeds for row in it.rows()]
-    print(waits_table(short), speeds_table(long), sep="\n\n")
-    print("\n" + json.dumps({"machine": machine, "load": load, "waits": short, "speeds": long}))
+        waits, speeds = await measure(sides, arguments.streams, arguments.rounds, arguments.pairs)
+    items = [figure for short in waits for figure in short.figures()]
+    return [*items, *(figure for speed in speeds for figure in speed.figures()), *missing]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--pairs", type=int, default=20, help="of short answers in each run")
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    model, threads = report.needed_model(), qmesh.plural(arguments.threads, "thread")
+    print(f"{model.stem}, {SLOTS} slots of {CONTEXT} tokens, {threads}", flush=True)
+    with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), model) as mesh:
+        yield from asyncio.run(compare(mesh, arguments))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=5)
+    parser.add_argument("--pairs", type=int, default=20, help="of short answers in each round")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--no-peer", dest="peer", action="store_false", help="leave llama.cpp's server out")
-    parser.add_argument("--ask", help=argparse.SUPPRESS)  # what the process that asks is started with
-    arguments = parser.parse_args()
-    if arguments.ask is not None:
-        asyncio.run(ask(arguments.ask))
-        return
-    model = ROOT / "models" / qmesh.DEFAULT_MODEL.file_name
-    with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), model) as mesh:
-        asyncio.run(compare(mesh, arguments))
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == [ASK]:
+        asyncio.run(ask(sys.argv[2]))
+    else:
+        report.main("gateway", make_parser(), figures)

@@ -1,8 +1,8 @@
-"""What the mesh costs: tokens per second and time to first token against the bare engine, cold starts, memory.
+"""What the mesh costs: tokens per second and time to first token, warm, against the bare engine.
 
-    python tests/bench/mesh.py [--repeats N] [--workers N ...]
+    python tests/bench/mesh.py [--rounds N] [--out DIR]
 
-Both sides take turns in one run, on the same model, threads and prompt; medians are printed, with the spread.
+Both sides take turns in one run, on the same model, threads and prompt.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ import asyncio
 import contextlib
 import queue
 import secrets
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import harness  # noqa: E402
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
@@ -95,75 +94,38 @@ async def run_through(mesh: qmesh.Client) -> Run:
     raise AssertionError("an answer is the last event")
 
 
-def spread(values: Sequence[float], unit: str) -> str:
-    return f"{statistics.median(values):8.1f} {unit} (from {min(values):.1f} to {max(values):.1f})"
-
-
-async def compare(mesh: harness.Mesh, repeats: int, threads: int) -> None:
-    worker = mesh.start_worker("--threads", str(threads), "--slots", "4", "--nice", "0")
-    settings = qmesh.Settings(host="127.0.0.1", topic=mesh.topic, state_dir=str(mesh.state_dir))
+async def compare(mesh: harness.Mesh, rounds: int, threads: int) -> list[report.Item]:
+    mesh.start_worker("--threads", str(threads), "--slots", "4", "--nice", "0")
+    settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=mesh.topic, state_dir=str(mesh.state_dir))
+    alone: list[Run] = []
+    through: list[Run] = []
     bare = Bare(mesh.model, threads)
-    sides: dict[str, list[Run]] = {"bare engine": [], "through the mesh": []}
     async with qmesh.Client(settings) as client:
-        bare.run()
-        await run_through(client)
-        for _ in range(repeats):
-            sides["bare engine"].append(await asyncio.to_thread(bare.run))
-            sides["through the mesh"].append(await run_through(client))
+        for turn in range(-1, rounds):  # the first warms up
+            one, other = await asyncio.to_thread(bare.run), await run_through(client)
+            if turn >= 0:
+                alone.append(one)
+                through.append(other)
     bare.close()
-    worker.end()
-    for name, runs in sides.items():
-        print(f"{name:>18}: {spread([run.tokens_per_s for run in runs], 'tokens/s')}")
-        print(f"{'':>18}  {spread([run.first_token_ms for run in runs], 'ms to the first token, warm')}")
-    speed = [[run.tokens_per_s for run in runs] for runs in sides.values()]
-    wait = [[run.first_token_ms for run in runs] for runs in sides.values()]
-    print(f"{'ratio of speeds':>18}: {statistics.median(speed[1]) / statistics.median(speed[0]):8.3f} (goal 0.97)")
-    print(f"{'added wait':>18}: {statistics.median(wait[1]) - statistics.median(wait[0]):8.1f} ms (goal 5)")
+    speeds = [[run.tokens_per_s for run in runs] for runs in (through, alone)]
+    waits = [[run.first_token_ms for run in runs] for runs in (through, alone)]
+    peer = "bare engine"
+    return [
+        report.ratio("tokens/s", speeds, "tokens/s", peer=peer, group="1 stream", goal="mesh.speed"),
+        report.added("first token, warm", waits, "ms", peer=peer, group="first token, warm", goal="mesh.wait"),
+    ]
 
 
-def cold_start(mesh: harness.Mesh) -> tuple[float, float]:
-    """Milliseconds from the start of a `prompt` process to its first character, and its memory in MB then."""
-    started = time.perf_counter()
-    with mesh.popen("prompt", "Say hello.", "--max-tokens", "48", "--temperature", "0") as asking:
-        assert asking.stdout is not None
-        assert asking.stdout.read(1), "no answer"
-        first_ms = 1000 * (time.perf_counter() - started)
-        memory_mb = psutil.Process(asking.pid).memory_info().rss / 1e6
-        asking.communicate()
-    return first_ms, memory_mb
-
-
-def start_up_ms(*command: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-    return 1000 * (time.perf_counter() - started)
-
-
-def cold_starts(mesh: harness.Mesh, workers: int, repeats: int) -> None:
-    started = mesh.start_workers(workers, "--slots", "2")
-    cold_start(mesh)
-    runs = [cold_start(mesh) for _ in range(repeats)]
-    print(f"{workers:>3} workers, start of `prompt` to its first token: {spread([run[0] for run in runs], 'ms')}")
-    print(f"{'':>12}memory of the client: {spread([run[1] for run in runs], 'MB')} (goal 45)")
-    for worker in started:
-        worker.end()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--workers", type=int, nargs="*", default=[1, 10])
-    arguments = parser.parse_args()
-    model = ROOT / "models" / qmesh.DEFAULT_MODEL.file_name
-    threads = psutil.cpu_count(logical=False) or 1
-    print(f"{model.stem}, {TOKENS} tokens, {threads} threads, median of {arguments.repeats}")
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    model, threads = report.needed_model(), psutil.cpu_count(logical=False) or 1
+    print(f"{model.stem}, {TOKENS} tokens, {threads} threads", flush=True)
     with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), model) as mesh:
-        asyncio.run(compare(mesh, arguments.repeats, threads))
-        for workers in arguments.workers:
-            cold_starts(mesh, workers, arguments.repeats)
-    for name, command in {"python -c pass": ("-c", "pass"), "--help": ("qmesh.py", "--help")}.items():
-        print(f"{name:>18}: {spread([start_up_ms(*command) for _ in range(arguments.repeats)], 'ms')}")
+        yield from asyncio.run(compare(mesh, arguments.rounds, threads))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return report.parser(__doc__, rounds=9)
 
 
 if __name__ == "__main__":
-    main()
+    report.main("mesh", make_parser(), figures)

@@ -29,7 +29,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import goals
 import psutil
+import report
 
 import qmesh
 
@@ -173,7 +175,7 @@ class LlamaServer(HttpPeer):
 
 
 class BuiltLlamaServer(LlamaServer):
-    name = "llama.cpp server, same build"
+    name = goals.BUILT
 
     def __init__(self, setup: Setup) -> None:
         self.port = free_port()
@@ -184,7 +186,7 @@ class BuiltLlamaServer(LlamaServer):
 
 
 class PrebuiltLlamaServer(LlamaServer):
-    name = "llama.cpp server, prebuilt"
+    name = goals.PREBUILT
 
     def __init__(self, setup: Setup) -> None:
         self.port = free_port()
@@ -193,7 +195,7 @@ class PrebuiltLlamaServer(LlamaServer):
 
 
 class PythonServer(HttpPeer):
-    name = "llama_cpp.server"
+    name = goals.PYTHON_SERVER
     path = "/v1/completions"
 
     def __init__(self, setup: Setup) -> None:
@@ -237,7 +239,7 @@ class NodeProcess(Peer):
 
 
 class NodePeer(NodeProcess):
-    name = "node-llama-cpp"
+    name = goals.NODE
 
     def __init__(self, setup: Setup) -> None:
         sizes = [str(setup.slots), str(setup.context), str(setup.threads)]
@@ -303,14 +305,25 @@ class QmeshWorker(Peer):
 
 
 @contextlib.asynccontextmanager
-async def running(setup: Setup, *others: Callable[[Setup], Peer]) -> AsyncIterator[list[Peer]]:
-    """Our own worker and the others, set up and started one after another; ended at the end."""
+async def running(
+    setup: Setup, *others: Callable[[Setup], Peer], left_out: dict[str, str] | None = None
+) -> AsyncIterator[list[Peer]]:
+    """Our own worker and the others, set up and started one after another; ended at the end.
+
+    left_out: takes the names of those that cannot be set up, and why; without it report.CannotMeasure is raised.
+    """
     sides: list[Peer] = []
     with tempfile.TemporaryDirectory() as directory:
         try:
             ours: Callable[[Setup], Peer] = functools.partial(QmeshWorker, directory=Path(directory))
             for make in (ours, *others):
-                sides.append(make(setup))
+                try:
+                    sides.append(make(setup))
+                except report.CannotMeasure as reason:
+                    if left_out is None:
+                        raise
+                    left_out[getattr(make, "name", "")] = str(reason)
+                    continue
                 await sides[-1].ready()
             yield sides
         finally:
@@ -361,6 +374,8 @@ def gpu_python() -> Path:
 
 def node_package(name: str) -> None:
     """A package from npm, with what it needs, beside the script that drives it."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        raise report.CannotMeasure(f"{name} needs node and npm, which are not here")
     if not (CACHE / "node_modules" / name).exists():
         _run("npm", "install", "--prefix", str(CACHE), "--silent", name)
 
@@ -389,5 +404,9 @@ def server_binary(*, gpu: bool = False) -> Path:
 
 
 def _run(*command: str, **env: str) -> None:
+    """Raises report.CannotMeasure where it fails, or is not here."""
     print("  $", *(f"{name}={value}" for name, value in env.items()), *command, flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **env})
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **env})
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise report.CannotMeasure(f"a peer cannot be set up: {error}") from error

@@ -1,22 +1,21 @@
 """What it costs that an engine runs on every processor: the gathered one against the one installed here.
 
-    python tests/bench/portable.py ARCHIVE [--rounds N] [--streams N ...]
+    python tests/bench/portable.py [--archives DIR] [--rounds N] [--streams N ...] [--out DIR]
 
 Both run in a worker, with the same model, threads and context, and take turns within each round. Tokens are counted
 per second of processor time that the worker took, so that what else runs on the machine matters little; with several
-threads the waiting of one for another is in it. Figures are medians over the rounds, ratios medians of the ratios
-within a round. Whether the installed one was built for this very processor is for you to know: pip does that where it
-compiles. The other is that of the archive, which `build_zipapp.py --engine` makes.
+threads the waiting of one for another is in it. Whether the installed one was built for this very processor is for you
+to know: pip does that where it compiles. The other is that of the archive with an engine alone in DIR, which
+`build_zipapp.py --engine` makes.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,8 +23,10 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
+import archive  # noqa: E402
 import engine  # noqa: E402
 import peers  # noqa: E402
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
@@ -69,26 +70,21 @@ async def in_turn(sides: Sequence[peers.Peer], counts: Sequence[int], rounds: in
     return speeds
 
 
-def report(speeds: Speeds, names: Sequence[str], counts: Sequence[int]) -> str:
-    lines = [f"| tokens/s | streams | {' | '.join(names)} | ratio (spread) |", "|---|---|---|---|---|"]
+def speed_figures(speeds: Speeds, names: Sequence[str], counts: Sequence[int]) -> Iterator[report.Item]:
+    installed, gathered = names
     for what in (WRITING, READING):
         for count in counts:
-            installed, gathered = (speeds[name, count, what] for name in names)
-            ratios = [b / a for a, b in zip(installed, gathered, strict=True)]
-            cells = [f"{statistics.median(it):.1f}" for it in (installed, gathered)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            lines.append(f"| {what} | {count} | {' | '.join(cells)} | {spread} |")
-    return "\n".join(lines)
+            group = f"{what}, {qmesh.plural(count, 'stream')}"
+            sides = speeds[gathered, count, what], speeds[installed, count, what]
+            yield report.ratio(f"tokens by processor, {group}", sides, "tokens/s", peer="installed", group=group)
 
 
-async def main(arguments: argparse.Namespace) -> None:
-    model = ROOT / "models" / qmesh.DEFAULT_MODEL.file_name
-    setup = peers.Setup(model, max(arguments.streams), CONTEXT, arguments.threads)
-    contents = qmesh.read_contents(arguments.archive)
-    if contents is None or qmesh.ENGINE not in contents.parts:
-        raise SystemExit(f"{arguments.archive} carries no engine")
+async def compare(arguments: argparse.Namespace, carrying: Path) -> list[report.Item]:
+    setup = peers.Setup(report.needed_model(), max(arguments.streams), CONTEXT, arguments.threads)
+    contents = qmesh.read_contents(carrying)
+    assert contents is not None
     with tempfile.TemporaryDirectory() as directory:
-        gathered = qmesh.Cache(Path(directory) / "cache").unpack(arguments.archive, contents.parts[qmesh.ENGINE])
+        gathered = qmesh.Cache(Path(directory) / "cache").unpack(carrying, contents.parts[qmesh.ENGINE])
 
         class GatheredWorker(peers.QmeshWorker):
             name = "gathered engine"
@@ -97,15 +93,22 @@ async def main(arguments: argparse.Namespace) -> None:
                 super().__init__(setup, Path(directory), gathered.path)
 
         async with peers.running(setup, GatheredWorker) as sides:
-            print(f"{model.stem}, {setup.threads} threads; {engine.machine()}", flush=True)
+            print(f"{setup.model.stem}, {qmesh.plural(setup.threads, 'thread')}", flush=True)
             speeds = await in_turn(sides, arguments.streams, arguments.rounds)
-            print(report(speeds, [side.name for side in sides], arguments.streams))
+            return list(speed_figures(speeds, [side.name for side in sides], arguments.streams))
+
+
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    yield from asyncio.run(compare(arguments, archive.one_with(arguments.archives, {qmesh.ENGINE})))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=5)
+    archive.add_archives_option(parser)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--threads", type=int, default=1)
+    return parser
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--threads", type=int, default=1)
-    asyncio.run(main(parser.parse_args()))
+    report.main("portable", make_parser(), figures)

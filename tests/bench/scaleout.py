@@ -1,6 +1,6 @@
 """What W workers do together against W times one of them, and which requests are refused while others have room.
 
-    python tests/bench/scaleout.py [--workers N ...] [--loads X ...] [--memory LOW HIGH] [--rounds N] [--json FILE]
+    python tests/bench/scaleout.py [--workers N ...] [--loads X ...] [--memory LOW HIGH] [--rounds N] [--out DIR]
 
 The workers are real (DHT over UDP, TLS over TCP, admission, health), on 127.0.0.1, and only their engine is not: each
 of its slots gives a token every TOKEN_S, and who finds no slot free waits in its queue. Their machines tell that they
@@ -19,11 +19,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import dataclasses
 import itertools
-import json
 import multiprocessing
-import platform
 import random
 import secrets
 import statistics
@@ -40,7 +37,9 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import report  # noqa: E402
 
 import qmesh  # noqa: E402
 
@@ -52,7 +51,7 @@ WORD = " word"  # the text of every token
 WARM_UP_S = 15.0  # each first request begins within the time of an answer, and then one follows
 CLIENTS = 10  # at W = 50 each has 20 requests under way, so that none knows much of the others'
 WORKER_PROCESSES = 2
-GOAL = 0.95
+HARDEST = 1.0  # of all loads; the goals are about this one
 READY_TIMEOUT_S = 120.0
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -399,6 +398,7 @@ class Figures:
         seconds, slots = seen.ended - seen.began, SLOTS * len(journals)
         slack = slack_of(list(journals.values()), seen.began, seen.ended)
         assert seen.waits_s, "nothing was answered"
+        late = [late for it in journals.values() for at, late in it.late if at > seen.began]
         fair = seen.tokens.total() / len(journals)
         told = sum(seen.began < when < seen.ended for journal in journals.values() for when in journal.statuses)
         shares = [seen.tokens[worker_id] / fair for worker_id in journals]
@@ -411,18 +411,14 @@ class Figures:
             least_share=min(shares),
             most_share=max(shares),
             wait_p50_s=statistics.median(seen.waits_s),
-            wait_p99_s=percentile(seen.waits_s, 0.99),
+            wait_p99_s=report.percentile(seen.waits_s, 0.99),
             unanswered=dict(seen.failures),
             refused=slack.refusals,
             refused_in_vain=slack.refusals_in_vain,
             statuses=told / seen.asked,
-            late_p99_s=percentile([late for it in journals.values() for at, late in it.late if at > seen.began], 0.99),
+            late_p99_s=report.percentile(late, 0.99),
             processor=processor / seconds,
         )
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
 @contextlib.contextmanager
@@ -462,88 +458,63 @@ def measure(count: int, arguments: argparse.Namespace, seed: int) -> list[Figure
     return figures
 
 
-# --- The report ---
+# --- The figures ---
 
 
 Rounds = dict[tuple[float, int], list[Figures]]
 """(load, workers): the figures of each round."""
 
 
-def ratios(rounds: Rounds, load: float, workers: int) -> list[float]:
-    """Tokens per second against those of as many workers alone, within each round."""
-    pairs = zip(rounds[load, workers], rounds[load, 1], strict=True)
-    return [many.tokens_per_s / (workers * one.tokens_per_s) for many, one in pairs]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    middle = format(statistics.median(values), form)
-    return middle if len(values) == 1 else f"{middle} ({min(values):{form}}-{max(values):{form}})"
-
-
-def row(rounds: Rounds, load: float, workers: int) -> list[str]:
+def mesh_figures(rounds: Rounds, load: float, workers: int) -> Iterator[report.Item]:
+    """Tokens per second against those of as many workers alone, and what explains them."""
     them = rounds[load, workers]
-
-    def middle(name: str) -> float:
-        return float(statistics.median(getattr(it, name) for it in them))
-
-    return [
-        f"{load:g}",
-        str(workers),
-        f"{middle('tokens_per_s'):.1f}",
-        spread(ratios(rounds, load, workers), ".3f"),
-        f"{middle('idle_share'):.1%}, {middle('free_share'):.1%}",
-        f"{middle('least_share'):.2f}, {middle('most_share'):.2f}",
-        f"{middle('wait_p50_s'):.2f}, {middle('wait_p99_s'):.2f}",
-        str(sum(sum(it.unanswered.values()) for it in them)),
-        f"{sum(it.refused for it in them)}, {sum(it.refused_in_vain for it in them)}",
-        f"{middle('statuses'):.1f}",
-        f"{1000 * middle('late_p99_s'):.0f}, {middle('processor'):.2f}",
-    ]
-
-
-def report(rounds: Rounds) -> str:
-    header = ["load", "workers", "tokens/s", f"of as many alone (goal {GOAL})", "slots idle: others waited, none did"]
-    header += ["least, most of a fair share", "wait p50, p99, s", "unanswered", "refused, others had room"]
-    header += ["statuses for a request", "tokens late p99, ms; cores of the busiest process"]
-    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines += [f"| {' | '.join(row(rounds, load, workers))} |" for load, workers in sorted(rounds)]
-    return "\n".join(lines)
+    alone = [workers * one.tokens_per_s for one in rounds[load, 1]]
+    where = f"{qmesh.plural(workers, 'worker')}, load {load:g}"
+    goal = f"scaleout.{workers}" if load == HARDEST else ""
+    speeds = [it.tokens_per_s for it in them]
+    yield report.ratio(where, (speeds, alone), "tokens/s", peer="as many alone", group=where, goal=goal)
+    for name, label, unit in (
+        ("idle_share", "slots idle while others waited", ""),
+        ("free_share", "slots idle while none waited", ""),
+        ("least_share", "worker that gave the fewest tokens, of a fair share", ""),
+        ("most_share", "worker that gave the most", ""),
+        ("wait_p50_s", "wait of an answer", "s"),
+        ("wait_p99_s", "wait, 99th in 100", "s"),
+        ("refused", "refused", "requests"),
+        ("refused_in_vain", "refused while others had room", "requests"),
+        ("statuses", "statuses for a request", ""),
+        ("late_p99_s", "tokens late for want of processor, 99th in 100", "s"),
+        ("processor", "busiest process", "cores"),
+    ):
+        yield report.Figure.of(f"{where}: {label}", [getattr(it, name) for it in them], unit)
+    unanswered = [sum(it.unanswered.values()) for it in them]
+    yield report.Figure.of(f"{where}: unanswered", unanswered, "requests")
 
 
-def to_json(rounds: Rounds) -> list[dict[str, Any]]:
-    return [
-        {"ratio": round(ratio, 4), **dataclasses.asdict(figures)}
-        for load, workers in sorted(rounds)
-        for ratio, figures in zip(ratios(rounds, load, workers), rounds[load, workers], strict=True)
-    ]
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    sizes = sorted({1, *arguments.workers})
+    rounds: Rounds = {(load, workers): [] for load in arguments.loads for workers in sizes}
+    print(f"{SLOTS} slots of {1 / TOKEN_S:g} tokens/s for each worker, {CLIENTS} clients", flush=True)
+    for turn, workers in itertools.product(range(arguments.rounds), sizes):
+        for found in measure(workers, arguments, arguments.seed + turn):
+            rounds[found.load, workers].append(found)
+            print(f"round {turn + 1}: {found}", file=sys.stderr, flush=True)
+    for load, workers in sorted(rounds):
+        if workers > 1:
+            yield from mesh_figures(rounds, load, workers)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 5, 10, 20, 50])
     parser.add_argument("--loads", type=float, nargs="+", default=[0.5, 1.0, 1.5])
     parser.add_argument(
         "--memory", type=float, nargs=2, default=[0.0, 0.0], metavar=("LOW", "HIGH"), help="per cent in use on machines"
     )
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=30.0, help="that are measured at each load")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    sizes = sorted({1, *arguments.workers})
-    rounds: Rounds = {(load, workers): [] for load in arguments.loads for workers in sizes}
-    for turn, workers in itertools.product(range(arguments.rounds), sizes):
-        for figures in measure(workers, arguments, arguments.seed + turn):
-            rounds[figures.load, workers].append(figures)
-            print(f"round {turn + 1}: {figures}", file=sys.stderr, flush=True)
-    machine = f"{platform.system()} {platform.machine()}, {psutil.cpu_count(logical=False)} cores"
-    sides = f"{SLOTS} slots of {1 / TOKEN_S:g} tokens/s for each worker, {CLIENTS} clients"
-    sides += ", {:g} to {:g} % of memory in use".format(*arguments.memory)
-    lasted = f"{qmesh.plural(arguments.rounds, 'round')} of {arguments.seconds:g} s"
-    print(f"{machine}; {sides}; {lasted}, seed {arguments.seed}\n\n{report(rounds)}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(to_json(rounds), indent=1) + "\n", "utf-8")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    report.main("scaleout", make_parser(), figures)

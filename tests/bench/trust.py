@@ -1,6 +1,6 @@
 """What trust costs: keys, handshakes, TLS on a stream, memory for strangers, and what slow strangers do to others.
 
-    python tests/bench/trust.py [PART ...] [--rounds N] [--model FILE]
+    python tests/bench/trust.py [PART ...] [--rounds N] [--model FILE] [--out DIR]
 
 The parts are mint, handshake, stream, memory and slow; all, where none is named. Sides that are compared take turns
 within each round, each in a process of its own. There is no mode without TLS to compare with: `without_tls` makes one.
@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import resource
 import secrets
 import socket
@@ -41,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)]
 
 import harness  # noqa: E402
+import report  # noqa: E402
 import scripted_worker  # noqa: E402
 
 import qmesh  # noqa: E402
@@ -53,7 +53,6 @@ FRAMES = 20_000
 FIRST_STRANGERS, STRANGERS = 50, 200  # the first fill what is free; all are fewer than MAX_UNTRUSTED
 SETTLE_S = 0.7
 ALL_BY_MALLOC = {"PYTHONMALLOC": "malloc"}  # so that nothing is taken in blocks of a megabyte
-MEMORY_GOAL_KIB = 64
 ATTACKERS = 1000
 BEAT_S = 0.2  # a byte of an attacker
 WARM_UP_S = 3.0  # the burst that is allowed at first is over
@@ -72,25 +71,7 @@ UNRATED: dict[str, float] = {"HANDSHAKE_BURST": 1e9, "ALL_HANDSHAKES_BURST": 1e9
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
-    sys.stdout.flush()
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    middle = f"{statistics.median(values):.{digits}f}"
-    return f"{middle} ({min(values):.{digits}f}-{max(values):.{digits}f})"
-
-
-def machine() -> str:
-    cores, threads = psutil.cpu_count(logical=False), psutil.cpu_count()
-    python = f"Python {platform.python_version()}, {ssl.OPENSSL_VERSION}"
-    return f"{platform.system()} {platform.machine()}, {cores} cores, {threads} hardware threads; {python}"
+    print(f"\n{report.table(header, rows)}", flush=True)
 
 
 # --- Children: each answers a line of JSON with a line of JSON; the first line says that it is ready ---
@@ -243,14 +224,14 @@ def mint_in_parts() -> dict[str, float]:
     return watch.laps
 
 
-def part_mint(arguments: argparse.Namespace) -> None:
+def part_mint(arguments: argparse.Namespace) -> Iterator[report.Item]:
     laps: dict[str, list[float]] = {}
     for whole in [False, True] * MINTS:
         with Child("mint", whole=whole) as child:
             for name, ms in child.ready.items():
                 laps.setdefault(name, []).append(ms)
-    rows = [[name, spread(times, 2)] for name, times in laps.items()]
-    markdown(["minting, in a fresh process", f"ms, median of {MINTS} (from-to)"], rows)
+    for name, times in laps.items():
+        yield report.Figure.of(f"minting in a fresh process: {name}", times, "ms")
 
 
 async def child_mint(*, whole: bool) -> None:
@@ -297,7 +278,7 @@ async def dial_without(address: qmesh.Address, own: qmesh.Identity) -> float:
     return took
 
 
-async def handshakes(servers: Mapping[str, Child]) -> None:
+async def handshakes(servers: Mapping[str, Child]) -> list[report.Item]:
     own = identity()
     dials = {"TLS": dial_with_tls, "plain": dial_without}
     times: dict[str, list[float]] = {side: [] for side in SIDES}
@@ -312,17 +293,18 @@ async def handshakes(servers: Mapping[str, Child]) -> None:
             times[side].append(await dials[side](tuple(servers[side].ready), own))
     for side in SIDES:
         cpu[side].append(servers[side].ask()["cpu_s"])
-    rows = []
-    for side in SIDES:
-        used = 1000 * (cpu[side][1] - cpu[side][0]) / HANDSHAKES
-        p99 = percentile(times[side], 0.99)
-        rows.append([side, f"{statistics.median(times[side]):.2f}", f"{p99:.2f}", f"{used:.2f}"])
-    markdown(["connect and greet", "median, ms", f"p99 of {HANDSHAKES}, ms", "server's processor, ms"], rows)
+    spent = {side: 1000 * (after - before) / HANDSHAKES for side, (before, after) in cpu.items()}
+    sides = [times[side] for side in SIDES]
+    group = "connect and greet"
+    return [
+        report.ratio(group, sides, "ms", peer="without TLS", group=group),
+        *(report.Figure.of(f"{group}, {side}: server's processor", [ms], "ms") for side, ms in spent.items()),
+    ]
 
 
-def part_handshake(arguments: argparse.Namespace) -> None:
+def part_handshake(arguments: argparse.Namespace) -> Iterator[report.Item]:
     with Child("serve", limits=UNRATED) as ours, Child("greeter") as plain:
-        asyncio.run(handshakes({"TLS": ours, "plain": plain}))
+        yield from asyncio.run(handshakes({"TLS": ours, "plain": plain}))
 
 
 # --- 3  TLS on a stream ---
@@ -494,11 +476,6 @@ def question(prompts: Sequence[str], tokens: int, *, fresh: bool = False) -> dic
     return {"prompts": prompts, "tokens": tokens, "fresh": fresh}
 
 
-def ratio(figures: Mapping[str, Streamed]) -> str:
-    pairs = zip(figures["TLS"].speeds, figures["plain"].speeds, strict=True)
-    return f"{statistics.median(tls / plain for tls, plain in pairs):.3f}"
-
-
 @contextlib.contextmanager
 def real_sides(directory: Path, model: Path) -> Iterator[dict[str, Child]]:
     """A worker and a client of each side."""
@@ -516,7 +493,7 @@ def real_sides(directory: Path, model: Path) -> Iterator[dict[str, Child]]:
         yield clients
 
 
-def real_streams(model: Path, rounds: int) -> None:
+def real_streams(model: Path, rounds: int) -> Iterator[report.Item]:
     figures = {(side, count): Streamed() for side in SIDES for count in STREAMS}
     numbers = itertools.count(1)
     with tempfile.TemporaryDirectory() as directory, real_sides(Path(directory), model) as clients:
@@ -527,18 +504,19 @@ def real_streams(model: Path, rounds: int) -> None:
                 if turn >= 0:
                     figures[side, count].add(told)
                     figures[side, count].fresh_ms += [wait for one in fresh for wait in one["first_ms"]]
-    rows = []
     for count in STREAMS:
-        here = {side: figures[side, count] for side in SIDES}
-        for side, it in here.items():
-            versus = ratio(here) if side == "TLS" else ""
-            waits = [f"{statistics.median(waits):.1f}" for waits in (it.waits_ms, it.fresh_ms)]
-            rows.append([side, str(count), spread(it.speeds), versus, *waits, f"{statistics.median(it.client_us):.0f}"])
-    header = ["side", "streams", "tokens/s (from-to)", "TLS / plain", "first token, warm, ms", "fresh connection, ms"]
-    markdown([*header, "client's processor, us a token"], rows)
+        tls, plain = (figures[side, count] for side in SIDES)
+        group = qmesh.plural(count, "stream")
+        yield report.ratio(
+            f"tokens/s, {group}", (tls.speeds, plain.speeds), "tokens/s", peer="without TLS", group=group
+        )
+        for side, it in {"TLS": tls, "without TLS": plain}.items():
+            yield report.Figure.of(f"first token, warm, {side}, {group}", it.waits_ms, "ms")
+            yield report.Figure.of(f"first token, fresh connection, {side}, {group}", it.fresh_ms, "ms")
+            yield report.Figure.of(f"client's processor for a token, {side}, {group}", it.client_us, "us")
 
 
-def scripted_streams(rounds: int) -> None:
+def scripted_streams(rounds: int) -> Iterator[report.Item]:
     figures = {side: Streamed() for side in SIDES}
     with tempfile.TemporaryDirectory() as state, contextlib.ExitStack() as stack:
         workers, clients = {}, {}
@@ -553,17 +531,17 @@ def scripted_streams(rounds: int) -> None:
                 if turn >= 0:
                     figures[side].add(told)
                     figures[side].worker_us.append(1e6 * (workers[side].ask()["cpu_s"] - before) / FRAMES)
-    rows = []
-    for side, it in figures.items():
-        cpu = [f"{statistics.median(used):.1f}" for used in (it.worker_us, it.client_us)]
-        rows.append([side, spread(it.speeds, 0), ratio(figures) if side == "TLS" else "", *cpu])
-    header = [f"{FRAMES:,} scripted frames", "frames/s (from-to)", "TLS / plain"]
-    markdown([*header, "worker's processor, us a frame", "client's processor, us a frame"], rows)
+    tls, plain = (figures[side] for side in SIDES)
+    group = f"{FRAMES:,} scripted frames"
+    yield report.ratio(group, (tls.speeds, plain.speeds), "frames/s", peer="without TLS", group=group)
+    for side, it in {"TLS": tls, "without TLS": plain}.items():
+        yield report.Figure.of(f"worker's processor for a frame, {side}", it.worker_us, "us")
+        yield report.Figure.of(f"client's processor for a frame, {side}", it.client_us, "us")
 
 
-def part_stream(arguments: argparse.Namespace) -> None:
-    real_streams(arguments.model, arguments.rounds)
-    scripted_streams(arguments.rounds)
+def part_stream(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    yield from real_streams(report.needed_model(arguments.model), arguments.rounds)
+    yield from scripted_streams(arguments.rounds)
 
 
 # --- 4  Memory for those who are not trusted yet ---
@@ -684,16 +662,12 @@ def memory_of(state: Callable[[Stranger], None]) -> dict[str, float]:
     return {**each, "after gc": tidied, "left": left / 1024, "served": served}
 
 
-def part_memory(arguments: argparse.Namespace) -> None:
-    rows = []
+def part_memory(arguments: argparse.Namespace) -> Iterator[report.Item]:
     for name, state in STATES.items():
-        found = [memory_of(state) for _ in range(3)]
-        middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-        kib = [f"{middle[key]:.1f}" for key in ("allocated", "uss", "after gc", "rss")]
-        kib += [f"{middle['left']:+.0f}", f"{middle['served']:.0f}"]
-        rows.append([name, *kib, "yes" if middle["uss"] <= MEMORY_GOAL_KIB else "NO"])
-    header = [f"{STRANGERS} strangers", "KiB each: allocated", "by USS", "by USS after gc", "by RSS"]
-    markdown([*header, "USS when all are gone, KiB", "served", f"at most {MEMORY_GOAL_KIB} KiB"], rows)
+        found = [memory_of(state) for _ in range(arguments.rounds)]
+        for key in found[0]:
+            unit = "strangers" if key == "served" else "KiB"
+            yield report.Figure.of(f"{STRANGERS} strangers, {name}: {key}", [one[key] for one in found], unit)
 
 
 # --- 5  Slow strangers ---
@@ -898,13 +872,13 @@ def slow_row(it: Situation, quiet: Situation) -> list[str]:
     more = [one - other for one, other in zip(longest, calm, strict=True)]
     lost = f", lost {it.lost} of {len(longest)} times" if it.lost else ""
     every = [gap for gaps in it.gaps_ms for gap in gaps]
-    gap = [f"{statistics.median(every):.1f}", f"{percentile(every, 0.99):.1f}", spread(longest)]
-    added = "" if it is quiet else f"{spread(more)} {'yes' if max(more) <= GAP_GOAL_MS else 'NO'}"
+    gap = [f"{statistics.median(every):.1f}", f"{report.percentile(every, 0.99):.1f}", report.spread(longest)]
+    added = "" if it is quiet else f"{report.spread(more)} {'yes' if max(more) <= GAP_GOAL_MS else 'NO'}"
     attack = [f"{statistics.median(each):.1f}" if each else "" for each in (it.tries_per_s, it.attack_cpu)]
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in it.dropped.most_common())
     tries = len(it.arrivals_ms) + it.turned_away.total()
     why = "".join(f", {count} {name}" for name, count in it.turned_away.items())
-    ms = f", {spread(it.arrivals_ms)} ms" if it.arrivals_ms else ""
+    ms = f", {report.spread(it.arrivals_ms)} ms" if it.arrivals_ms else ""
     return [
         it.name,
         *gap,
@@ -925,7 +899,7 @@ def slow_table(situations: Sequence[Situation]) -> None:
     )
 
 
-async def besiege(mesh: harness.Mesh, rounds: int) -> None:
+async def besiege(mesh: harness.Mesh, rounds: int) -> list[Situation]:
     worker = Besieged(mesh)
     await worker.open()
     await worker.gaps()  # to warm up
@@ -937,20 +911,28 @@ async def besiege(mesh: harness.Mesh, rounds: int) -> None:
             print(f"round {turn + 1}: {it.name}: longest gap {max(it.gaps_ms[-1]):.1f} ms", file=sys.stderr)
         slow_table(situations)
     await worker.close()
+    return situations
 
 
-def part_slow(arguments: argparse.Namespace) -> None:
+def slow_figures(situations: Sequence[Situation]) -> Iterator[report.Item]:
+    for it in situations:
+        yield report.Figure.of(f"longest gap, {it.name}", [max(gaps) for gaps in it.gaps_ms], "ms")
+        if it.arrivals_ms:
+            yield report.Figure.of(f"newcomers let in, {it.name}", it.arrivals_ms, "ms")
+
+
+def part_slow(arguments: argparse.Namespace) -> Iterator[report.Item]:
     allow_files()
     with tempfile.TemporaryDirectory() as directory:
         program = changed_program(Path(directory), "trust.count_hosts()")
         with harness.Mesh(Path(directory), arguments.model, program) as mesh:
-            asyncio.run(besiege(mesh, arguments.rounds))
+            yield from slow_figures(asyncio.run(besiege(mesh, arguments.rounds)))
 
 
 # --- Command line ---
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[report.Item]]] = {
     "mint": part_mint,
     "handshake": part_handshake,
     "stream": part_stream,
@@ -973,18 +955,18 @@ def be_child() -> None:
     asyncio.run(CHILDREN[role](**json.loads(arguments)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--model", type=Path, default=ROOT / "models" / qmesh.DEFAULT_MODEL.file_name)
-    arguments = parser.parse_args()
-    if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(unknown)}")
-    print(f"{machine()}; {arguments.model.stem}, {arguments.rounds} rounds")
+def figures(arguments: argparse.Namespace) -> Iterator[report.Item]:
+    print(ssl.OPENSSL_VERSION, flush=True)
     for part in arguments.parts or PARTS:
-        PARTS[part](arguments)
+        yield from PARTS[part](arguments)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = report.parser(__doc__, rounds=5)
+    parser.add_argument("parts", nargs="*", metavar="PART", type=report.one_of(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--model", type=Path, default=report.MODEL)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    report.main("trust", make_parser(), figures)
