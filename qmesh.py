@@ -104,6 +104,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -351,50 +352,6 @@ MAX_NEAR_NAMES: Final = 3  # that are told of where a name is mistyped
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a process was told: flags first, then environment, then defaults (see `Settings.resolve`).
-
-    host: address to bind and to beacon on; "" means every interface. port: 0 takes a free one; None takes
-    DEFAULT_PORT, or a free one where that is taken.
-    peers: "HOST", "HOST:PORT" or "[IPV6]:PORT". state_dir: None means the platform's own place.
-    key: the path of a file with the mesh's key, or the key as text; None takes the one that is sealed into the
-    program, and where there is none the mesh is open.
-    http: where a gateway listens; of its port, None takes DEFAULT_HTTP_PORT, or a free one where that is taken.
-    metrics: where a worker tells its metrics, if it is to.
-    api_key: the path of a file with those that open a gateway, or one as text.
-    """
-
-    host: str = ""
-    port: int | None = None
-    peers: tuple[str, ...] = ()
-    topic: str = DEFAULT_TOPIC
-    key: str | None = field(default=None, repr=False)
-    state_dir: str | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    stall_s: float = DEFAULT_STALL_S
-    log_level: str = "warning"
-    model: str | None = None
-    gpu_layers: int | None = None
-    http: tuple[str, int | None] = (LOOPBACK, None)
-    metrics: tuple[str, int] | None = None
-    api_key: str | None = field(default=None, repr=False)
-
-    @classmethod
-    def resolve(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
-        """Combine command-line flags (absent or None when not given) with the environment.
-
-        Raises ValueError, naming the flag or variable, when a value cannot be used.
-        """
-        chosen: dict[str, Any] = {}
-        for name, (flag, variable, parse) in _SETTING_SOURCES.items():
-            if flags.get(name) is not None:
-                chosen[name] = _parse_setting(flag, parse, flags[name])
-            elif environ.get(variable, "").strip() or (name in ("key", "api_key") and variable in environ):
-                chosen[name] = _parse_setting(variable, parse, environ[variable].strip())
-        return cls(**chosen)
-
-
 def _parse_setting(source: str, parse: Callable[[Any], Any], value: Any) -> Any:
     try:
         return parse(value)
@@ -529,23 +486,132 @@ def _parse_listen(usual: int, value: Any) -> tuple[str, int]:
     return _parse_host(LOOPBACK if host == "localhost" else host), port
 
 
-# Setting: (flag, environment variable, parser).
-_SETTING_SOURCES: Final[dict[str, tuple[str, str, Callable[[Any], Any]]]] = {
-    "host": ("--host", "QMESH_HOST", _parse_host),
-    "port": ("--port", "QMESH_PORT", _parse_port),
-    "peers": ("--peer", "QMESH_PEERS", _parse_peers),
-    "topic": ("--topic", "QMESH_TOPIC", _parse_topic),
-    "key": ("--key", "QMESH_KEY", _parse_key),
-    "state_dir": ("--state-dir", "QMESH_STATE_DIR", str),
-    "timeout_s": ("--timeout", "QMESH_TIMEOUT", _parse_timeout),
-    "stall_s": ("--stall-timeout", "QMESH_STALL_TIMEOUT", _parse_stall),
-    "log_level": ("--log-level", "QMESH_LOG", _parse_log_level),
-    "model": ("--model", "QMESH_MODEL", _parse_model),
-    "gpu_layers": ("--gpu-layers", "GPU_LAYERS", _parse_gpu_layers),
-    "http": ("--http", "QMESH_HTTP", functools.partial(_parse_listen, DEFAULT_HTTP_PORT)),
-    "metrics": ("--metrics", "QMESH_METRICS", functools.partial(_parse_listen, DEFAULT_METRICS_PORT)),
-    "api_key": ("--api-key", "QMESH_API_KEY", _parse_key),
-}
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a command line tells the value of a field.
+
+    shown: what stands behind the flag. help: what it means and, at its end in (), what holds where it is not told.
+    """
+
+    flag: str
+    shown: str
+    help: str
+    repeatable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Setting(Option):
+    """How a field of `Settings` is told. parse: what is told to what is kept; raises ValueError.
+
+    group: a command that takes one setting of a group takes all of them (`add_settings`). secret: it is never shown,
+    and a variable that is set and empty is a mistake, as what it is to close would be open without a word.
+    """
+
+    group: str
+    variable: str
+    parse: Callable[[Any], Any]
+    secret: bool
+
+
+def _setting(
+    group: str, default: Any, flag: str, variable: str, parse: Callable[[Any], Any], help_: str, *, secret: bool = False
+) -> Any:
+    """A field of `Settings`; `flag` is shown with what stands behind it."""
+    flag, _, shown = flag.partition(" ")
+    told = Setting(flag, shown, help_, default == (), group, variable, parse, secret)
+    return field(default=default, repr=not secret, metadata={"told": told})
+
+
+# A setting is of one of these groups.
+_GROUPS: Final = ("common", "network", "deadline", "stall", "model", "worker", "gateway")
+_common, _network, _deadline, _stall, _model, _worker, _gateway = (
+    functools.partial(_setting, group) for group in _GROUPS
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a process was told: flags first, then environment, then defaults (see `Settings.resolve`).
+
+    Each is declared here alone: its commands' flag and help, its variable and the README's reference come from here.
+    port, and that of http: 0 takes a free one; None the usual one, or a free one where that is taken. key, api_key: the
+    path of a file, or the key as text.
+    """
+
+    host: str = _network(
+        "", "--host ADDRESS", "QMESH_HOST", _parse_host, "bind to this address of the machine and no other (all)"
+    )
+    port: int | None = _worker(
+        None, "--port N", "QMESH_PORT", _parse_port, f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)"
+    )
+    peers: tuple[str, ...] = _network(
+        (), "--peer HOST[:PORT]", "QMESH_PEERS", _parse_peers, "ask here too; repeatable (none)"
+    )
+    topic: str = _network(
+        DEFAULT_TOPIC, "--topic NAME", "QMESH_TOPIC", _parse_topic, f"the mesh's name ({DEFAULT_TOPIC})"
+    )
+    key: str | None = _network(
+        None, "--key FILE", "QMESH_KEY", _parse_key, "the mesh's key (the sealed one, or an open mesh)", secret=True
+    )
+    state_dir: str | None = _network(
+        None, "--state-dir DIR", "QMESH_STATE_DIR", str, "where ids and remembered peers are kept (the system's place)"
+    )
+    timeout_s: float = _deadline(
+        DEFAULT_TIMEOUT_S, "--timeout S", "QMESH_TIMEOUT", _parse_timeout, f"seconds allowed ({DEFAULT_TIMEOUT_S:g})"
+    )
+    stall_s: float = _stall(
+        DEFAULT_STALL_S,
+        "--stall-timeout S",
+        "QMESH_STALL_TIMEOUT",
+        _parse_stall,
+        f"give up a worker that is silent for so many seconds, at least {MIN_STALL_S:g} ({DEFAULT_STALL_S:g})",
+    )
+    log_level: str = _common(
+        "warning", "--log-level LEVEL", "QMESH_LOG", _parse_log_level, f"one of {', '.join(LOG_LEVELS)} (warning)"
+    )
+    model: str | None = _model(None, "--model NAME", "QMESH_MODEL", _parse_model, "only workers with this model (any)")
+    gpu_layers: int | None = _worker(
+        None, "--gpu-layers N", "GPU_LAYERS", _parse_gpu_layers, "layers on the GPU: -1 all, 0 none (as detected)"
+    )
+    http: tuple[str, int | None] = _gateway(
+        (LOOPBACK, None),
+        "--http [HOST:]PORT",
+        "QMESH_HTTP",
+        functools.partial(_parse_listen, DEFAULT_HTTP_PORT),
+        f"listen here ({LOOPBACK}:{DEFAULT_HTTP_PORT}, or a free port)",
+    )
+    metrics: tuple[str, int] | None = _worker(
+        None,
+        "--metrics [HOST:]PORT",
+        "QMESH_METRICS",
+        functools.partial(_parse_listen, DEFAULT_METRICS_PORT),
+        f"tell Prometheus here, as at {DEFAULT_METRICS_PORT} (nowhere)",
+    )
+    api_key: str | None = _gateway(
+        None,
+        "--api-key FILE",
+        "QMESH_API_KEY",
+        _parse_key,
+        f"keys that open it, one a line; needed beyond {LOOPBACK} (none)",
+        secret=True,
+    )
+
+    @classmethod
+    def resolve(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+        """Combine command-line flags (absent or None when not given) with the environment.
+
+        Raises ValueError, naming the flag or variable, when a value cannot be used.
+        """
+        chosen: dict[str, Any] = {}
+        for name, told in SETTINGS.items():
+            if flags.get(name) is not None:
+                chosen[name] = _parse_setting(told.flag, told.parse, flags[name])
+            elif environ.get(told.variable, "").strip() or (told.secret and told.variable in environ):
+                chosen[name] = _parse_setting(told.variable, told.parse, environ[told.variable].strip())
+        return cls(**chosen)
+
+
+SETTINGS: Final[dict[str, Setting]] = {each.name: each.metadata["told"] for each in fields(Settings)}
 
 
 # ======================================================================================================
@@ -829,47 +895,6 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen and when to stop. temperature 0 is greedy; seed None is drawn by the client.
-
-    top_k 0 and min_p 0 turn those filters off; repeat_penalty 1 is none. json_schema: the text is made to
-    match it; {} means any JSON.
-    """
-
-    max_tokens: int = DEFAULT_MAX_TOKENS
-    temperature: float = 0.8
-    top_p: float = 0.95
-    top_k: int = 40
-    min_p: float = 0.05
-    repeat_penalty: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    json_schema: Json | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in _SAMPLING_RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InvalidRequest(f"{name} must be from {low} to {high}, not {value}")
-        if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
-            raise InvalidRequest(f"stop takes up to {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARS} characters")
-
-    def to_json(self) -> Json:
-        body = {f.name: getattr(self, f.name) for f in fields(self)}
-        body["stop"] = list(self.stop)
-        return {name: value for name, value in body.items() if value is not None}
-
-    @classmethod
-    def from_json(cls, body: Any) -> Sampling:
-        if not isinstance(body, dict):
-            raise InvalidRequest("params must be an object")
-        unknown = sorted(set(body) - {f.name for f in fields(cls)})
-        if unknown:
-            raise InvalidRequest(f"unknown parameter: {', '.join(map(printable, unknown))}")
-        return cls(**{name: _SAMPLING_TYPES[name](name, value) for name, value in body.items() if value is not None})
-
-
 def printable(value: Any, limit: int = MAX_SHOWN_CHARS) -> str:
     """What a peer sent, fit to be shown: cut, and without what could steer a terminal."""
     shown = type(value).__name__ if isinstance(value, (list, dict)) else str(value)  # those may be nested deeply
@@ -936,26 +961,87 @@ def _object(name: str, value: Any) -> Json:
     return value
 
 
-_SAMPLING_TYPES: Final[dict[str, Callable[[str, Any], Any]]] = {
-    "max_tokens": _integer,
-    "temperature": _number,
-    "top_p": _number,
-    "top_k": _integer,
-    "min_p": _number,
-    "repeat_penalty": _number,
-    "seed": _integer,
-    "stop": _texts,
-    "json_schema": _object,
-}
-_SAMPLING_RANGES: Final[dict[str, tuple[float, float]]] = {
-    "max_tokens": (1, MAX_TOKENS_LIMIT),
-    "temperature": (0, 100),
-    "top_p": (0, 1),
-    "top_k": (0, MAX_TOKENS_LIMIT),
-    "min_p": (0, 1),
-    "repeat_penalty": (0.01, 100),
-    "seed": (0, MAX_SEED),
-}
+_Reader = Callable[[str, Any], Any]
+_Limits = tuple[float, float] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter(Option):
+    """How a field of `Sampling` is told. read: what JSON has by that name to what is kept; raises InvalidRequest.
+
+    limits: the least and the most, of numbers. api: its names in OpenAI's API; None: the field's own.
+    """
+
+    read: _Reader
+    limits: _Limits
+    api: tuple[str, ...] | None
+
+
+def _sampling(
+    default: Any, flag: str, read: _Reader, limits: _Limits, about: str, *, api: tuple[str, ...] | None = None
+) -> Any:
+    """A field of `Sampling`; `flag` is shown with what stands behind it."""
+    flag, _, shown = flag.partition(" ")
+    help_ = about if default is None or default == () else f"{about} ({default})"
+    return field(default=default, metadata={"told": Parameter(flag, shown, help_, default == (), read, limits, api)})
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen and when to stop. temperature 0 is greedy; seed None is drawn by the client.
+
+    Each is declared here alone; what it does is said in section 16. json_schema: {} means any JSON.
+    """
+
+    max_tokens: int = _sampling(
+        DEFAULT_MAX_TOKENS,
+        "--max-tokens N",
+        _integer,
+        (1, MAX_TOKENS_LIMIT),
+        "at most so many",
+        api=("max_tokens", "max_completion_tokens"),
+    )
+    temperature: float = _sampling(0.8, "--temperature T", _number, (0, 100), "0 is greedy")
+    top_p: float = _sampling(0.95, "--top-p P", _number, (0, 1), "of the likeliest, as many as have this share of all")
+    top_k: int = _sampling(40, "--top-k K", _integer, (0, MAX_TOKENS_LIMIT), "of the likeliest, so many; 0 is all")
+    min_p: float = _sampling(0.05, "--min-p P", _number, (0, 1), "none less likely than this share of the likeliest")
+    repeat_penalty: float = _sampling(1.0, "--repeat-penalty R", _number, (0.01, 100), "over 1 it repeats itself less")
+    seed: int | None = _sampling(
+        None, "--sample-seed N", _integer, (0, MAX_SEED), "the same seed, the same answer (drawn)"
+    )
+    stop: tuple[str, ...] = _sampling((), "--stop TEXT", _texts, None, "end the answer before this; repeatable (none)")
+    json_schema: Json | None = _sampling(  # noqa: RUF009 - it makes a field
+        None, "--json-schema FILE", _object, None, "make the answer match this schema (none)", api=()
+    )
+
+    def __post_init__(self) -> None:
+        for name, told in PARAMETERS.items():
+            value, limits = getattr(self, name), told.limits
+            if limits is not None and value is not None and not limits[0] <= value <= limits[1]:
+                raise InvalidRequest(f"{name} must be from {limits[0]} to {limits[1]}, not {value}")
+        if len(self.stop) > MAX_STOP_STRINGS or any(not 0 < len(s) <= MAX_STOP_CHARS for s in self.stop):
+            raise InvalidRequest(f"stop takes up to {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARS} characters")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether a token's likelihood depends on those before it, besides the model's word."""
+        return self.repeat_penalty != 1
+
+    def to_json(self) -> Json:
+        body = {name: getattr(self, name) for name in PARAMETERS} | {"stop": list(self.stop)}
+        return {name: value for name, value in body.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, body: Any) -> Sampling:
+        if not isinstance(body, dict):
+            raise InvalidRequest("params must be an object")
+        unknown = sorted(set(body) - set(PARAMETERS))
+        if unknown:
+            raise InvalidRequest(f"unknown parameter: {', '.join(map(printable, unknown))}")
+        return cls(**{name: PARAMETERS[name].read(name, value) for name, value in body.items() if value is not None})
+
+
+PARAMETERS: Final[dict[str, Parameter]] = {each.name: each.metadata["told"] for each in fields(Sampling)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1321,10 +1407,10 @@ def reach(address: Address) -> int:
 # 4  Wire
 #
 # Rule 1: parsers take bytes and return values or raise WireError, and nothing else escapes them.
-# Rule 2: a datagram is  b"QM" | version | 16-byte MAC | compact JSON, at most 1,200 bytes. Its fields are
-# listed once, in `DATAGRAMS` (which fields a type has) and `_FIELDS` (how a field is written).
+# Rule 2: a datagram is  b"QM" | version | 16-byte MAC | compact JSON, at most 1,200 bytes. Its types are
+# declared in `DATAGRAMS`, its fields in `_FIELDS`; `Responder` and `DhtEngine` (9) hold a handler for each type.
 # Rule 3: a TCP frame is a 4-byte big-endian length and that many bytes of UTF-8 JSON, an object with a
-# "type"; the types are listed in `FRAMES`.
+# "type"; the types are declared in `FRAMES`, and what a client sends has its handler in `Session` (19).
 # ======================================================================================================
 
 DATAGRAM_MAGIC: Final = b"QM" + bytes([PROTOCOL_VERSION])
@@ -1336,42 +1422,66 @@ NODES_KEPT_FREE: Final = 3  # in a reply with records, so that a lookup can go o
 NODE_CHARS: Final = 68  # the longest packed contact (IPv6) in base64
 MIN_RECORD_CHARS: Final = 72  # the shortest packed record (IPv4, no name) in base64
 
-# Type: (fields it must have, fields it may have).
-DATAGRAMS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "ping": ((), ()),
-    "find_node": (("target",), ()),
-    "find_workers": (("topic",), ("after",)),
-    "announce": (("topic", "token", "record"), ()),
-    "withdraw": (("topic", "token"), ()),
-    "beacon": (("topic",), ("known",)),
-    "pong": ((), ("record",)),
-    "nodes": (("nodes", "token"), ()),
-    "workers": (("nodes", "records", "total", "token"), ("next",)),
-    "ok": ((), ("token",)),
-    "error": (("code",), ()),
+
+@dataclass(frozen=True, slots=True)
+class DatagramType:
+    """What a datagram of one type holds, by names of `_FIELDS`.
+
+    replies: the types that answer a request. pad_to: the size of a request, and so the most that its reply may have.
+    """
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    replies: tuple[str, ...] = ()
+    pad_to: int = SMALL_REQUEST_BYTES
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+DATAGRAMS: Final = {
+    "ping": DatagramType(replies=("pong",)),
+    "find_node": DatagramType(("target",), replies=("nodes",), pad_to=MAX_DATAGRAM_BYTES),
+    "find_workers": DatagramType(("topic",), ("after",), replies=("workers",), pad_to=MAX_DATAGRAM_BYTES),
+    "announce": DatagramType(("topic", "token", "record"), replies=("ok", "error")),
+    "withdraw": DatagramType(("topic", "token"), replies=("ok", "error")),
+    "beacon": DatagramType(("topic",), ("known",), replies=("pong",)),
+    "pong": DatagramType((), ("record",)),
+    "nodes": DatagramType(("nodes", "token")),
+    "workers": DatagramType(("nodes", "records", "total", "token"), ("next",)),
+    "ok": DatagramType((), ("token",)),
+    "error": DatagramType(("code",)),
 }
-REQUESTS: Final = frozenset({"ping", "find_node", "find_workers", "announce", "withdraw", "beacon"})
+REQUESTS: Final = frozenset(kind for kind, told in DATAGRAMS.items() if told.replies)
 DATAGRAM_ERRORS: Final = ("token", "quota", "record")
 
-FRAMES: Final = frozenset(
-    {
-        "hello",
-        "welcome",
-        "status",
-        "status_response",
-        "prompt",
-        "embed",
-        "inference_queued",
-        "inference_alive",
-        "inference_token",
-        "inference_result",
-        "embedding_result",
-        "inference_error",
-        "cancel",
-        "dial_back",
-        "dialled",
-    }
-)
+
+@dataclass(frozen=True, slots=True)
+class FrameType:
+    """Who sends a frame of one type. last: nothing follows it for its request."""
+
+    sender: str
+    last: bool = False
+
+
+FRAMES: Final = {
+    "hello": FrameType("dialler"),
+    "welcome": FrameType("listener"),
+    "status": FrameType("client"),
+    "prompt": FrameType("client"),
+    "embed": FrameType("client"),
+    "cancel": FrameType("client"),
+    "dial_back": FrameType("client"),
+    "status_response": FrameType("worker"),
+    "dialled": FrameType("worker"),
+    "inference_queued": FrameType("worker"),
+    "inference_alive": FrameType("worker"),
+    "inference_token": FrameType("worker"),
+    "inference_result": FrameType("worker", last=True),
+    "embedding_result": FrameType("worker", last=True),
+    "inference_error": FrameType("worker", last=True),
+}
 ERROR_CODES: Final = (
     "overloaded",
     "draining",
@@ -1557,27 +1667,39 @@ def _decode_token(data: bytes) -> bytes:
     return data
 
 
-# Field: (value to bytes, bytes to value); written in base64. Those that are not binary stand below.
-_BINARY_FIELDS: Final[dict[str, tuple[Callable[[Any], bytes], Callable[[bytes], Any]]]] = {
-    "target": (bytes, _decode_id),
-    "topic": (bytes, _decode_id),
-    "after": (bytes, _decode_id),
-    "next": (bytes, _decode_id),
-    "token": (bytes, _decode_token),
-    "record": (pack_record, _one_record),
-    "nodes": (pack_contacts, unpack_contacts),
-    "records": (pack_records, unpack_records),
+def _decode_count(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 32:
+        raise WireError("a count that makes no sense")
+    return value
+
+
+def _decode_code(value: Any) -> Any:
+    if value not in DATAGRAM_ERRORS:
+        raise WireError("a code that is not known")
+    return value
+
+
+_Written = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+
+def _base64(pack: Callable[[Any], bytes], unpack: Callable[[bytes], Any]) -> _Written:
+    return lambda value: base64.b64encode(pack(value)).decode(), lambda value: unpack(_decode_binary(value))
+
+
+# Field: (value to JSON, JSON to value); the latter raises WireError.
+_FIELDS: Final[dict[str, _Written]] = {
+    "target": _base64(bytes, _decode_id),
+    "topic": _base64(bytes, _decode_id),
+    "after": _base64(bytes, _decode_id),
+    "next": _base64(bytes, _decode_id),
+    "token": _base64(bytes, _decode_token),
+    "record": _base64(pack_record, _one_record),
+    "nodes": _base64(pack_contacts, unpack_contacts),
+    "records": _base64(pack_records, unpack_records),
+    "total": (int, _decode_count),
+    "known": (int, _decode_count),
+    "code": (str, _decode_code),
 }
-
-
-def _decode_field(name: str, value: Any) -> Any:
-    if name in _BINARY_FIELDS:
-        return _BINARY_FIELDS[name][1](_decode_binary(value))
-    if name in ("total", "known") and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32:
-        return value
-    if name == "code" and value in DATAGRAM_ERRORS:
-        return value
-    raise WireError(f"a field {name} that makes no sense")
 
 
 class DatagramCodec:
@@ -1595,7 +1717,7 @@ class DatagramCodec:
         if datagram.sender is not None:
             body["i"] = base64.b64encode(bytes(datagram.sender)).decode()
         for name, value in datagram.body.items():
-            body[name] = self._encode_field(name, value)
+            body[name] = _FIELDS[name][0](value)
         text = dump_json(body)
         missing = pad_to - DATAGRAM_HEADER_BYTES - len(text)
         if missing > 0:
@@ -1604,12 +1726,6 @@ class DatagramCodec:
         if len(data) > MAX_DATAGRAM_BYTES:
             raise WireError(f"a datagram of {len(data)} bytes")
         return data
-
-    @staticmethod
-    def _encode_field(name: str, value: Any) -> Any:
-        if name in _BINARY_FIELDS:
-            return base64.b64encode(_BINARY_FIELDS[name][0](value)).decode()
-        return value
 
     def judge(self, data: bytes) -> str | None:
         """Why these bytes are not worth parsing: their "size", "protocol", "version", or "mesh"; None if they are.
@@ -1641,14 +1757,27 @@ class DatagramCodec:
         if len(transaction) != TRANSACTION_BYTES:
             raise WireError("a transaction id of the wrong size")
         sender = _decode_id(_decode_binary(body["i"])) if "i" in body else None
-        required, optional = DATAGRAMS[kind]
-        if any(name not in body for name in required):
+        told = DATAGRAMS[kind]
+        if any(name not in body for name in told.required):
             raise WireError(f"a {kind} that lacks a field")
-        values = {name: _decode_field(name, body[name]) for name in required + optional if name in body}
+        values = {name: _FIELDS[name][1](body[name]) for name in told.fields if name in body}
         return Datagram(kind, transaction, sender, values)
 
     def _mac(self, text: bytes) -> bytes:
         return hmac.digest(self._key, DATAGRAM_MAGIC + text, "sha256")[:MAC_BYTES]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def handles(table: dict[str, Method], *kinds: str) -> Callable[[Method], Method]:
+    """Enter a method into a table, as what deals with messages of these types."""
+
+    def enter(method: Method) -> Method:
+        table.update(dict.fromkeys(kinds, method))
+        return method
+
+    return enter
 
 
 def fit_items(items: Sequence[bytes], room: int) -> int:
@@ -2539,15 +2668,6 @@ class RecordStore:
 BEACON: Final[Address] = ("", BEACON_PORT)
 """The destination of a beacon: the shell sends it wherever peers may listen."""
 
-_REPLIES: Final[dict[str, tuple[str, ...]]] = {
-    "ping": ("pong",),
-    "beacon": ("pong",),
-    "find_node": ("nodes",),
-    "find_workers": ("workers",),
-    "announce": ("ok", "error"),
-    "withdraw": ("ok", "error"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Joined:
@@ -2733,6 +2853,10 @@ class Gate:
         return heard
 
 
+# Type of a request: what makes the type and the body of its reply. room: bytes that its lists may take.
+_ANSWERS: Final[dict[str, Callable[[Responder, Datagram, Address, int, float], tuple[str, Json]]]] = {}
+
+
 class Responder:
     """Answers requests from what a node knows: its table, its records, and its own announcement."""
 
@@ -2757,17 +2881,21 @@ class Responder:
         kind, body = _ANSWERS[request.kind](self, request, address, max(0, size - self._fixed_bytes), now)
         return kind, self._codec.encode(Datagram(kind, request.transaction, self._own, body))
 
+    @handles(_ANSWERS, "ping")
     def _ping(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         return "pong", {}
 
+    @handles(_ANSWERS, "beacon")
     def _beacon(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         wanted = self.own_record is not None and request.body["topic"] == self._topic
         return "pong", {"record": self.own_record} if wanted else {}
 
+    @handles(_ANSWERS, "find_node")
     def _find_node(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         nodes = self._nodes_near(request.body["target"], request, address, room)
         return "nodes", {"nodes": nodes, "token": self._tokens.issue(address, now)}
 
+    @handles(_ANSWERS, "find_workers")
     def _find_workers(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         topic, after = request.body["topic"], request.body.get("after")
         kept = NODES_KEPT_FREE * NODE_CHARS if after is None or after == NodeId(0) else 0
@@ -2789,6 +2917,7 @@ class Responder:
         told = [c for c in near if c.node_id != request.sender and _may_tell(c.address, address)][:K]
         return told[: fit_items([pack_contact(contact) for contact in told], room)]
 
+    @handles(_ANSWERS, "announce")
     def _announce(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         record: WorkerRecord = request.body["record"]
         if not self._tokens.valid(request.body["token"], address, now):
@@ -2799,22 +2928,13 @@ class Responder:
             return "error", {"code": "quota"}
         return "ok", {"token": self._tokens.issue(address, now)}
 
+    @handles(_ANSWERS, "withdraw")
     def _withdraw(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
         if not self._tokens.valid(request.body["token"], address, now):
             return "error", {"code": "token"}
         if request.sender is not None:
             self.store.remove(request.body["topic"], (request.sender, address[0]))
         return "ok", {}
-
-
-_ANSWERS: Final = {
-    "ping": Responder._ping,
-    "beacon": Responder._beacon,
-    "find_node": Responder._find_node,
-    "find_workers": Responder._find_workers,
-    "announce": Responder._announce,
-    "withdraw": Responder._withdraw,
-}
 
 
 def _may_tell(address: Address, asker: Address) -> bool:
@@ -2995,14 +3115,15 @@ class Requests:
         now: float,
         node_id: NodeId | None = None,
         search: Search | None = None,
-        size: int = SMALL_REQUEST_BYTES,
+        *,
+        padded: bool = True,
     ) -> bool:
-        """Send a request of this size, and wait for its reply. False when too many are under way already."""
+        """Send a request, and wait for its reply. False when too many are under way already."""
         if len(self._pending) >= MAX_TRANSACTIONS:
             self._dropped["transactions"] += 1
             return False
         kind = request.kind
-        data = self._codec.encode(request, pad_to=MAX_DATAGRAM_BYTES if kind in ("find_node", "find_workers") else size)
+        data = self._codec.encode(request, pad_to=DATAGRAMS[kind].pad_to if padded else 0)
         timeout = LOOKUP_DEADLINE_S if kind == "beacon" else self._timeout(node_id)
         retries = 0 if kind == "beacon" else REQUEST_RETRIES
         transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
@@ -3024,7 +3145,7 @@ class Requests:
         if contact.address in asked or len(asked) >= MAX_UNVERIFIED:
             return
         ping = self.make("ping", {})
-        if self.begin(ping, contact.address, now, contact.node_id, size=0):
+        if self.begin(ping, contact.address, now, contact.node_id, padded=False):
             self._pending[ping.transaction].retries_left = 0
 
     def ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
@@ -3079,7 +3200,7 @@ class Requests:
     def match(self, reply: Datagram, address: Address) -> Transaction | None:
         """The request that this replies to. It is done with, unless it is a beacon, which many answer."""
         transaction = self._pending.get(reply.transaction)
-        if transaction is None or reply.sender is None or reply.kind not in _REPLIES[transaction.kind]:
+        if transaction is None or reply.sender is None or reply.kind not in DATAGRAMS[transaction.kind].replies:
             return None
         if transaction.kind != "beacon":
             if transaction.address != address:
@@ -3296,6 +3417,9 @@ class BeaconSchedule:
         self.at = self._times.popleft() if self._times else now + BEACON_PERIOD_S
 
 
+_REPLY_HANDLERS: Final[dict[str, Callable[[DhtEngine, Datagram, Contact, Transaction, float], None]]] = {}
+
+
 class DhtEngine:
     """One node of the DHT. Give it datagrams and the time; take datagrams, a timer and events from it.
 
@@ -3372,19 +3496,13 @@ class DhtEngine:
     # --- What the owner wants done ---
 
     def meet(self, addresses: Iterable[Address], now: float) -> None:
-        """Ask these addresses whether a node is there, now and with every beacon until one answers.
-
-        Each is asked again whenever nobody is known any more.
-        """
+        """Ask these addresses for a node: now, with each beacon until one answers, and whenever nobody is known."""
         for address in addresses:
             self._whereabouts.told(address)
             self._request("ping", {}, address, now)
 
     def find_workers(self, now: float, *, everything: bool = False) -> int:
-        """Search for the topic's workers: a random sample of each holder's, or all of them.
-
-        Returns the number that the `Found` and `Finished` events of this search carry.
-        """
+        """Search for the topic's workers, a sample of each holder's or all; returns the number that its events have."""
         return self._start(Search(self.keys.topic, now, workers=True, everything=everything), now)
 
     def find_node(self, target: NodeId, now: float) -> int:
@@ -3519,25 +3637,30 @@ class DhtEngine:
             self._announcement.lost(expected)
         self._searches.no_answer(transaction, now)
 
+    @handles(_REPLY_HANDLERS, "pong")
     def _on_pong(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         if "record" in reply.body and reply.body["record"].worker_id == source.node_id:
             record = _located(reply.body["record"], source.address)
             if record is not None:
                 self._events.append(Found(None, (record,)))
 
+    @handles(_REPLY_HANDLERS, "nodes")
     def _on_nodes(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         if transaction.search is not None:
             self._searches.named(transaction.search, reply, source, now)
 
+    @handles(_REPLY_HANDLERS, "workers")
     def _on_workers(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         fresh = self._searches.listed(transaction, reply, source, now)
         if fresh and transaction.search is not None:
             self._events.append(Found(transaction.search.number, fresh))
 
+    @handles(_REPLY_HANDLERS, "ok")
     def _on_ok(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         if source.node_id in self._announcement.holders and "token" in reply.body:
             self._announcement.holders[source.node_id] = (source, reply.body["token"])
 
+    @handles(_REPLY_HANDLERS, "error")
     def _on_error(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
         self.dropped[f"refused_{reply.body['code']}"] += 1
         if transaction.kind == "announce":
@@ -3596,15 +3719,6 @@ class DhtEngine:
             self._request("ping", {}, contact.address, now, contact.node_id)
         self._requests.ping_unless_asked(self._whereabouts.to_ask(all_of_them=True), now)
         self._start(Search(self._own, now, purpose=SearchPurpose.TABLE), now)
-
-
-_REPLY_HANDLERS: Final = {
-    "pong": DhtEngine._on_pong,
-    "nodes": DhtEngine._on_nodes,
-    "workers": DhtEngine._on_workers,
-    "ok": DhtEngine._on_ok,
-    "error": DhtEngine._on_error,
-}
 
 
 # ======================================================================================================
@@ -6716,11 +6830,11 @@ class LlamaModel(LoadedModel):
         """A sampler that has seen the prompt and the answer so far; to be freed. Raises InvalidRequest."""
         llama = self._llama
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        sampler = Sampler(chain, likeliest=sampling.temperature < MIN_TEMPERATURE and sampling.repeat_penalty == 1)
+        sampler = Sampler(chain, likeliest=sampling.temperature < MIN_TEMPERATURE and not sampling.penalises)
         try:
             for link in self._sampler_links(sampling):
                 llama.llama_sampler_chain_add(sampler.chain, link)
-            if sampling.repeat_penalty != 1:
+            if sampling.penalises:
                 penalties = llama.llama_sampler_chain_get(sampler.chain, 0)
                 for token in prompt[-PENALTY_WINDOW:]:
                     llama.llama_sampler_accept(penalties, token)
@@ -6749,7 +6863,7 @@ class LlamaModel(LoadedModel):
 
     def _sampler_links(self, sampling: Sampling) -> Iterator[Any]:
         llama = self._llama
-        if sampling.repeat_penalty != 1:
+        if sampling.penalises:
             yield llama.llama_sampler_init_penalties(
                 self.vocabulary_size, PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
             )
@@ -8219,11 +8333,6 @@ DEADLINE_GRACE_S: Final = 3.0  # a worker that keeps the deadline itself tells m
 TLS_HEADER_BYTES: Final = 5
 CLOSE_TIMEOUT_S: Final = 1.0  # closing politely is not worth a longer wait
 MAX_OTHER_FRAMES: Final = 1024  # of an answer besides its tokens: news of its place in the queue, and its end
-LAST_FRAMES: Final = (
-    "inference_result",
-    "embedding_result",
-    "inference_error",
-)  # nothing follows them for their request
 
 
 def load_ssl() -> Any:
@@ -8936,7 +9045,7 @@ class Inbox:
 
     def put(self, body: Json) -> None:
         self._heard = True
-        self.ended = self.ended or body["type"] in LAST_FRAMES
+        self.ended = self.ended or FRAMES[body["type"]].last
         if body["type"] == "inference_alive":
             return
         if self._frames.full():
@@ -9687,6 +9796,9 @@ async def _cancelled(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+_SESSION_HANDLERS: Final[dict[str, Callable[[Session, Json], None]]] = {}
+
+
 class Session:
     """One client's connection to the worker: reads its frames, and writes what the engine says of its jobs.
 
@@ -9789,10 +9901,9 @@ class Session:
                 raise WorkerLost("the last day of the key that this connection was made with is over")
             if body["type"] != "cancel":
                 await self._wait_for_turn()
-            handle = _SESSION_HANDLERS.get(body["type"])
-            if handle is None:
+            if FRAMES[body["type"]].sender != "client":
                 raise WireError(f"a client does not send {body['type']}")
-            handle(self, body)
+            _SESSION_HANDLERS[body["type"]](self, body)
             await self._connection.drain()  # who does not take its answers is not listened to
 
     async def _wait_for_turn(self) -> None:
@@ -9802,12 +9913,14 @@ class Session:
         if pause_s > 0:
             await self._connection.pause(pause_s)
 
+    @handles(_SESSION_HANDLERS, "status")
     def _on_status(self, body: Json) -> None:
         answer = self._worker.status()
         if "request_id" in body:
             answer["request_id"] = _request_id(body)
         self._connection.write(answer)
 
+    @handles(_SESSION_HANDLERS, "dial_back")
     def _on_dial_back(self, body: Json) -> None:
         """Who asks is dialled at its own address and nowhere else."""
         request_id = _request_id(body)
@@ -9828,6 +9941,7 @@ class Session:
         with contextlib.suppress(QMeshError):
             self._connection.write({"type": "dialled", "request_id": request_id, **outcome})
 
+    @handles(_SESSION_HANDLERS, "prompt", "embed")
     def _on_job(self, body: Json) -> None:
         request_id = _request_id(body)
         try:
@@ -9843,6 +9957,7 @@ class Session:
             self._outbox.append((request_id, error))
         self.speak()
 
+    @handles(_SESSION_HANDLERS, "cancel")
     def _on_cancel(self, body: Json) -> None:
         request_id = body.get("request_id")
         request = self._requests.pop(request_id, None) if isinstance(request_id, str) else None
@@ -9857,15 +9972,6 @@ def _request_id(body: Json) -> str:
         return _text("request_id", body.get("request_id"))
     except InvalidRequest as error:
         raise WireError(str(error)) from None
-
-
-_SESSION_HANDLERS: Final = {
-    "status": Session._on_status,
-    "dial_back": Session._on_dial_back,
-    "prompt": Session._on_job,
-    "embed": Session._on_job,
-    "cancel": Session._on_cancel,
-}
 
 
 def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
@@ -12792,16 +12898,9 @@ _NEUTRAL: Final[dict[str, tuple[Any, ...]]] = {
     "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
+# OpenAI's name: the field of `Sampling` that it means.
 _API_SAMPLING: Final = {
-    "max_tokens": "max_tokens",
-    "max_completion_tokens": "max_tokens",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repeat_penalty": "repeat_penalty",
-    "seed": "seed",
-    "stop": "stop",
+    named: name for name, told in PARAMETERS.items() for named in ((name,) if told.api is None else told.api)
 }
 _API_PARAMETERS: Final = frozenset({"model", "n", "stream", "stream_options", "response_format", "worker"})
 _API_ROLES: Final = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -15996,11 +16095,12 @@ class Gateway:
         return json_response(await self._view.look())
 
     async def _metrics(self, request: HttpRequest) -> HttpResponse:
-        view = await self._view.look()
+        return metrics_response(self.metrics(await self._view.look()))
+
+    def metrics(self, view: Json) -> list[Metric]:
+        """What this gateway has to tell Prometheus, of itself and of the mesh as `Client.overview` told it."""
         mesh = mesh_metrics(view["workers"], len(view["unreachable"]))
-        return metrics_response(
-            [build_info(), *self._tally.metrics("qmesh_gateway"), *mesh, *self._client.node.metrics()]
-        )
+        return [build_info(), *self._tally.metrics("qmesh_gateway"), *mesh, *self._client.node.metrics()]
 
     async def _board(self, request: HttpRequest) -> HttpResponse:
         return json_response(grafana_board())
@@ -16751,17 +16851,27 @@ class Bench:
 #
 # Rule 1: answers go to stdout and nothing else does; progress, warnings and errors go to stderr.
 # Rule 2: no traceback reaches a user without --log-level debug; every error says what to do.
-# Rule 3: exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such
-# model, 130 interrupted.
+# Rule 3: exit codes are those of `EXIT_CODES`, and an error knows its own.
+# Rule 4: a flag's help says what the flag means and, at its end in (), what holds without it.
 # ======================================================================================================
 
 EXIT_INTERRUPTED: Final = 130
+EXIT_CODES: Final = {
+    0: "done",
+    QMeshError.exit_code: "failed",
+    UsageError.exit_code: "usage",
+    NoWorkerFound.exit_code: "no worker found",
+    Refused.exit_code: "every worker refused",
+    ModelNotFound.exit_code: "no such model",
+    EXIT_INTERRUPTED: "interrupted",
+}
 DEMO_WORKERS: Final = 2
 DEMO_START_TIMEOUT_S: Final = 120.0  # for loading the model from a slow disk
 DEMO_STOP_TIMEOUT_S: Final = 10.0
 WATCH_S: Final = 2.0  # between two looks at the mesh: each asks every worker
 MIN_WATCH_S: Final = 0.5
 
+HELP_COLUMNS: Final = 116  # of what is not wrapped to the terminal, as the examples are not
 EPILOG: Final = """\
 examples:
   qmesh.pyz pull                                fetch a small model
@@ -16776,12 +16886,28 @@ examples:
   qmesh.pyz init lab.key                        make a key that closes the mesh to others
   qmesh.pyz seal lab.pyz --key lab.key          put it into a copy of this file
 
-Settings may also come from the environment: QMESH_HOST, QMESH_PORT, QMESH_PEERS, QMESH_TOPIC, QMESH_KEY, QMESH_MODEL,
-QMESH_STATE_DIR, QMESH_TIMEOUT, QMESH_STALL_TIMEOUT, QMESH_HTTP, QMESH_API_KEY, QMESH_METRICS, QMESH_LOG, GPU_LAYERS.
-Flags go before them. QMESH_CACHE_DIR is where engine and model of an archive are unpacked.
+Settings may also come from the environment; flags go before it:
+{settings}
+{others}
 
-exit codes: 0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted
+exit codes: {codes}
 """
+
+
+# Variables that stand for no setting.
+OTHER_VARIABLES: Final = {
+    "QMESH_CACHE_DIR": "where engine and model of an archive are unpacked",
+    "HF_ENDPOINT": "a mirror of the hub, for `pull`",
+    "HF_TOKEN": "a token of the hub, for models whose licence has to be accepted there",
+}
+
+
+def epilog() -> str:
+    settings = textwrap.fill(", ".join(told.variable for told in SETTINGS.values()), HELP_COLUMNS)
+    others = "\n".join(f"{name} names {what}" for name, what in OTHER_VARIABLES.items())
+    codes = ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
+    shown = EPILOG.format(settings=settings, others=others, codes=codes)
+    return shown.replace("qmesh.pyz", as_typed("python qmesh.py"))
 
 
 KEY_FILE_HEADER: Final = """\
@@ -17126,11 +17252,11 @@ def check_words(*words: str) -> None:
 def setting_words(settings: Settings) -> Iterator[str]:
     """The flags that give a worker these settings."""
     usual = Settings()
-    for name, (flag, _, _) in _SETTING_SOURCES.items():
+    for name, told in SETTINGS.items():
         value = getattr(settings, name)
         if value != getattr(usual, name):
-            for each in value if name == "peers" else (value,):
-                yield from flag_words(flag, each)
+            for each in value if told.repeatable else (value,):
+                yield from flag_words(told.flag, each)
 
 
 def worker_words(arguments: argparse.Namespace) -> Iterator[str]:
@@ -17139,7 +17265,7 @@ def worker_words(arguments: argparse.Namespace) -> Iterator[str]:
     worker_arguments(parser)
     for name, usual in vars(parser.parse_args([])).items():
         value = getattr(arguments, name)
-        if name not in _SETTING_SOURCES and name != "print_service" and value != usual:
+        if name not in SETTINGS and name != "print_service" and value != usual:
             yield from flag_words("--yield" if name == "yields" else f"--{name.replace('_', '-')}", value)
 
 
@@ -17442,8 +17568,7 @@ def make_job(arguments: argparse.Namespace, settings: Settings) -> Job:
 
 def chosen_sampling(arguments: argparse.Namespace) -> Json:
     """The fields of `Sampling` that the arguments give. Raises UsageError."""
-    names = [f.name for f in fields(Sampling)]
-    chosen = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    chosen = {name: getattr(arguments, name) for name in PARAMETERS if getattr(arguments, name) is not None}
     if arguments.json_schema is not None:
         chosen["json_schema"] = read_schema(Path(arguments.json_schema))
     try:
@@ -17995,7 +18120,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name(),
         description="One LLM service out of the idle machines of a lab, an office or a home.",
-        epilog=EPILOG.replace("qmesh.pyz", as_typed("python qmesh.py")),
+        epilog=epilog(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qmesh {__version__} (protocol {PROTOCOL_VERSION})")
@@ -18012,19 +18137,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_option(parser: Any, name: str, told: Option, type_: Callable[[str], Any] = str) -> None:
+    """Have a parser, or a group of one, take the value of a field by this name."""
+    action = "append" if told.repeatable else "store"
+    parser.add_argument(told.flag, dest=name, action=action, type=type_, metavar=told.shown, help=told.help)
+
+
+def add_settings(parser: argparse.ArgumentParser, group: str) -> Any:
+    """Have a parser take all settings of a group; returns where they stand, which may be under a title of their own."""
+    place = parser.add_argument_group(f"{group} options") if group in ("common", "network", "gateway") else parser
+    for name, told in SETTINGS.items():
+        if told.group == group:
+            add_option(place, name, told, _KEY_FILES.get(name, str))
+    return place
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("common options")
-    group.add_argument("--log-level", metavar="LEVEL", help=f"one of {', '.join(LOG_LEVELS)} (warning)")
+    add_settings(parser, "common")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
     add_common(parser)
-    group = parser.add_argument_group("network options")
-    group.add_argument("--host", help="bind to this address of the machine and no other (all)")
-    group.add_argument("--peer", dest="peers", action="append", metavar="HOST[:PORT]", help="ask here too; repeatable")
-    group.add_argument("--topic", help=f"the mesh's name ({DEFAULT_TOPIC})")
-    group.add_argument("--key", type=key_file, metavar="FILE", help="the mesh's key (the sealed one, or an open mesh)")
-    group.add_argument("--state-dir", metavar="DIR", help="where ids and remembered peers are kept")
+    add_settings(parser, "network")
 
 
 def key_file(text: str) -> str:
@@ -18036,16 +18170,11 @@ def key_file(text: str) -> str:
 
 
 def add_timeout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed ({DEFAULT_TIMEOUT_S:g})")
+    add_settings(parser, "deadline")
 
 
 def add_stall(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--stall-timeout",
-        dest="stall_s",
-        metavar="S",
-        help=f"give up a worker that is silent for so many seconds ({DEFAULT_STALL_S:g}; at least {MIN_STALL_S:g})",
-    )
+    add_settings(parser, "stall")
 
 
 def add_grace(parser: argparse.ArgumentParser) -> None:
@@ -18086,25 +18215,31 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
 
 
 def worker_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH|NAME", help="which model, where models/ holds several")
-    parser.add_argument("--slots", type=whole(1, MAX_SLOTS), help=f"requests that run at once ({DEFAULT_SLOTS})")
+    parser.add_argument("--model", metavar="PATH|NAME", help="which model, where there are several (the only one)")
     parser.add_argument(
-        "--ctx", type=whole(MIN_CONTEXT, MAX_TOKENS_LIMIT), help=f"tokens of context per slot ({DEFAULT_CONTEXT})"
+        "--slots", metavar="N", type=whole(1, MAX_SLOTS), help=f"requests that run at once ({DEFAULT_SLOTS})"
     )
     parser.add_argument(
-        "--queue", type=whole(1, MAX_QUEUE), help=f"requests running and waiting ({QUEUE_PER_SLOT} per slot)"
+        "--ctx",
+        metavar="N",
+        type=whole(MIN_CONTEXT, MAX_TOKENS_LIMIT),
+        help=f"tokens of context per slot ({DEFAULT_CONTEXT})",
     )
-    parser.add_argument("--threads", type=whole(1, 1024), help="threads for llama.cpp (physical cores)")
-    parser.add_argument("--gpu-layers", metavar="N", help="layers on the GPU: -1 all, 0 none (as detected)")
     parser.add_argument(
-        "--nice", type=whole(-20, 19), default=DEFAULT_NICE, help=f"priority, 19 lowest ({DEFAULT_NICE})"
+        "--queue",
+        metavar="N",
+        type=whole(1, MAX_QUEUE),
+        help=f"requests running and waiting ({QUEUE_PER_SLOT} per slot)",
+    )
+    parser.add_argument("--threads", metavar="N", type=whole(1, 1024), help="threads for llama.cpp (physical cores)")
+    parser.add_argument(
+        "--nice", metavar="N", type=whole(-20, 19), default=DEFAULT_NICE, help=f"priority, 19 lowest ({DEFAULT_NICE})"
     )
     add_grace(parser)
     parser.add_argument(
         "--yield", dest="yields", action="store_true", help="hand over all work while others use the processor"
     )
-    parser.add_argument("--port", metavar="N", help=f"for UDP and TCP, 0 for a free one ({DEFAULT_PORT} or a free one)")
-    parser.add_argument("--metrics", metavar="[HOST:]PORT", help=f"tell Prometheus here, as at {DEFAULT_METRICS_PORT}")
+    add_settings(parser, "worker")
     parser.add_argument("--gateway", action="store_true", help="open a gateway as well, as the command `gateway` does")
     parser.add_argument(
         "--print-service",
@@ -18117,13 +18252,7 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def gateway_group(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("gateway options")
-    group.add_argument(
-        "--http", metavar="[HOST:]PORT", help=f"listen here (127.0.0.1:{DEFAULT_HTTP_PORT}, or a free port)"
-    )
-    group.add_argument(
-        "--api-key", type=api_key_file, metavar="FILE", help="keys that open it, one a line; needed beyond 127.0.0.1"
-    )
+    group = add_settings(parser, "gateway")
     group.add_argument(
         "--wait",
         type=seconds(0, MAX_TIMEOUT_S),
@@ -18144,6 +18273,9 @@ def api_key_file(text: str) -> str:
     return text
 
 
+_KEY_FILES: Final = {"key": key_file, "api_key": api_key_file}
+
+
 def gateway_arguments(parser: argparse.ArgumentParser) -> None:
     gateway_group(parser)
     add_grace(parser)
@@ -18158,18 +18290,10 @@ def question_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = Sampling()
-    parser.add_argument("--model", metavar="NAME", help="only workers with this model")
-    parser.add_argument("--system", metavar="TEXT", help="instructions before the prompt")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"at most so many ({defaults.max_tokens})")
-    parser.add_argument("--temperature", type=float, metavar="T", help=f"0 is greedy ({defaults.temperature})")
-    parser.add_argument("--top-p", type=float, metavar="P", help=f"({defaults.top_p})")
-    parser.add_argument("--top-k", type=int, metavar="K", help=f"({defaults.top_k})")
-    parser.add_argument("--min-p", type=float, metavar="P", help=f"({defaults.min_p})")
-    parser.add_argument("--repeat-penalty", type=float, metavar="R", help=f"({defaults.repeat_penalty})")
-    parser.add_argument("--sample-seed", dest="seed", type=int, metavar="N", help="the same seed, the same answer")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this; repeatable")
-    parser.add_argument("--json-schema", metavar="FILE", help="make the answer match this schema")
+    add_settings(parser, "model")
+    parser.add_argument("--system", metavar="TEXT", help="instructions before the prompt (none)")
+    for name, told in PARAMETERS.items():
+        add_option(parser, name, told, int if told.read is _integer else float if told.read is _number else str)
 
 
 def prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18267,9 +18391,13 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="only this one, by 6 or more digits of its id; repeatable",
     )
-    parser.add_argument("--model", metavar="NAME", help="only workers with this model")
+    add_settings(parser, "model")
     parser.add_argument(
-        "--rounds", type=whole(1, MAX_BENCH_ROUNDS), default=BENCH_ROUNDS, metavar="N", help=f"({BENCH_ROUNDS})"
+        "--rounds",
+        type=whole(1, MAX_BENCH_ROUNDS),
+        default=BENCH_ROUNDS,
+        metavar="N",
+        help=f"so many times each ({BENCH_ROUNDS})",
     )
     parser.add_argument(
         "--max-tokens",

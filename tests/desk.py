@@ -186,3 +186,12 @@ class Answer:
     @property
     def text(self) -> str:
         return self.result.text
+
+
+class SilentEngine(qmesh.Engine):
+    """Takes commands, and does nothing; there is no model."""
+
+    def __init__(self) -> None:
+        model = qmesh.ModelFile(Path("none"), 1, "none", "none", "none", 4096, 1, 0, bytes(8))
+        plan = qmesh.EnginePlan(model, 2, 4096, 1, qmesh.GpuChoice(0, None, "none"))
+        super().__init__(plan, worker_id="0" * 64, publish=lambda events: None)

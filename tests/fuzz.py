@@ -366,8 +366,8 @@ class Mesh:
             transaction = request.transaction
             source = asked_at if asked_at in NUMBERS and not flags & 4 else source
             sender = sender if flags & 8 else IDS[NUMBERS[source]]
-        required, optional = qmesh.DATAGRAMS[kind]
-        names = required + (optional if flags & 16 else ())
+        told = qmesh.DATAGRAMS[kind]
+        names = told.fields if flags & 16 else told.required
         body = {name: self.value(name, number, sender, source) for name in names}
         heard = Datagram(kind, transaction, None if flags & 32 else sender, body)
         pad_to = qmesh.MAX_DATAGRAM_BYTES if flags & 1 else qmesh.SMALL_REQUEST_BYTES if flags & 2 else 0
@@ -453,8 +453,8 @@ def sample(name: str) -> Any:
 
 def datagram_seeds() -> list[bytes]:
     every = [
-        Datagram(kind, TRANSACTION, IDS[9], {name: sample(name) for name in required + optional})
-        for kind, (required, optional) in qmesh.DATAGRAMS.items()
+        Datagram(kind, TRANSACTION, IDS[9], {name: sample(name) for name in told.fields})
+        for kind, told in qmesh.DATAGRAMS.items()
     ]
     return [CODEC.encode(replace(each, body=_fewer(each.body))) for each in every]
 

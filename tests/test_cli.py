@@ -526,27 +526,22 @@ def test_a_shell_completes_commands_and_flags(nobody: harness.Mesh, typed: list[
 # --- The README and the help ---
 
 
-def test_every_command_has_help_with_an_example_and_stands_in_the_readme(nobody: harness.Mesh) -> None:
+def test_every_command_has_help_with_an_example(nobody: harness.Mesh) -> None:
     commands = re.findall(r"^    (\w+) +\S", nobody.run("--help").stdout, re.MULTILINE)
     assert commands == [
         *("worker", "prompt", "chat", "batch", "gateway", "status", "bench", "doctor", "init", "seal"),
         *("pull", "models", "version", "complete", "demo"),
     ]
     for command in commands:
-        shown = nobody.run(command, "--help").stdout
-        assert "example:\n  python qmesh.py " + command in shown
-        assert f"| `{command}" in README
-        flags = set(re.findall(r"^  (--[a-z-]+)", shown, re.MULTILINE)) - {"--json"}
-        assert [flag for flag in flags if flag not in README] == []
+        assert "example:\n  python qmesh.py " + command in nobody.run(command, "--help").stdout
 
 
-def test_every_setting_and_exit_code_of_the_readme_is_one_of_the_program(nobody: harness.Mesh) -> None:
+def test_the_help_tells_every_variable_that_the_readme_names_and_every_exit_code(nobody: harness.Mesh) -> None:
     shown = nobody.run("--help").stdout
-    for name in re.findall(r"`(QMESH_\w+|GPU_LAYERS)`", README):
+    for name in re.findall(r"`(QMESH_\w+|GPU_LAYERS|HF_\w+)`", README):
         assert name in shown
-    codes = re.search(r"exit codes: (.*)", shown)
-    assert codes is not None
-    assert f"Exit codes: {codes[1]}." in one_line(README)
+    codes = "0 done, 1 failed, 2 usage, 3 no worker found, 4 every worker refused, 5 no such model, 130 interrupted"
+    assert f"exit codes: {codes}" in one_line(shown)
 
 
 def test_the_demo_answers_on_this_machine_alone(nobody: harness.Mesh, model_path: Path) -> None:

@@ -71,14 +71,14 @@ HOSTILE = [
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value[:12]))
 def test_no_field_of_a_datagram_takes_what_it_does_not_mean(value: bytes) -> None:
-    for kind, (required, optional) in qmesh.DATAGRAMS.items():
+    for kind, told in qmesh.DATAGRAMS.items():
         plain = {
-            name: fuzz.sample(name)[:1] if name in ("nodes", "records") else fuzz.sample(name) for name in required
+            name: fuzz.sample(name)[:1] if name in ("nodes", "records") else fuzz.sample(name) for name in told.required
         }
         text = fuzz.CODEC.encode(Datagram(kind, fuzz.TRANSACTION, fuzz.IDS[1], plain))[qmesh.DATAGRAM_HEADER_BYTES :]
-        for name in ("t", "x", "i", *required, *optional):
-            body = {key: json.dumps(told).encode() for key, told in json.loads(text).items()} | {name: value}
-            members = b",".join(b'"%s":%s' % (key.encode(), told) for key, told in body.items())
+        for name in ("t", "x", "i", *told.fields):
+            body = {key: json.dumps(each).encode() for key, each in json.loads(text).items()} | {name: value}
+            members = b",".join(b'"%s":%s' % (key.encode(), each) for key, each in body.items())
             data = fuzz.seal(b"{" + members + b"}")
             with pytest.raises(WireError):
                 fuzz.CODEC.decode(data)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from desk import SilentEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop import PATIENCE_S, in_a_loop
@@ -235,15 +236,6 @@ def test_what_a_worker_says_of_an_answer_cannot_spoil_a_tally() -> None:
 
 
 # --- A worker's table of requests: each request that is taken ends once, whatever happens ---
-
-
-class SilentEngine(qmesh.Engine):
-    """Takes commands, and does nothing."""
-
-    def __init__(self) -> None:
-        model = qmesh.ModelFile(Path("none"), 1, "none", "none", "none", 4096, 1, 0, bytes(8))
-        plan = qmesh.EnginePlan(model, 2, 4096, 1, qmesh.GpuChoice(0, None, "none"))
-        super().__init__(plan, worker_id="0" * 64, publish=lambda events: None)
 
 
 class Listener:

@@ -7,13 +7,14 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import all_errors
 
 import qmesh
 from qmesh import (
@@ -62,14 +63,8 @@ ERRORS: list[tuple[type[QMeshError], int, str, bool]] = [
 ]
 
 
-def all_errors(root: type[QMeshError]) -> Iterator[type[QMeshError]]:
-    yield root
-    for child in root.__subclasses__():
-        yield from all_errors(child)
-
-
 def test_the_table_holds_every_error_of_the_public_face() -> None:
-    public = {error for error in all_errors(QMeshError) if error.__module__ == "qmesh" and error.__name__[0] != "_"}
+    public = {error for error in all_errors() if error.__module__ == "qmesh" and error.__name__[0] != "_"}
     of_one_face = {qmesh.BadParameter, qmesh.NoSuchWorker}  # see tests/test_openai_api.py
     assert {row[0] for row in ERRORS} == public - of_one_face
 

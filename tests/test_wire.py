@@ -49,8 +49,7 @@ VALUES: dict[str, Any] = {
 
 
 def full(kind: str) -> Datagram:
-    required, optional = qmesh.DATAGRAMS[kind]
-    return Datagram(kind, TRANSACTION, SENDER, {name: VALUES[name] for name in required + optional})
+    return Datagram(kind, TRANSACTION, SENDER, {name: VALUES[name] for name in qmesh.DATAGRAMS[kind].fields})
 
 
 def b64(data: bytes) -> str:
@@ -114,12 +113,12 @@ def test_a_datagram_with_every_field_arrives_as_it_was_sent(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", qmesh.DATAGRAMS)
 def test_a_datagram_from_an_ephemeral_client_without_optional_fields_arrives(kind: str) -> None:
-    sent = Datagram(kind, TRANSACTION, None, {name: VALUES[name] for name in qmesh.DATAGRAMS[kind][0]})
+    sent = Datagram(kind, TRANSACTION, None, {name: VALUES[name] for name in qmesh.DATAGRAMS[kind].required})
     assert CODEC.decode(CODEC.encode(sent)) == sent
 
 
 def test_every_field_is_tried_by_these_tests() -> None:
-    assert set(VALUES) == {name for required, optional in qmesh.DATAGRAMS.values() for name in required + optional}
+    assert set(VALUES) == {name for told in qmesh.DATAGRAMS.values() for name in told.fields}
 
 
 def test_a_datagram_is_magic_version_mac_and_compact_json() -> None:
@@ -263,10 +262,10 @@ def test_a_datagram_of_the_wrong_shape_is_refused(body: qmesh.Json) -> None:
         CODEC.decode(sealed(**body))
 
 
-@pytest.mark.parametrize("kind", [kind for kind, (required, _) in qmesh.DATAGRAMS.items() if required])
+@pytest.mark.parametrize("kind", [kind for kind, told in qmesh.DATAGRAMS.items() if told.required])
 def test_no_required_field_may_be_missing(kind: str) -> None:
     body = json.loads(CODEC.encode(full(kind))[19:])
-    for name in qmesh.DATAGRAMS[kind][0]:
+    for name in qmesh.DATAGRAMS[kind].required:
         text = json.dumps({key: value for key, value in body.items() if key != name})
         with pytest.raises(WireError):
             CODEC.decode(seal(text.encode()))

@@ -402,7 +402,7 @@ async def test_an_answer_that_is_not_finished_in_time_ends_with_a_timeout(worker
 # --- Broken rules ---
 
 
-@pytest.mark.parametrize("kind", sorted(qmesh.FRAMES - {"status", "prompt", "embed", "cancel", "dial_back"}))
+@pytest.mark.parametrize("kind", sorted(kind for kind, told in qmesh.FRAMES.items() if told.sender != "client"))
 @in_a_loop
 async def test_a_client_that_speaks_like_a_worker_is_told_so_and_closed(worker: harness.Process, kind: str) -> None:
     async with asking(worker) as good, reaching(worker) as bad:
@@ -413,6 +413,17 @@ async def test_a_client_that_speaks_like_a_worker_is_told_so_and_closed(worker: 
         assert (told["code"], told["message"]) == ("invalid_request", f"a client does not send {kind}")
         await bad.closed()
         await good.receive_kind("inference_token")
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind, told in qmesh.FRAMES.items() if told.sender == "client"))
+@in_a_loop
+async def test_what_a_client_may_send_is_dealt_with_and_the_connection_goes_on(
+    worker: harness.Process, kind: str
+) -> None:
+    async with asking(worker) as client:
+        await client.send({"type": kind, "request_id": "r", "udp": 1, "tcp": 1})
+        await client.send({"type": "status", "request_id": "s"})
+        assert (await client.receive_kind("status_response", "s"))["worker_id"] == worker.worker_id
 
 
 @pytest.mark.parametrize("request_id", [None, 7, ["r"]])
