@@ -16,7 +16,7 @@ The module reads from top to bottom. A section uses only what stands above it, a
 they do no input or output, start no task, read no clock and draw no random number; time and randomness are
 arguments. `tests/test_architecture.py` holds the module to both rules and to this map:
 
-     1  Limits and settings    every bound with its reason; Settings
+     1  Limits and settings    the bounds that a mesh keeps to, with their reasons; Settings
      2  Errors                 what can go wrong, in the words a user reads
      3  Values                 ids, records, health, jobs, tokens, results
      4  Wire                   datagrams and TCP frames, bytes to messages and back
@@ -153,12 +153,13 @@ log = logging.getLogger("qmesh")
 # ======================================================================================================
 # 1  Limits and settings
 #
-# Every bound of the program, each with the reason for its value, so that no number stands in the middle
-# of code. Durations end in _S (seconds), sizes in _BYTES. Settings are made once, from flags, environment
-# and defaults in that order, and never change afterwards.
+# The bounds that a mesh, a request and a worker keep to, each with the reason for its value. What only one
+# section's own working needs is named there: no number stands in the middle of code. Durations end in _S
+# (seconds), sizes in _BYTES. Settings are made once, from flags, environment and defaults in that order, and
+# never change afterwards.
 # ======================================================================================================
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 1  # in each datagram and greeting; another one is told of, and not understood
 MIN_PYTHON: Final = (3, 11)  # the first with asyncio.timeout
 AGENT: Final = f"qmesh/{__version__}"
 
@@ -218,7 +219,7 @@ RATE_BURST: Final = 400.0  # datagrams an address may send at once: a lookup and
 RATE_PER_S: Final = 100.0  # and then per second
 MAX_RATED_ADDRESSES: Final = 4096  # the oldest is forgotten first
 MODEL_NAME_BYTES: Final = 32  # keeps a record within 100 bytes, so that eight fit a reply
-MAX_RECORD_BYTES: Final = 100
+MAX_RECORD_BYTES: Final = 100  # packed, with the longest address and name
 MAX_PACKED: Final = 2048  # contacts and records kept in the form in which they are told again and again
 MAX_REMEMBERED_PEERS: Final = 64  # enough that some are still there tomorrow
 REMEMBER_PERIOD_S: Final = 60.0  # a worker that is killed has told its disk by then
@@ -253,24 +254,24 @@ MAX_REQUESTS_PER_CONNECTION: Final = 64  # more wait on the client's side
 MEMBER_BURST: Final = 256.0  # requests that one member may make at once; a large one counts for many
 MEMBER_PER_S: Final = 128.0  # and then per second: beyond it, its requests are read no faster
 BYTES_PER_REQUEST: Final = 16 * 1024  # a request of so many more bytes counts for one more: reading it takes as long
-READ_BYTES: Final = 64 * 1024
+READ_BYTES: Final = 64 * 1024  # at once, from a socket or a file: what takes more goes on with the next
 MAX_SHOWN_CHARS: Final = 64  # of a name or type that a peer sent, in messages for people
 MAX_ERROR_CHARS: Final = 1000  # of a worker's explanation
 MAX_ID_CHARS: Final = 64  # request and session ids: a UUID or a hash in hexadecimal
 
 # --- Requests ---
 DEFAULT_TIMEOUT_S: Final = 300.0  # a small machine writes a page in that time
-MAX_TIMEOUT_S: Final = 24 * 3600.0
+MAX_TIMEOUT_S: Final = 24 * 3600.0  # a day: what takes longer was not meant so
 MIN_TIMEOUT_S: Final = 0.001  # what is left of a deadline is told to a worker as at least this
 DISCOVERY_TIMEOUT_S: Final = 5.0  # beacons at 0, 0.25, 1 and 2 s and a lookup after the last of them
 DISCOVERY_GATHER_S: Final = 0.12  # after the first worker, others on the LAN are waited for this long
 MAX_MESSAGES: Final = 1024  # turns of one conversation
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_CHARS: Final = 256
+MAX_STOP_STRINGS: Final = 16  # four times what OpenAI's API takes
+MAX_STOP_CHARS: Final = 256  # so much of an answer may be held back until it is decided
 MAX_TOKEN_CHARS: Final = 1024  # the longest in use have some 256, of white space
 MAX_SEED: Final = 2**32 - 2  # llama.cpp takes one more as a wish for a random one
 MAX_TOKENS_LIMIT: Final = 1_000_000  # the context binds first; this keeps arithmetic sane
-DEFAULT_MAX_TOKENS: Final = 512
+DEFAULT_MAX_TOKENS: Final = 512  # a page
 MAX_DIMENSIONS: Final = 8192  # of an embedding; the largest models of today have 4,096
 MAX_EMBED_TEXTS: Final = 64  # of one request: their vectors at their largest take 2.8 MB of a frame in base64
 MAX_EMBED_CHARS: Final = 512 * 1024  # of one request's texts together: at most 3 MB of a frame, as JSON writes them
@@ -280,7 +281,7 @@ STATUS_CANDIDATES: Final = 3  # asked for fresh status before a choice; then mor
 STATUS_ENOUGH: Final = 20  # took requests, and had no slot free: the shortest line of so many is as short as any
 SCORE_TIE: Final = 2.0  # points; a one-second sample is not more exact, so closer scores are ties
 RETRY_FIRST_S: Final = 0.25  # when all refuse: wait this long, doubling, with jitter
-RETRY_MAX_S: Final = 4.0
+RETRY_MAX_S: Final = 4.0  # a slot that came free is found soon after
 DEFAULT_STALL_S: Final = 10.0  # a worker of which nothing was heard for this long is given up
 MIN_STALL_S: Final = 3.0  # a worker says of each request at least every two seconds that it lives
 STALL_TICKS: Final = 4  # a stall is counted in so many parts, so that a client that slept blames nobody for it
@@ -291,26 +292,26 @@ MAX_KEPT_TOKENS: Final = 32 * 1024  # of all that are kept: some 6 MB
 KEPT_TOKEN_BYTES: Final = 192  # of memory that a kept token takes; vectors count by it
 PATIENCE_S: Final = 60.0  # for which a begun answer waits for a worker, where none is there that can go on
 AVOID_FIRST_S: Final = 5.0  # a worker that failed is asked after all others for this long, then twice as long ...
-AVOID_MAX_S: Final = 80.0
+AVOID_MAX_S: Final = 80.0  # ... but one that was mended is back soon
 MAX_LOSSES: Final = 5  # workers lost over one request without a token between: it may be what kills them
 MAX_CONVERSATIONS: Final = 1024  # of which a client remembers who answered last; each takes some 200 bytes
 HEDGE_AFTER_S: Final = 2.0  # with --hedge: a first token is late then, on a worker that has a free slot
 
 # --- Health ---
-HEALTHY_ABOVE: Final = 60.0
-OVERLOADED_BELOW: Final = 20.0
+HEALTHY_ABOVE: Final = 60.0  # of 100; see section 10
+OVERLOADED_BELOW: Final = 20.0  # not 0: whoever uses the machine needs some of it
 HYSTERESIS: Final = 3.0  # points a score must clear a threshold by to be called better again
-SAMPLE_PERIOD_S: Final = 1.0
+SAMPLE_PERIOD_S: Final = 1.0  # the load of a processor over less is mostly chance
 SAMPLE_WINDOW: Final = 5  # samples averaged: long enough to pass over a spike, short enough to react
 
 # --- The worker ---
 DEFAULT_SLOTS: Final = 4  # requests that run at once
 QUEUE_PER_SLOT: Final = 4  # requests running and waiting; a person at the end of them waits minutes
-MAX_QUEUE: Final = 4096
+MAX_QUEUE: Final = 4096  # that one may ask for: a bound on memory, not on patience
 MAX_SLOTS: Final = 64
 DEFAULT_CONTEXT: Final = 4096  # tokens per slot, when the model and the memory allow
 DEFAULT_EMBED_CONTEXT: Final = 2048  # tokens of a text to embed: it is evaluated in one step, which takes memory
-MIN_CONTEXT: Final = 256
+MIN_CONTEXT: Final = 256  # a question and a short answer
 MIN_CHUNK_TOKENS: Final = 16  # of prompt in one step, however slow the machine: less is all overhead
 FIRST_CHUNK_TOKENS: Final = 64  # while its speed is not known
 MAX_CHUNK_TOKENS: Final = 512  # larger ones are no faster
@@ -320,7 +321,7 @@ QUEUE_NEWS_S: Final = 2.0  # who waits hears at least this often how the expecte
 MAX_GPU_LAYERS: Final = 10_000  # the deepest models have some hundreds
 MEMORY_RESERVE: Final = 0.1  # share of the free memory that loading a model leaves alone
 DEFAULT_GRACE_S: Final = 5.0  # a worker that is told to stop hands over what is not finished by then
-MAX_GRACE_S: Final = 3600.0
+MAX_GRACE_S: Final = 3600.0  # the longest answers end in that time
 ENGINE_JOIN_S: Final = 5.0  # for llama.cpp to end its step, when a worker ends
 MAX_TEXT_S: Final = 30.0  # for a text to embed, as reckoned: it is one step, in which nobody else is served
 # A step takes a second or so, and the first on a slow machine half a minute. A text to embed may take a few times
@@ -343,10 +344,10 @@ TOKEN_BOUNDS_S: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0
 MAX_GGUF_METADATA_BYTES: Final = 256 * 1024 * 1024  # the largest vocabularies take some 20 MB
 MAX_GGUF_ITEMS: Final = 16 * 1024 * 1024  # array elements; the largest vocabularies have under one million
 FINGERPRINT_SAMPLES: Final = 16  # places of the tensor data that enter a model's fingerprint
-FINGERPRINT_SAMPLE_BYTES: Final = 64 * 1024
+FINGERPRINT_SAMPLE_BYTES: Final = 64 * 1024  # 1 MiB in all, read from a slow disk in an instant
 FINGERPRINT_BYTES: Final = 8  # tells a lab's models apart; it is not a defence against forgery
 DOWNLOAD_TIMEOUT_S: Final = 60.0  # without a byte
-DOWNLOAD_CHUNK_BYTES: Final = 1024 * 1024
+DOWNLOAD_CHUNK_BYTES: Final = 1024 * 1024  # at once in memory, whatever the size of the file
 MAX_NEAR_NAMES: Final = 3  # that are told of where a name is mistyped
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -627,14 +628,15 @@ SETTINGS: Final[dict[str, Setting]] = {each.name: each.metadata["told"] for each
 #                                       +- DamagedArchive
 #
 # Rule 1: a message says what happened; the class's docstring says what to do about it, and both are shown.
-# Rule 2: `code` is what crosses the wire; `retryable` says whether another worker, or a later try, may help.
+# Rule 2: `code` is what programs tell errors by, and what crosses the wire (`ERROR_CODES` of section 4);
+# `retryable` says whether another worker, or a later try, may help.
 # ======================================================================================================
 
 
 class QMeshError(Exception):
     """Run the command again with --log-level debug to see what led to it."""
 
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
 
@@ -671,7 +673,7 @@ class Refused(QMeshError):
     def __init__(self, message: str, code: str = "overloaded", *, cause: str | None = None) -> None:
         """cause: what `code` does not tell apart, for whoever counts; it does not cross the wire."""
         super().__init__(message)
-        self.reason = code
+        self.code = code
         self.cause = cause or code
 
 
@@ -704,7 +706,7 @@ class InvalidRequest(QMeshError):
 
     def __init__(self, message: str, code: str = "invalid_request") -> None:
         super().__init__(message)
-        self.reason = code
+        self.code = code
 
 
 class DamagedArchive(QMeshError):
@@ -739,18 +741,13 @@ class WireError(QMeshError):
     """The other side does not speak this version of QMesh: use the same file on both machines."""
 
 
-def error_code(error: QMeshError) -> str:
-    """What programs tell errors by. Those that cross the wire are listed in section 4's `ERROR_CODES`."""
-    reason = getattr(error, "reason", None)
-    return reason if isinstance(reason, str) else error.code
-
-
 # ======================================================================================================
 # 3  Values
 #
 # Frozen, slotted, and validated once, where they are made: code that holds one need not doubt it.
-# JSON from outside becomes a value here and nowhere else; what does not fit raises InvalidRequest (for
-# what a client asked) or WireError (for what a peer sent), naming the field.
+# What clients and workers say of a request becomes a value here and nowhere else (`from_json`; `to_json` is
+# its other half); what does not fit raises InvalidRequest (for what a client asked) or WireError (for what a
+# worker answered), naming the field.
 # ======================================================================================================
 
 Address = tuple[str, int]
@@ -1088,11 +1085,34 @@ def nobody_does(kind: str, models: str) -> str:
     return f"no worker {_DOES[kind]}; the mesh has: {models}; start one with {_WHO_DOES[kind]}"
 
 
+# --- Requests ---
+
+
 def _check_request(request_id: str, timeout_s: float) -> None:
     if not 0 < len(request_id) <= MAX_ID_CHARS:
         raise InvalidRequest(f"request_id must have 1 to {MAX_ID_CHARS} characters")
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
         raise InvalidRequest(f"timeout_s must be more than 0 and at most {MAX_TIMEOUT_S:g}")
+
+
+def _request_to_json(job: AnyJob) -> Json:
+    """What a request of either kind says in the same words."""
+    body: Json = {"request_id": job.request_id, "timeout_s": job.timeout_s}
+    if job.resume is not None:
+        body["resume"] = job.resume.to_json()
+    if job.model is not None:
+        body["model"] = job.model
+    return body
+
+
+def _request_from_json(body: Json) -> Json:
+    """The same, as arguments of its class."""
+    return {
+        "request_id": _text("request_id", body.get("request_id")),
+        "model": _text("model", body["model"]) if "model" in body else None,
+        "resume": Resume.from_json(body["resume"]) if "resume" in body else None,
+        "timeout_s": _number("timeout_s", body.get("timeout_s", DEFAULT_TIMEOUT_S)),
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -1130,16 +1150,12 @@ class Job:
             raise InvalidRequest(f"session must have 1 to {MAX_ID_CHARS} characters")
 
     def to_json(self) -> Json:
-        body: Json = {"type": "prompt", "request_id": self.request_id, "params": self.params.to_json()}
+        body: Json = {"type": "prompt", **_request_to_json(self), "params": self.params.to_json()}
         if self.prompt is not None:
             body["prompt"] = self.prompt
         else:
             body["messages"] = [{"role": m.role, "content": m.content} for m in self.messages]
-        if self.resume is not None:
-            body["resume"] = self.resume.to_json()
-        optional = {"model": self.model, "session": self.session}
-        body.update({name: value for name, value in optional.items() if value is not None})
-        return {**body, "timeout_s": self.timeout_s}
+        return body if self.session is None else {**body, "session": self.session}
 
     @property
     def given(self) -> tuple[int, ...]:
@@ -1149,13 +1165,11 @@ class Job:
     @classmethod
     def from_json(cls, body: Json) -> Job:
         """Raises InvalidRequest, naming the field."""
-        optional = {name: _text(name, body[name]) for name in ("prompt", "model", "session") if name in body}
+        optional: Json = {name: _text(name, body[name]) for name in ("prompt", "session") if name in body}
         return cls(
-            request_id=_text("request_id", body.get("request_id")),
+            **_request_from_json(body),
             messages=_messages(body.get("messages", [])),
             params=Sampling.from_json(body.get("params", {})),
-            resume=Resume.from_json(body["resume"]) if "resume" in body else None,
-            timeout_s=_number("timeout_s", body.get("timeout_s", DEFAULT_TIMEOUT_S)),
             **optional,
         )
 
@@ -1199,12 +1213,7 @@ class EmbedJob:
             raise InvalidRequest(f"at most {MAX_EMBED_CHARS:,} characters of texts fit one request, not {chars:,}")
 
     def to_json(self) -> Json:
-        body: Json = {"type": "embed", "request_id": self.request_id, "texts": list(self.texts)}
-        if self.resume is not None:
-            body["resume"] = self.resume.to_json()
-        if self.model is not None:
-            body["model"] = self.model
-        return {**body, "timeout_s": self.timeout_s}
+        return {"type": "embed", **_request_to_json(self), "texts": list(self.texts)}
 
     @classmethod
     def from_json(cls, body: Json) -> EmbedJob:
@@ -1212,16 +1221,13 @@ class EmbedJob:
         texts = _list("texts", body.get("texts"))
         if len(texts) <= MAX_EMBED_TEXTS:  # of more none is looked at, as the constructor refuses them
             texts = [_text(f"texts[{at}]", text) for at, text in enumerate(texts)]
-        return cls(
-            request_id=_text("request_id", body.get("request_id")),
-            texts=tuple(texts),
-            model=_text("model", body["model"]) if "model" in body else None,
-            resume=Resume.from_json(body["resume"]) if "resume" in body else None,
-            timeout_s=_number("timeout_s", body.get("timeout_s", DEFAULT_TIMEOUT_S)),
-        )
+        return cls(**_request_from_json(body), texts=tuple(texts))
 
 
 AnyJob = Job | EmbedJob
+
+
+# --- Answers ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -1361,9 +1367,10 @@ def check_status(body: Json) -> None:
     """Whether what a worker's `status_response` tells people makes sense. Raises WireError."""
     try:
         HealthReport.from_json(body.get("health"))
+        _count("slots", body.get("slots"))
         queue = _object("queue", body.get("queue"))
-        for name, value in (("slots", body.get("slots")), *((name, queue.get(name)) for name in ("active", "waiting"))):
-            _count(name, value)
+        for name in ("active", "waiting"):
+            _count(name, queue.get(name))
         _number("speed", body.get("speed"))
         for model in _list("models", body.get("models")):
             _text("name", _object("model", model).get("name"))
@@ -1371,11 +1378,16 @@ def check_status(body: Json) -> None:
         raise WireError(f"a status that makes no sense ({error})") from None
 
 
+# --- In the words of people, and addresses ---
+
+
 def plural(count: int, noun: str) -> str:
+    """ "1 worker" or "2 workers"."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def human_bytes(size: int) -> str:
+    """A size in bytes as people say it, in powers of 1,000."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
@@ -1792,7 +1804,7 @@ def fit_items(items: Sequence[bytes], room: int) -> int:
 
 def error_frame(request_id: str | None, error: QMeshError, health: HealthReport | None = None) -> Json:
     """An error as it crosses the wire: for a person, without internals."""
-    body: Json = {"type": "inference_error", "code": error_code(error), "message": str(error)}
+    body: Json = {"type": "inference_error", "code": error.code, "message": str(error)}
     body["retryable"] = error.retryable
     if request_id is not None:
         body["request_id"] = request_id
@@ -2273,9 +2285,10 @@ class Bucket:
     def split(self) -> tuple[Bucket, Bucket]:
         middle = (self.low + self.high) // 2
         halves = Bucket(self.low, middle), Bucket(middle, self.high)
-        for source, name in ((self.nodes, "nodes"), (self.waiting, "waiting")):
-            for node_id, node in source.items():
-                getattr(halves[node_id >= middle], name)[node_id] = node
+        for node_id, node in self.nodes.items():
+            halves[node_id >= middle].nodes[node_id] = node
+        for node_id, node in self.waiting.items():
+            halves[node_id >= middle].waiting[node_id] = node
         return halves
 
 
@@ -2511,6 +2524,7 @@ class Lookup:
             del self._order[self._place(self.target.distance(node_id))]
 
     def ended(self, now: float) -> bool:
+        """Whether nothing more is waited for, see rule 3."""
         head = self._head()
         if now >= self.deadline or not (head or self._slow):
             return True
@@ -2548,6 +2562,7 @@ class AnnounceTokens:
         self._secret = secret
 
     def issue(self, address: Address, now: float) -> bytes:
+        """TOKEN_BYTES for this address, which count in this minute and the next."""
         return self._token(address, int(now // TOKEN_PERIOD_S))
 
     def valid(self, token: bytes, address: Address, now: float) -> bool:
@@ -2613,6 +2628,7 @@ class RecordStore:
             self.remove(topic, min(same, key=lambda key: self._expiry[topic, key]))
 
     def remove(self, topic: NodeId, key: RecordKey) -> bool:
+        """Forget a record before its time. False when there is none."""
         record = self._topics.get(topic, {}).pop(key, None)
         if record is None:
             return False
@@ -2633,9 +2649,6 @@ class RecordStore:
             if expires > now:
                 return
             self.remove(topic, key)
-
-    def next_expiry(self) -> float | None:
-        return next(iter(self._expiry.values()), None)
 
     def total(self, topic: NodeId) -> int:
         return len(self._topics.get(topic, ()))
@@ -2667,6 +2680,9 @@ class RecordStore:
 
 BEACON: Final[Address] = ("", BEACON_PORT)
 """The destination of a beacon: the shell sends it wherever peers may listen."""
+
+
+# --- What the owner hears ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -2712,6 +2728,8 @@ class OtherVersion:
 
 Event = Joined | Found | Finished | Cloned | OtherVersion
 
+
+# --- What is taken in from the wire ---
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -2810,12 +2828,12 @@ class Gate:
         """Whether a datagram is of this mesh."""
         return self._codec.judge(data) is None
 
-    def cloned(self, now: float) -> bool:
-        """Somebody uses our id. True when that is to be told again."""
+    def cloned(self, address: Address, now: float) -> None:
+        """Somebody uses our id: tell of it, but not again and again."""
         self.dropped["clone"] += 1
-        again = now >= self._clone_at
-        self._clone_at = now + CLONE_PERIOD_S if again else self._clone_at
-        return again
+        if now >= self._clone_at:
+            self._clone_at = now + CLONE_PERIOD_S
+            self._events.append(Cloned(address))
 
     def _on_other_version(self, data: bytes, address: Address, now: float) -> None:
         """Somebody speaks another version: tell of it now and then, and let it hear that there is one.
@@ -2853,6 +2871,9 @@ class Gate:
         return heard
 
 
+# --- Answers to the requests of others ---
+
+
 # Type of a request: what makes the type and the body of its reply. room: bytes that its lists may take.
 _ANSWERS: Final[dict[str, Callable[[Responder, Datagram, Address, int, float], tuple[str, Json]]]] = {}
 
@@ -2861,14 +2882,20 @@ class Responder:
     """Answers requests from what a node knows: its table, its records, and its own announcement."""
 
     def __init__(
-        self, *, codec: DatagramCodec, own: NodeId, topic: NodeId, table: RoutingTable, rng: random.Random
+        self,
+        *,
+        codec: DatagramCodec,
+        own: NodeId,
+        table: RoutingTable,
+        store: RecordStore,
+        announcement: Announcement,
+        rng: random.Random,
     ) -> None:
-        self.store = RecordStore()
-        self.own_record: WorkerRecord | None = None
         self._codec = codec
         self._own = own
-        self._topic = topic
         self._table = table
+        self._store = store
+        self._announcement = announcement
         self._rng = rng
         self._tokens = AnnounceTokens(rng.randbytes(32))
         # What the largest reply takes without its lists; ids and tokens always have the same size.
@@ -2877,7 +2904,7 @@ class Responder:
 
     def reply(self, request: Datagram, address: Address, size: int, now: float) -> tuple[str, bytes]:
         """The type and bytes of the reply to a request of `size` bytes: its lists hold what that allows."""
-        self.store.expire(now)
+        self._store.expire(now)
         kind, body = _ANSWERS[request.kind](self, request, address, max(0, size - self._fixed_bytes), now)
         return kind, self._codec.encode(Datagram(kind, request.transaction, self._own, body))
 
@@ -2887,8 +2914,8 @@ class Responder:
 
     @handles(_ANSWERS, "beacon")
     def _beacon(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
-        wanted = self.own_record is not None and request.body["topic"] == self._topic
-        return "pong", {"record": self.own_record} if wanted else {}
+        record = self._announcement.record if request.body["topic"] == self._announcement.topic else None
+        return "pong", {"record": record} if record is not None else {}
 
     @handles(_ANSWERS, "find_node")
     def _find_node(self, request: Datagram, address: Address, room: int, now: float) -> tuple[str, Json]:
@@ -2900,16 +2927,16 @@ class Responder:
         topic, after = request.body["topic"], request.body.get("after")
         kept = NODES_KEPT_FREE * NODE_CHARS if after is None or after == NodeId(0) else 0
         most = (room - kept) // MIN_RECORD_CHARS
-        page = self.store.sample(topic, most, self._rng) if after is None else self.store.page(topic, after, most)
+        page = self._store.sample(topic, most, self._rng) if after is None else self._store.page(topic, after, most)
         shown = [record for record in page if _may_tell(record.address, address)]
         packed = [pack_record(record) for record in shown]
         count = fit_items(packed, room - kept)
         count = count if after is None else whole_ids(shown, count)
         room -= len(base64.b64encode(b"".join(packed[:count])))
-        body = {"records": shown[:count], "total": self.store.total(topic), "token": self._tokens.issue(address, now)}
+        body = {"records": shown[:count], "total": self._store.total(topic), "token": self._tokens.issue(address, now)}
         if after is not None and page:
             last = shown[count - 1].worker_id if count < len(shown) else page[-1].worker_id
-            body |= {"next": last} if self.store.page(topic, last, 1) else {}
+            body |= {"next": last} if self._store.page(topic, last, 1) else {}
         return "workers", {**body, "nodes": self._nodes_near(topic, request, address, room)}
 
     def _nodes_near(self, target: NodeId, request: Datagram, address: Address, room: int) -> list[Contact]:
@@ -2924,7 +2951,7 @@ class Responder:
             return "error", {"code": "token"}
         if record.worker_id != request.sender or record.address[0] != UNSPECIFIED:
             return "error", {"code": "record"}
-        if not self.store.put(request.body["topic"], replace(record, address=(address[0], record.address[1])), now):
+        if not self._store.put(request.body["topic"], replace(record, address=(address[0], record.address[1])), now):
             return "error", {"code": "quota"}
         return "ok", {"token": self._tokens.issue(address, now)}
 
@@ -2933,7 +2960,7 @@ class Responder:
         if not self._tokens.valid(request.body["token"], address, now):
             return "error", {"code": "token"}
         if request.sender is not None:
-            self.store.remove(request.body["topic"], (request.sender, address[0]))
+            self._store.remove(request.body["topic"], (request.sender, address[0]))
         return "ok", {}
 
 
@@ -2959,6 +2986,9 @@ def _located(record: WorkerRecord, source: Address) -> WorkerRecord | None:
         return replace(record, address=(source[0], record.address[1]))
     address = _as_told(record.address, source)
     return record if address == record.address else None if address is None else replace(record, address=address)
+
+
+# --- Our own requests, and the searches that they are for ---
 
 
 class SearchPurpose(enum.Enum):
@@ -3074,7 +3104,7 @@ class RoundTrip:
 class Requests:
     """Our requests under way: sends them, repeats them with growing patience, and matches their replies.
 
-    An unanswered request is repeated REQUEST_RETRIES times, each wait twice the one before.
+    An unanswered request is repeated `retries` times, each wait twice the one before.
     """
 
     def __init__(
@@ -3105,32 +3135,34 @@ class Requests:
         """Where replies are awaited from, to requests of one kind or of all."""
         return {waiting.address for waiting in self._pending.values() if kind in (None, waiting.kind)}
 
-    def make(self, kind: str, body: Json) -> Datagram:
-        return Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
-
-    def begin(
+    def ask(
         self,
-        request: Datagram,
+        kind: str,
+        body: Json,
         address: Address,
         now: float,
         node_id: NodeId | None = None,
         search: Search | None = None,
         *,
         padded: bool = True,
-    ) -> bool:
-        """Send a request, and wait for its reply. False when too many are under way already."""
+        retries: int = REQUEST_RETRIES,
+    ) -> None:
+        """Send a request and wait for its reply; where too many are under way already, its search does not wait.
+
+        node_id: who is expected there, when we know. search: whose question it is. padded: as its type says.
+        """
+        request = Datagram(kind, self._rng.randbytes(TRANSACTION_BYTES), self._own, body)
         if len(self._pending) >= MAX_TRANSACTIONS:
             self._dropped["transactions"] += 1
-            return False
-        kind = request.kind
+            if search is not None and node_id is not None:
+                search.gave_up(node_id, request)
+            return
         data = self._codec.encode(request, pad_to=DATAGRAMS[kind].pad_to if padded else 0)
         timeout = LOOKUP_DEADLINE_S if kind == "beacon" else self._timeout(node_id)
-        retries = 0 if kind == "beacon" else REQUEST_RETRIES
         transaction = Transaction(request, data, address, node_id, search, now, timeout, now + timeout, retries)
         self._pending[request.transaction] = transaction
         self._put_due(transaction)
         self.send(kind, data, address)
-        return True
 
     def _put_due(self, transaction: Transaction) -> None:
         self._begun += 1  # orders those that are due at the same moment
@@ -3142,18 +3174,15 @@ class Requests:
     def verify(self, contact: Contact, now: float) -> None:
         """Have one that we only heard from answer: once, in few bytes, and not everybody at the same time."""
         asked = self.addresses("ping")
-        if contact.address in asked or len(asked) >= MAX_UNVERIFIED:
-            return
-        ping = self.make("ping", {})
-        if self.begin(ping, contact.address, now, contact.node_id, padded=False):
-            self._pending[ping.transaction].retries_left = 0
+        if contact.address not in asked and len(asked) < MAX_UNVERIFIED:
+            self.ask("ping", {}, contact.address, now, contact.node_id, padded=False, retries=0)
 
     def ping_unless_asked(self, addresses: Iterable[Address], now: float) -> None:
         """Ask whether somebody is there, where no answer is awaited from."""
         asked = self.addresses()
         for address in addresses:
             if address not in asked:
-                self.begin(self.make("ping", {}), address, now)
+                self.ask("ping", {}, address, now)
 
     def _timeout(self, node_id: NodeId | None) -> float:
         node = self._table.get(node_id) if node_id is not None else None
@@ -3216,17 +3245,13 @@ class Requests:
             node.measured(rtt, exact=not transaction.repeated)
 
 
-Ask = Callable[[str, Json, Address, float, NodeId, Search], None]
-"""Sends a search's question: type, body, where to, when, who is expected there, for which search."""
-
-
 class Searches:
     """The searches under way: asks on as answers come in, until each has ended."""
 
-    def __init__(self, *, own: NodeId | None, table: RoutingTable, ask: Ask) -> None:
+    def __init__(self, *, own: NodeId | None, table: RoutingTable, requests: Requests) -> None:
         self._own = own
         self._table = table
-        self._ask = ask
+        self._requests = requests
         self._active: dict[int, Search] = {}
         self._count = 0
 
@@ -3246,7 +3271,13 @@ class Searches:
         """Ask whom there is to ask; nobody for a search that has ended."""
         for contact in search.lookup.next_to_ask() if search in self else ():
             search.requests += 1
-            self._ask(*search.question(), contact.address, now, contact.node_id, search)
+            self._requests.ask(*search.question(), contact.address, now, contact.node_id, search)
+
+    def slow(self, transaction: Transaction, now: float) -> None:
+        """One question of a search takes long: meanwhile another may be asked."""
+        if transaction.search is not None and transaction.node_id is not None:
+            transaction.search.lookup.slow(transaction.node_id)
+            self.go_on(transaction.search, now)
 
     def no_answer(self, transaction: Transaction, now: float) -> None:
         """One question of a search stays without an answer."""
@@ -3254,29 +3285,28 @@ class Searches:
             transaction.search.gave_up(transaction.node_id, transaction.request)
             self.go_on(transaction.search, now)
 
-    def named(self, search: Search, reply: Datagram, source: Contact, now: float) -> None:
-        """A node answered with nodes, and a token for announcing to it."""
-        search.tokens[source.node_id] = reply.body["token"]
-        told = ((c.node_id, _as_told(c.address, source.address)) for c in reply.body["nodes"])
-        of_use = [Contact(node_id, at) for node_id, at in told if at is not None and node_id != self._own]
-        search.lookup.answered(source.node_id, of_use)
-        self.go_on(search, now)
+    def answered(self, asked: Transaction, reply: Datagram, source: Contact, now: float) -> Found | None:
+        """A node answered with nodes, a token for announcing to it, and perhaps records; returns those that are news.
 
-    def listed(self, asked: Transaction, reply: Datagram, source: Contact, now: float) -> tuple[WorkerRecord, ...]:
-        """A node answered with records; returns those that are news. Its next page is asked for."""
+        Where it has more records, they are asked for.
+        """
         search = asked.search
         if search is None or search not in self:
-            return ()  # it has ended; this answer came too late
-        told = (_located(record, source.address) for record in reply.body["records"])
+            return None  # it has ended; this answer came too late
+        told = (_located(record, source.address) for record in reply.body.get("records", ()))
         fresh = search.learned(record for record in told if record is not None)
+        search.tokens[source.node_id] = reply.body["token"]
         search.pages_open -= is_later_page(asked.request)
         question = search.next_page(asked, reply)
         if question is not None:
             search.pages_open += 1
             search.requests += 1
-            self._ask("find_workers", question, source.address, now, source.node_id, search)
-        self.named(search, reply, source, now)
-        return fresh
+            self._requests.ask("find_workers", question, source.address, now, source.node_id, search)
+        near = ((c.node_id, _as_told(c.address, source.address)) for c in reply.body["nodes"])
+        of_use = [Contact(node_id, at) for node_id, at in near if at is not None and node_id != self._own]
+        search.lookup.answered(source.node_id, of_use)
+        self.go_on(search, now)
+        return Found(search.number, fresh) if fresh else None
 
     def pop_ended(self, now: float) -> list[Search]:
         """Take out the searches that have ended."""
@@ -3289,88 +3319,127 @@ class Searches:
         return min((search.lookup.deadline for search in self._active.values()), default=math.inf)
 
 
-class Announcement:
-    """Our worker's record, who holds it, and when to tell them again."""
+# --- What we say unasked ---
 
-    def __init__(self, topic: NodeId) -> None:
+Holder = tuple[Contact, bytes]
+"""Who holds our record, and the token for announcing to it."""
+
+
+class Announcement:
+    """Our worker's record: what it says, who holds it, and when they are told again.
+
+    record: as it is told now; None while there is none. tell_at: when the next round is due.
+    """
+
+    def __init__(self, topic: NodeId, *, store: RecordStore, requests: Requests, rng: random.Random) -> None:
+        self.topic = topic
         self.record: WorkerRecord | None = None
-        self.holders: dict[NodeId, tuple[Contact, bytes]] = {}  # with the token each gave us
         self.tell_at = math.inf
-        self.search_at = -math.inf
-        self._topic = topic
+        self._store = store
+        self._requests = requests
+        self._rng = rng
+        self._holders: dict[NodeId, Holder] = {}
+        self._former: list[tuple[float, Holder]] = []  # still hold the record, until then
+        self._search_at = -math.inf
         self._stamp = 0
         self._regular_at = -math.inf
         self._debounce_s = ANNOUNCE_DEBOUNCE_S
-        self._former: list[tuple[float, tuple[Contact, bytes]]] = []  # still hold the record, until then
 
     def change(self, record: WorkerRecord, now: float, *, at_once: bool) -> None:
         """Say this from now on; it is told at the next round, or now when `at_once` or new."""
         if self.record is None or at_once:
             self.tell_at = now
         self._stamp = max(self._stamp, record.stamp)
-        self.record = replace(record, address=(UNSPECIFIED, record.address[1]), stamp=self._stamp)
+        self._say(replace(record, address=(UNSPECIFIED, record.address[1])), now)
 
-    def end(self, now: float) -> list[tuple[Contact, bytes]]:
-        """Forget the record; returns those who have to be told so."""
-        told = list(self.holders.values()) + [holder for until, holder in self._former if until > now]
-        self.record, self.tell_at, self.search_at = None, math.inf, -math.inf
-        self.holders.clear()
+    def _say(self, record: WorkerRecord, now: float) -> None:
+        """Stamp our record, and keep it among those of others: we may be a holder too."""
+        self.record = replace(record, stamp=self._stamp)
+        self._store.put(self.topic, self.record, now)
+
+    def end(self, now: float) -> bool:
+        """Take the record back from everyone who holds it. False when there is none."""
+        if self.record is None:
+            return False
+        self._requests.drop_kind("announce")  # or they would be repeated, and the record be back
+        self._store.remove(self.topic, self.record.key)
+        for contact, token in [*self._holders.values(), *(holder for until, holder in self._former if until > now)]:
+            body = {"topic": self.topic, "token": token}
+            self._requests.ask("withdraw", body, contact.address, now, contact.node_id)
+        self.record, self.tell_at, self._search_at = None, math.inf, -math.inf
+        self._holders.clear()
         self._former.clear()
-        return told
+        return True
 
-    def next_round(self, now: float, rng: random.Random) -> bool:
+    def next_round(self, now: float) -> bool:
         """Set the time of the next round; returns whether holders have to be looked up in this one.
 
         Each round has a later stamp, so that nobody keeps a record alive by repeating what we once said.
         """
+        assert self.record is not None, "a round is due only while there is a record"
+        self._requests.drop_kind("announce")  # what is not answered yet is out of date
+        self._stamp += 1
+        self._say(self.record, now)
         if now >= self._regular_at:
             self._debounce_s = ANNOUNCE_DEBOUNCE_S
         else:  # so that a crowd that starts at once does not search for holders each time that it grows
             self._debounce_s = min(2 * self._debounce_s, ANNOUNCE_PERIOD_S)
-        self.tell_at = now + ANNOUNCE_PERIOD_S * rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
+        self.tell_at = now + ANNOUNCE_PERIOD_S * self._rng.uniform(1 - ANNOUNCE_JITTER, 1 + ANNOUNCE_JITTER)
         self._regular_at = self.tell_at
-        if self.record is not None:
-            self._stamp += 1
-            self.record = replace(self.record, stamp=self._stamp)
-        if self.search_at > now:
+        if self._search_at > now:
             return False
-        self.search_at = now + HOLDER_SEARCH_PERIOD_S
+        self._search_at = now + HOLDER_SEARCH_PERIOD_S
         return True
 
-    def found_holders(
-        self, contacts: Iterable[Contact], tokens: Mapping[NodeId, bytes], now: float
-    ) -> list[tuple[Contact, bytes]]:
-        """Take over the nodes a lookup found; returns those who do not hold the record yet."""
-        held = self.holders
-        self.holders = {c.node_id: (c, tokens[c.node_id]) for c in contacts if c.node_id in tokens}
-        displaced = [holder for node_id, holder in held.items() if node_id not in self.holders]
+    def tell_holders(self, now: float) -> None:
+        """Tell the record to all who are known to hold it."""
+        self._tell(self._holders.values(), now)
+
+    def _tell(self, holders: Iterable[Holder], now: float) -> None:
+        for contact, token in holders:
+            body = {"topic": self.topic, "token": token, "record": self.record}
+            self._requests.ask("announce", body, contact.address, now, contact.node_id)
+
+    def found_holders(self, contacts: Iterable[Contact], tokens: Mapping[NodeId, bytes], now: float) -> None:
+        """Take over the nodes that a lookup found, and tell those who do not hold the record yet."""
+        if self.record is None:
+            return  # it was withdrawn meanwhile
+        held = self._holders
+        self._holders = {c.node_id: (c, tokens[c.node_id]) for c in contacts if c.node_id in tokens}
+        displaced = [holder for node_id, holder in held.items() if node_id not in self._holders]
         self._former = [entry for entry in self._former if entry[0] > now]
         self._former += [(now + RECORD_TTL_S, holder) for holder in displaced]
-        if not self.holders:
-            self.search_at = -math.inf
-        return [holder for node_id, holder in self.holders.items() if node_id not in held]
+        if not self._holders:
+            self._search_at = -math.inf
+        self._tell([holder for node_id, holder in self._holders.items() if node_id not in held], now)
+
+    def renewed(self, contact: Contact, token: bytes) -> None:
+        """A holder took what it was told, and gave a token for the next time."""
+        if contact.node_id in self._holders:
+            self._holders[contact.node_id] = (contact, token)
 
     def met(self, node_id: NodeId, now: float) -> None:
         """A node was met: if it belongs among the k closest to the topic, it is told soon."""
-        farthest = max((self._topic.distance(holder) for holder in self.holders), default=0)
-        if len(self.holders) < K or self._topic.distance(node_id) < farthest:
+        farthest = max((self.topic.distance(holder) for holder in self._holders), default=0)
+        if len(self._holders) < K or self.topic.distance(node_id) < farthest:
             self.search_soon(now)
 
     def now_at(self, contact: Contact, now: float) -> None:
         """A node is known at an address now: a holder that was told at another has to give a token for this one."""
-        holder = self.holders.get(contact.node_id)
+        holder = self._holders.get(contact.node_id)
         if holder is not None and holder[0].address != contact.address:
             self.lost(contact.node_id)
             self.search_soon(now)
 
     def lost(self, node_id: NodeId) -> None:
-        """A holder did not answer: the next round looks for holders anew."""
-        if self.holders.pop(node_id, None) is not None:
-            self.search_at = -math.inf
+        """A holder did not answer, or refused: the next round looks for holders anew."""
+        if self._holders.pop(node_id, None) is not None:
+            self._search_at = -math.inf
 
     def search_soon(self, now: float) -> None:
+        """Look for holders anew, in a round that is soon."""
         if self.record is not None:
-            self.search_at = -math.inf
+            self._search_at = -math.inf
             self.tell_at = min(self.tell_at, now + self._debounce_s)
 
 
@@ -3417,6 +3486,9 @@ class BeaconSchedule:
         self.at = self._times.popleft() if self._times else now + BEACON_PERIOD_S
 
 
+# --- The engine ---
+
+
 _REPLY_HANDLERS: Final[dict[str, Callable[[DhtEngine, Datagram, Contact, Transaction, float], None]]] = {}
 
 
@@ -3432,18 +3504,18 @@ class DhtEngine:
         self.table = RoutingTable(own if own is not None else NodeId.random(rng))
         self.keys = keys
         self._own = own
-        self._rng = rng
-        self._codec = DatagramCodec(keys.udp_key)
+        codec = DatagramCodec(keys.udp_key)
         self._events: deque[Event] = deque()
         self.dropped: Counter[str] = Counter()
-        self._responder = Responder(
-            codec=self._codec, own=own or NodeId(0), topic=keys.topic, table=self.table, rng=rng
-        )
-        self._requests = Requests(codec=self._codec, own=own, table=self.table, rng=rng, dropped=self.dropped)
-        self.gate = Gate(self._codec, self.dropped, self._requests, self._events, is_open=keys.is_open)
+        self._requests = Requests(codec=codec, own=own, table=self.table, rng=rng, dropped=self.dropped)
         self.sent = self._requests.sent  # datagrams so far, by type
-        self._announcement = Announcement(keys.topic)
-        self._searches = Searches(own=own, table=self.table, ask=self._request)
+        self.gate = Gate(codec, self.dropped, self._requests, self._events, is_open=keys.is_open)
+        self._searches = Searches(own=own, table=self.table, requests=self._requests)
+        store = RecordStore()
+        self._announcement = Announcement(keys.topic, store=store, requests=self._requests, rng=rng)
+        self._responder = Responder(
+            codec=codec, own=own or NodeId(0), table=self.table, store=store, announcement=self._announcement, rng=rng
+        )
         self._whereabouts = Whereabouts()
         self._refresh_at = now + REFRESH_PERIOD_S
         self._last_tick = now
@@ -3485,7 +3557,9 @@ class DhtEngine:
         if self._beacons.at <= now:
             self._send_beacon(now)
         if self._announcement.tell_at <= now:
-            self._send_announcements(now)
+            if self._announcement.next_round(now):
+                self._start(Search(self.keys.topic, now, purpose=SearchPurpose.HOLDERS), now)
+            self._announcement.tell_holders(now)
         if self._refresh_at <= now:
             self._refresh(now)
         self._finish_searches(now)
@@ -3499,7 +3573,7 @@ class DhtEngine:
         """Ask these addresses for a node: now, with each beacon until one answers, and whenever nobody is known."""
         for address in addresses:
             self._whereabouts.told(address)
-            self._request("ping", {}, address, now)
+            self._requests.ask("ping", {}, address, now)
 
     def find_workers(self, now: float, *, everything: bool = False) -> int:
         """Search for the topic's workers, a sample of each holder's or all; returns the number that its events have."""
@@ -3512,24 +3586,16 @@ class DhtEngine:
     def announce(self, record: WorkerRecord, now: float, *, at_once: bool = False) -> None:
         """Say what is told of our worker from now on; it is told every 10 s, or now when `at_once`."""
         self._announcement.change(record, now, at_once=at_once)
-        self._hold_own_record(now)
 
     def withdraw(self, now: float) -> bool:
         """Take our record back from everyone who holds it; False when there is none."""
-        if self._announcement.record is None or self._own is None:
-            return False
-        self._requests.drop_kind("announce")
-        self._responder.store.remove(self.keys.topic, self._announcement.record.key)
-        for contact, token in self._announcement.end(now):
-            self._request("withdraw", {"topic": self.keys.topic, "token": token}, contact.address, now, contact.node_id)
-        self._responder.own_record = None
-        return True
+        return self._announcement.end(now)
 
     def restart(self, now: float) -> None:
         """What we know may be old, as the machine slept or its network changed: ask everyone, beacon as if new."""
         self._beacons = BeaconSchedule(now)
         for contact in list(self.table)[:MAX_UNVERIFIED]:
-            self._request("ping", {}, contact.address, now, contact.node_id)
+            self._requests.ask("ping", {}, contact.address, now, contact.node_id)
         self._announcement.search_soon(now)
 
     @property
@@ -3543,8 +3609,7 @@ class DhtEngine:
         """A request under our own id: one of ours that came back, or one of somebody who has our id too."""
         asked = self._requests.get(request)
         if asked is None:
-            if self.gate.cloned(now):
-                self._events.append(Cloned(address))
+            self.gate.cloned(address, now)
         elif asked.address == address:  # it is ourselves whom we asked
             self._requests.drop(asked)
             self._whereabouts.forget(address)
@@ -3565,29 +3630,13 @@ class DhtEngine:
 
     # --- Our requests ---
 
-    def _request(
-        self,
-        kind: str,
-        body: Json,
-        address: Address,
-        now: float,
-        node_id: NodeId | None = None,
-        search: Search | None = None,
-    ) -> None:
-        request = self._requests.make(kind, body)
-        begun = self._requests.begin(request, address, now, node_id, search)
-        if not begun and search is not None and node_id is not None:
-            search.gave_up(node_id, request)
-
     def _on_timeout(self, transaction: Transaction, now: float) -> None:
         search, node_id = transaction.search, transaction.node_id
         if search is not None and search not in self._searches:
             self._requests.drop(transaction)  # nobody waits for it any more
         elif transaction.retries_left:
             self._requests.repeat(transaction, now)
-            if search is not None and node_id is not None:
-                search.lookup.slow(node_id)
-                self._searches.go_on(search, now)
+            self._searches.slow(transaction, now)
         else:
             self._requests.drop(transaction)
             if node_id is not None and self.table.is_at(node_id, transaction.address):
@@ -3644,21 +3693,16 @@ class DhtEngine:
             if record is not None:
                 self._events.append(Found(None, (record,)))
 
-    @handles(_REPLY_HANDLERS, "nodes")
+    @handles(_REPLY_HANDLERS, "nodes", "workers")  # the latter with records besides
     def _on_nodes(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
-        if transaction.search is not None:
-            self._searches.named(transaction.search, reply, source, now)
-
-    @handles(_REPLY_HANDLERS, "workers")
-    def _on_workers(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
-        fresh = self._searches.listed(transaction, reply, source, now)
-        if fresh and transaction.search is not None:
-            self._events.append(Found(transaction.search.number, fresh))
+        found = self._searches.answered(transaction, reply, source, now)
+        if found is not None:
+            self._events.append(found)
 
     @handles(_REPLY_HANDLERS, "ok")
     def _on_ok(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
-        if source.node_id in self._announcement.holders and "token" in reply.body:
-            self._announcement.holders[source.node_id] = (source, reply.body["token"])
+        if "token" in reply.body:
+            self._announcement.renewed(source, reply.body["token"])
 
     @handles(_REPLY_HANDLERS, "error")
     def _on_error(self, reply: Datagram, source: Contact, transaction: Transaction, now: float) -> None:
@@ -3677,36 +3721,16 @@ class DhtEngine:
         for search in self._searches.pop_ended(now):
             contacts = tuple(search.lookup.closest())
             if search.purpose is SearchPurpose.HOLDERS:
-                for contact, token in self._announcement.found_holders(contacts, search.tokens, now):
-                    self._announce_to(contact, token, now)
+                self._announcement.found_holders(contacts, search.tokens, now)
             elif search.purpose is SearchPurpose.OWNER:
                 found = contacts, tuple(search.records.values())
                 self._events.append(Finished(search.number, *found, search.lookup.hops, search.requests))
 
-    # --- Our announcement ---
-
-    def _hold_own_record(self, now: float) -> None:
-        self._responder.own_record = record = self._announcement.record
-        if record is not None:
-            self._responder.store.put(self.keys.topic, record, now)
-
-    def _send_announcements(self, now: float) -> None:
-        self._hold_own_record(now)
-        self._requests.drop_kind("announce")  # what is not answered yet is out of date
-        if self._announcement.next_round(now, self._rng):
-            self._start(Search(self.keys.topic, now, purpose=SearchPurpose.HOLDERS), now)
-        for contact, token in self._announcement.holders.values():
-            self._announce_to(contact, token, now)
-
-    def _announce_to(self, contact: Contact, token: bytes, now: float) -> None:
-        if self._announcement.record is not None:
-            body = {"topic": self.keys.topic, "token": token, "record": self._announcement.record}
-            self._request("announce", body, contact.address, now, contact.node_id)
-
     # --- Beacons and upkeep ---
 
     def _send_beacon(self, now: float) -> None:
-        self._request("beacon", {"topic": self.keys.topic, "known": len(self.table)}, BEACON, now)
+        body = {"topic": self.keys.topic, "known": len(self.table)}
+        self._requests.ask("beacon", body, BEACON, now, retries=0)  # the next one is on its way anyway
         self._requests.ping_unless_asked(self._whereabouts.to_ask(all_of_them=not len(self.table)), now)
         self._beacons.sent(now)
 
@@ -3716,7 +3740,7 @@ class DhtEngine:
         if self._own is None:
             return
         for contact in self.table.silent_since(now - REFRESH_PERIOD_S)[:K]:
-            self._request("ping", {}, contact.address, now, contact.node_id)
+            self._requests.ask("ping", {}, contact.address, now, contact.node_id)
         self._requests.ping_unless_asked(self._whereabouts.to_ask(all_of_them=True), now)
         self._start(Search(self._own, now, purpose=SearchPurpose.TABLE), now)
 
@@ -9409,7 +9433,7 @@ class RequestTable:
 
     def end(self, request: Request, error: QMeshError) -> None:
         """End a request that is under way with an error, and tell its client."""
-        self.cancel(request, error_code(error))
+        self.cancel(request, error.code)
         request.session.forget(request)
         request.say(error)
         request.session.speak()
@@ -9461,7 +9485,7 @@ class RequestTable:
                 request.given.append(said)
                 request.tallied.given(len(said.tokens), now)
             elif isinstance(said, QMeshError):
-                self._left_engine(request, error_code(said))
+                self._left_engine(request, said.code)
                 request.session.forget(request)
             elif isinstance(said, Outcome):
                 self._left_engine(request, DONE, said)
@@ -9476,7 +9500,7 @@ class RequestTable:
 
     def count_refusal(self, error: QMeshError) -> None:
         """A request was not taken."""
-        self.refused[error.cause if isinstance(error, Refused) else error_code(error)] += 1
+        self.refused[error.cause if isinstance(error, Refused) else error.code] += 1
 
     def metrics(self) -> list[Metric]:
         refused = "Requests that were not taken, by reason."
@@ -10108,7 +10132,7 @@ async def counted(
                 tally.waits += isinstance(event, Waiting)
                 yield event
     except QMeshError as error:
-        outcome = error_code(error)
+        outcome = error.code
         raise
     except Exception:
         outcome = QMeshError.code
@@ -10951,13 +10975,13 @@ class Delivery:
             self._lacking.add(record.worker_id)
         else:
             self._refusing.add(record.worker_id)
-        if isinstance(error, (WorkerLost, WireError)) or error_code(error) == "draining":
+        if isinstance(error, (WorkerLost, WireError)) or error.code == "draining":
             self._client.known.failed(record, self._loop.time())
 
     def _without(self, failed: _Failed) -> Lost | None:
         """What to do without a worker. Raises its error where no other can help, or no other should be tried."""
         error, worker_id = failed.error, failed.choice.record.worker_id
-        is_too_long_by_now = self._tokens and error_code(error) == "context_exceeded"
+        is_too_long_by_now = self._tokens and error.code == "context_exceeded"
         another_may_help = isinstance(error, (ModelNotFound, Refused, WorkerLost, WireError))
         if self._client.links.closed:
             raise WorkerLost(CLIENT_CLOSED)
@@ -11074,7 +11098,7 @@ class Delivery:
             refusal = failure if isinstance(failure, Refused) else Refused("every worker is overloaded")
             if self._take_by >= self._deadline or self._has_begun:
                 raise refusal
-            raise Refused(f"no worker took the request within {self._options.wait_s:g} s: {refusal}", refusal.reason)
+            raise Refused(f"no worker took the request within {self._options.wait_s:g} s: {refusal}", refusal.code)
 
 
 async def first_to_answer(first: Heard, second: Heard, note: Callable[[_Failed], None]) -> Heard:
@@ -12749,7 +12773,7 @@ class Chat:
     def _complain(self, error: QMeshError) -> None:
         self._failed = error.exit_code
         advice = as_typed(error.remedy)
-        if error_code(error) == "context_exceeded":
+        if error.code == "context_exceeded":
             advice = "/forget N drops the oldest N turns, /new all of them; then /retry asks again"
         elif isinstance(error, ModelNotFound):
             advice = f"/model lists them; `/model {ANY}` asks whichever there is"
@@ -13252,7 +13276,7 @@ _API_CODES: Final = {"context_exceeded": "context_length_exceeded"}  # where Ope
 def api_error(error: QMeshError) -> tuple[int, Json]:
     """The HTTP status and body that tell of an error."""
     status, kind = next((status, kind) for of, status, kind in _API_ERRORS if isinstance(error, of))
-    code, param = error_code(error), getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
+    code, param = error.code, getattr(error, "param", "model" if isinstance(error, ModelNotFound) else None)
     what = printable(str(error).rstrip("."), MAX_ERROR_CHARS)  # it may name what was asked for, at any length
     message = as_typed(f"{what}. {error.remedy}")
     return status, error_body(message, kind, _API_CODES.get(code, code), param)
@@ -13379,12 +13403,12 @@ class Question:
 
 
 def failure_code(error: QMeshError) -> str:
-    return "lost" if isinstance(error, WorkerLost) else error_code(error)
+    return "lost" if isinstance(error, WorkerLost) else error.code
 
 
 def is_asked_again(error: QMeshError) -> bool:
     """Whether the next run asks again: the mesh may be another one by then, and only the line itself may not."""
-    return error_code(error) != InvalidRequest.code
+    return error.code != InvalidRequest.code
 
 
 def question_in(line: Line, body: Json, settings: Settings) -> Question:
@@ -13680,7 +13704,7 @@ class Questions:
             return None if is_done else question_in(line, body, self._settings)
         except InvalidRequest as error:
             if not is_done:
-                told = InvalidRequest(f"line {mark.line}: {error}", error_code(error))
+                told = InvalidRequest(f"line {mark.line}: {error}", error.code)
                 self._ledger.add(line, line.failed(told))
             return None
 
@@ -18487,7 +18511,7 @@ def report_error(error: QMeshError, *, as_json: bool) -> int:
     log.debug("what led to it:", exc_info=error)
     if as_json:
         with contextlib.suppress(OSError):  # what is said cannot be written: the exit code still tells
-            print_json({"error": {"code": error_code(error), "message": str(error), "retryable": error.retryable}})
+            print_json({"error": {"code": error.code, "message": str(error), "retryable": error.retryable}})
     print(
         f"error: {error}", f"  {as_typed(error.remedy)}", sep="\n", file=sys.stderr
     )  # unwrapped: commands can be copied

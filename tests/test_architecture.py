@@ -42,7 +42,7 @@ class Page:
         self.tree = ast.parse(source)
         self.banners = [(int(found[2]), found[3]) for found in BANNER.finditer(source)]
         self.starts = [source.count("\n", 0, found.start()) + 1 for found in BANNER.finditer(source)]
-        self._lines = source.splitlines()
+        self.lines = source.splitlines()
 
     def section(self, node: ast.stmt | ast.expr) -> int:
         above = [number for (number, _), start in zip(self.banners, self.starts, strict=True) if start < node.lineno]
@@ -51,7 +51,7 @@ class Page:
     def scopes(self, statement: ast.stmt) -> Iterator[symtable.SymbolTable]:
         """A top-level statement's scopes. Read without the module's `from __future__`, annotations count as code."""
         first = min(part.lineno for part in [statement, *getattr(statement, "decorator_list", [])])
-        text = "\n".join(self._lines[first - 1 : statement.end_lineno])
+        text = "\n".join(self.lines[first - 1 : statement.end_lineno])
         return all_scopes(symtable.symtable(text, "page", "exec"))
 
     def defined(self, statement: ast.stmt) -> set[str]:

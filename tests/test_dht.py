@@ -609,6 +609,13 @@ def test_however_much_is_asked_at_once_the_requests_in_flight_are_bounded() -> N
     assert nodes[0].engine.settled
 
 
+def test_of_very_many_who_are_met_at_once_those_beyond_the_bound_wait_for_the_next_time() -> None:
+    engine = lone_engine(None)
+    engine.meet([("10.1.0.1", port) for port in range(1, qmesh.MAX_TRANSACTIONS + 6)], 0.0)
+    assert len(engine.datagrams_to_send(0.0)) == qmesh.MAX_TRANSACTIONS
+    assert engine.dropped == {"transactions": 5}
+
+
 # --- Records ---
 
 
@@ -1195,6 +1202,15 @@ def test_a_pong_about_another_worker_is_not_believed() -> None:
     assert not [event for event in node.events if isinstance(event, Found)]
 
 
+def test_a_worker_that_is_on_another_machines_loopback_is_not_believed_to_be_on_ours() -> None:
+    engine = lone_engine(None)
+    engine.meet([STRANGER], 0.0)
+    record = record_of(NodeId(77), address=("127.0.0.1", 47476))
+    answer_by_hand(engine, STRANGER, 0.0, {"ping": ("pong", {"record": record})})
+    assert engine.next_event() == Joined(qmesh.Contact(NodeId(77), STRANGER))
+    assert engine.next_event() is None
+
+
 STRAY_REPLIES = {
     "the right answer from the wrong address": ("pong", ("10.99.0.9", 5000), True),
     "an answer to a question that was not put": ("pong", STRANGER, False),
@@ -1378,6 +1394,19 @@ def test_a_peer_that_was_named_is_asked_again_whenever_nobody_is_left() -> None:
     network.revive(named)
     network.run_for(qmesh.BEACON_PERIOD_S + 1)
     assert named.node_id in table_of(node)
+
+
+def test_of_very_many_addresses_that_are_named_only_so_many_are_asked_again() -> None:
+    engine = lone_engine(None)
+    addresses = [(f"10.1.{number // 256}.{number % 256}", 1) for number in range(qmesh.MAX_TOLD + 10)]
+    engine.meet(addresses, 0.0)
+    assert [address for _, address in engine.datagrams_to_send(0.0)] == addresses
+    asked: set[qmesh.Address] = set()
+    while (now := engine.get_timer()) < 2 * qmesh.BEACON_PERIOD_S:
+        engine.handle_timer(now)
+        sent = engine.datagrams_to_send(now)
+        asked |= {address for _, address in sent} if now > qmesh.BEACON_PERIOD_S else set()
+    assert asked - {qmesh.BEACON} == set(addresses[: qmesh.MAX_TOLD])
 
 
 def test_a_former_holder_is_told_of_a_withdrawal_too() -> None:

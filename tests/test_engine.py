@@ -527,7 +527,7 @@ def test_a_prompt_that_fills_the_context_is_refused_with_the_numbers(desk: Desk)
     desk.submit(raw(prompt_of(desk.model, room)))
     error = desk.error(0)
     assert isinstance(error, InvalidRequest)
-    assert error.reason == "context_exceeded"
+    assert error.code == "context_exceeded"
     assert f"has {room} tokens and this worker's context holds {room}" in str(error)
     assert desk.batcher.idle
 
@@ -542,7 +542,7 @@ def test_what_is_resumed_counts_towards_the_context(desk: Desk) -> None:
     desk.submit(raw(prompt_of(desk.model, desk.model.slot_tokens - 4), resume=[1, 2, 3, 4, 5]))
     error = desk.error(0)
     assert isinstance(error, InvalidRequest)
-    assert error.reason == "context_exceeded"
+    assert error.code == "context_exceeded"
 
 
 def test_an_answer_that_has_filled_the_context_gets_no_more(desk: Desk) -> None:

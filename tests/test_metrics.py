@@ -24,6 +24,7 @@ import qmesh
 from qmesh import (
     Answer,
     ClientTally,
+    Embeddings,
     Histogram,
     Json,
     Lost,
@@ -200,6 +201,15 @@ def test_a_request_is_counted_with_its_tokens_and_times() -> None:
     assert page['it_time_per_token_seconds_bucket{le="0.5"}'] == 2
     assert page["it_queue_time_seconds_sum"] == 1.5
     assert page["it_request_duration_seconds_sum"] == 1.5
+
+
+def test_embeddings_are_counted_without_a_time_in_the_queue_which_no_worker_tells_of_them() -> None:
+    tally = RequestTally()
+    made = Embeddings(bytes(4), 1, {"prompt_tokens": 7}, "tiny", "0" * 64, "")
+    tally.begin(0.0).end("done", 2.0, made)
+    page = page_of(tally.metrics("it"))
+    assert (page["it_prompt_tokens_total"], page["it_request_duration_seconds_sum"]) == (7, 2)
+    assert page["it_queue_time_seconds_count"] == 0
 
 
 def test_a_request_without_an_answer_has_neither_a_prompt_nor_a_duration() -> None:

@@ -97,7 +97,6 @@ def test_a_record_that_is_taken_back_is_gone_and_was_there_once() -> None:
     assert kept(store) == [2]
     assert store.remove(TOPIC, worker(2).key)
     assert len(store) == store.total(TOPIC) == 0
-    assert store.next_expiry() is None
 
 
 # --- Records: hosts that speak for one worker ---
@@ -170,11 +169,9 @@ def test_records_expire_in_the_order_in_which_they_were_last_announced() -> None
     store = RecordStore()
     for now, number in enumerate((1, 2, 3, 1)):
         store.put(TOPIC, worker(number, stamp=now), float(now))
-    assert store.next_expiry() == 1 + RECORD_TTL_S
     for now, left in ((1, [1, 3]), (2, [1]), (3, [])):
         store.expire(now + RECORD_TTL_S)
         assert kept(store) == left
-    assert store.next_expiry() is None
 
 
 def test_topics_expire_each_by_its_own_time() -> None:
@@ -247,7 +244,6 @@ def test_whatever_happens_the_store_agrees_with_a_plain_model(seed: int) -> None
         if fits:
             model[key] = (record, now + RECORD_TTL_S)
         assert len(store) == len(model)
-        assert store.next_expiry() == min(expires for _, expires in model.values())
         for each in (TOPIC, OTHER_TOPIC):
             expected = sorted((r for (t, _), (r, _) in model.items() if t == each), key=lambda r: r.key)
             assert store.page(each, FIRST, 100) == expected

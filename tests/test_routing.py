@@ -5,7 +5,17 @@ import random
 
 import pytest
 
-from qmesh import ID_BITS, MAX_FAILURES, Bucket, Contact, KnownNode, NodeId, RoutingTable
+from qmesh import (
+    ANNOUNCE_PERIOD_S,
+    ID_BITS,
+    MAX_FAILURES,
+    Address,
+    Bucket,
+    Contact,
+    KnownNode,
+    NodeId,
+    RoutingTable,
+)
 
 OWN = NodeId(0)
 TOP = 1 << (ID_BITS - 1)  # the lowest id of the half that does not hold OWN
@@ -147,6 +157,60 @@ def test_a_node_is_known_at_the_address_it_last_answered_from() -> None:
     assert table.closest(OWN, 1) == [contact(5, port=2)]
 
 
+WAYS = {"loopback": ("127.0.0.1", 1), "link": ("fe80::5%eth0", 1), "beyond": ("10.0.0.5", 1)}
+NEARER_THEN_WIDER = list(itertools.combinations(WAYS.values(), 2))
+
+
+@pytest.mark.parametrize(("nearer", "wider"), NEARER_THEN_WIDER)
+def test_of_two_ways_to_a_node_the_wider_one_counts_as_more_others_can_use_it(nearer: Address, wider: Address) -> None:
+    for order in ((nearer, wider), (wider, nearer)):
+        table = RoutingTable(OWN)
+        for now, address in enumerate(order):
+            table.answered(Contact(NodeId(5), address), float(now))
+        assert list(table) == [Contact(NodeId(5), wider)]
+
+
+@pytest.mark.parametrize(("nearer", "wider"), NEARER_THEN_WIDER)
+def test_a_nearer_way_counts_where_the_wider_one_failed(nearer: Address, wider: Address) -> None:
+    table = RoutingTable(OWN)
+    table.answered(Contact(NodeId(5), wider), 0.0)
+    table.failed(NodeId(5))
+    table.answered(Contact(NodeId(5), nearer), 1.0)
+    assert list(table) == [Contact(NodeId(5), nearer)]
+
+
+def test_what_is_found_at_an_address_is_not_laid_to_a_node_that_is_known_elsewhere() -> None:
+    table = table_of(5)
+    assert table.is_at(NodeId(5), contact(5).address)
+    assert not table.is_at(NodeId(5), contact(5, port=2).address)
+    assert table.is_at(NodeId(6), contact(5).address)
+
+
+def test_a_stranger_is_worth_asking_while_there_is_room_for_it() -> None:
+    table = table_of(5, capacity=2)
+    assert table.worth_asking(contact(6), 0.0)
+    table.answered(contact(6), 0.0)
+    assert not table.worth_asking(contact(7), 0.0)
+
+
+def test_a_known_node_is_worth_asking_when_it_failed_or_is_met_on_a_wider_way() -> None:
+    table = RoutingTable(OWN)
+    table.answered(Contact(NodeId(5), WAYS["link"]), 0.0)
+    assert not table.worth_asking(Contact(NodeId(5), WAYS["link"]), 0.0)
+    assert not table.worth_asking(Contact(NodeId(5), WAYS["loopback"]), 0.0)
+    assert table.worth_asking(Contact(NodeId(5), WAYS["beyond"]), 0.0)
+    table.failed(NodeId(5))
+    assert table.worth_asking(Contact(NodeId(5), WAYS["link"]), 0.0)
+
+
+def test_a_known_node_at_another_address_is_worth_asking_once_it_was_silent_at_the_first() -> None:
+    table = table_of(5)
+    moved = contact(5, port=2)
+    assert not table.worth_asking(moved, ANNOUNCE_PERIOD_S)
+    assert table.worth_asking(moved, ANNOUNCE_PERIOD_S + 0.1)
+    assert not table.worth_asking(contact(5), ANNOUNCE_PERIOD_S + 0.1)
+
+
 def test_silent_nodes_are_those_that_have_not_answered_since() -> None:
     table = table_of(5, 6, 7, k=20)  # at 0, 1 and 2
     table.answered(contact(5), 3.0)
@@ -244,6 +308,13 @@ def test_a_dropped_node_without_a_successor_leaves_a_place() -> None:
     assert table.answered(contact(TOP + 2), 9.0)
 
 
+def test_a_node_that_is_gone_waits_for_no_place_either() -> None:
+    table = table_of(TOP + 1, TOP + 2, 1, 2, TOP + 3)
+    table.remove(NodeId(TOP + 3))  # it was only waiting
+    drop(table, TOP + 1)
+    assert known(table) == {TOP + 2, 1, 2}
+
+
 def test_an_answer_between_two_failures_forgives_the_first() -> None:
     table = table_of(5)
     for now in range(3):
@@ -296,6 +367,14 @@ def test_the_first_round_trip_is_taken_as_it_is_and_later_ones_weigh_an_eighth()
     assert node.rtt == pytest.approx(0.7)
     node.measured(1.5)
     assert node.rtt == pytest.approx(0.8)
+
+
+def test_a_round_trip_after_a_retry_is_believed_only_where_it_is_longer() -> None:
+    node = KnownNode(contact(5), 0.0, rtt=0.4)
+    node.measured(0.1, exact=False)  # it may be the answer to the first question, or to the second
+    assert node.rtt == 0.4
+    node.measured(0.9, exact=False)
+    assert node.rtt == 0.9
 
 
 def test_a_round_trip_time_outlives_the_next_answer() -> None:

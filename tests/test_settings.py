@@ -32,7 +32,7 @@ SOURCES: dict[str, tuple[Any, Any, str, str, Any, Any]] = {
 REFUSED: list[tuple[str, str, str, list[str]]] = [
     ("--host", "host", "QMESH_HOST", ["localhost", "10.0.0", "10.0.0.256", "10.0.0.1:80", "[::1]", "::1::"]),
     ("--port", "port", "QMESH_PORT", ["-1", "65536", "x", "80.0", "0x50", "1_0", "+1", "99999"]),
-    ("--peer", "peers", "QMESH_PEERS", ["a:b", "a:", ":80", "a:65536", "[a]:1", "b,:1"]),
+    ("--peer", "peers", "QMESH_PEERS", ["a:b", "a:", ":80", "a:65536", "[a]:1", "b,:1", "a:0", "224.0.0.1", "[::]:1"]),
     ("--topic", "topic", "QMESH_TOPIC", ["x" * 256, "é" * 128, "\udcff"]),
     ("--timeout", "timeout_s", "QMESH_TIMEOUT", ["0", "-1", "nan", "inf", "x", "86401"]),
     ("--stall-timeout", "stall_s", "QMESH_STALL_TIMEOUT", ["0", "2.9", "nan", "inf", "x", "86401"]),
@@ -165,6 +165,22 @@ def test_settings_never_change() -> None:
 )
 def test_an_address_is_split_into_host_and_port(text: str, address: tuple[str, int]) -> None:
     assert parse_address(text, 9) == address
+
+
+@pytest.mark.parametrize("host", ["1.2.3.4", "127.0.0.1", "223.255.255.255", "::1", "fe80::1%eth0", "2001:db8::ff02"])
+def test_an_address_that_may_be_one_machines_is_known_for_it(host: str) -> None:
+    assert qmesh.is_one_machines(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "224.0.0.1", "255.255.255.255", "::", "::ffff:10.0.0.1", "ff02::1"])
+def test_an_address_of_nobody_or_of_many_is_no_single_machines(host: str) -> None:
+    assert not qmesh.is_one_machines(host)
+
+
+@pytest.mark.parametrize("model", ["", " "])
+def test_a_model_without_a_name_is_refused_where_it_is_a_flag(model: str) -> None:
+    with pytest.raises(ValueError, match=r"^--model: the name or the path of a model is needed"):
+        Settings.resolve({"model": model}, {})
 
 
 NO_HOST_OR_PORT = ["", " ", ":", ":80", "host:", "host:x", "host:-1", "host:65536", "host:8 0", "a:b:c"]

@@ -255,24 +255,27 @@ def test_workers_are_found_while_a_hundredth_of_the_nodes_is_replaced_every_seco
 class Impostor(qmesh.DhtEngine):
     """Answers pings as anybody does, so that it is known, but not what it is searched through for."""
 
+    def __init__(self, *, keys: qmesh.MeshKeys, own: NodeId | None, rng: random.Random, now: float) -> None:
+        super().__init__(keys=keys, own=own, rng=rng, now=now)
+        self.own = own
+        self.rng = rng
+        self.lies: list[tuple[bytes, qmesh.Address]] = []
+
     def receive_datagram(self, data: bytes, address: qmesh.Address, now: float) -> None:
         codec = qmesh.DatagramCodec(qmesh.MeshKeys.derive("virtual").udp_key)
         request = codec.decode(data)
         if request.kind not in ("find_node", "find_workers"):
             super().receive_datagram(data, address, now)
         elif (reply := self.lie(request)) is not None:
-            self._lies = [*self._untold(), (codec.encode(reply), address)]
+            self.lies.append((codec.encode(reply), address))
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, qmesh.Address]]:
-        lies, self._lies = self._untold(), []
+        lies, self.lies = self.lies, []
         return lies + super().datagrams_to_send(now)
 
     def lie(self, request: qmesh.Datagram) -> qmesh.Datagram | None:
         """Says nothing at all."""
         return None
-
-    def _untold(self) -> list[tuple[bytes, qmesh.Address]]:
-        return getattr(self, "_lies", [])
 
 
 class Liar(Impostor):
@@ -280,22 +283,22 @@ class Liar(Impostor):
 
     def lie(self, request: qmesh.Datagram) -> qmesh.Datagram:
         target = request.body.get("target", request.body.get("topic"))
-        hosts = self._rng.sample(range(1, 1 << 16), LIES)
+        hosts = self.rng.sample(range(1, 1 << 16), LIES)
         nodes = tuple(Contact(self.invent(target), (f"10.66.{host >> 8}.{host & 255}", 6666)) for host in hosts)
         body = {"nodes": nodes, "token": bytes(qmesh.TOKEN_BYTES)}
         if request.kind == "find_node":
-            return qmesh.Datagram("nodes", request.transaction, self._own, body)
-        return qmesh.Datagram("workers", request.transaction, self._own, body | {"records": (), "total": 0})
+            return qmesh.Datagram("nodes", request.transaction, self.own, body)
+        return qmesh.Datagram("workers", request.transaction, self.own, body | {"records": (), "total": 0})
 
     def invent(self, target: NodeId) -> NodeId:
-        return NodeId.random(self._rng)
+        return NodeId.random(self.rng)
 
 
 class Tempter(Liar):
     """Invents nodes that are closer to what is sought than any that exist."""
 
     def invent(self, target: NodeId) -> NodeId:
-        return NodeId(target ^ self._rng.getrandbits(128))
+        return NodeId(target ^ self.rng.getrandbits(128))
 
 
 @pytest.mark.parametrize("kind", [Impostor, Liar, Tempter])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
 import random
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from reference import all_errors
 
 import qmesh
 from qmesh import (
+    Embeddings,
+    EmbedJob,
     HealthReport,
     HealthState,
     InvalidRequest,
@@ -80,7 +84,7 @@ def test_the_tree_in_the_source_is_the_real_one() -> None:
 def test_an_error_knows_its_codes(kind: type[QMeshError], exit_code: int, code: str, retryable: bool) -> None:
     error = kind("what happened")
     assert (str(error), error.exit_code, error.retryable) == ("what happened", exit_code, retryable)
-    assert (error.code, qmesh.error_code(error)) == (code, code)
+    assert error.code == code
     of_one_side = ("usage", "no_worker", "wrong_mesh", "damaged_archive")  # these never cross the wire
     assert code in (*qmesh.ERROR_CODES, *of_one_side)
 
@@ -105,7 +109,7 @@ def test_a_remedy_over_several_lines_is_shown_as_one() -> None:
 @pytest.mark.parametrize("code", qmesh.ERROR_CODES)
 @pytest.mark.parametrize("kind", [Refused, InvalidRequest])
 def test_a_refusal_carries_its_own_code(kind: type[Refused | InvalidRequest], code: str) -> None:
-    assert qmesh.error_code(kind("what happened", code)) == code
+    assert kind("what happened", code).code == code
 
 
 # --- Ids ---
@@ -275,6 +279,17 @@ JOB = Job("r1", prompt="Hello", model="m", params=SAMPLING, session="s", resume=
 CHAT = Job("r2", messages=(Message("system", ""), Message("assistant", "Hello"), Message("user", "Hi 👋")))
 TOKEN = Token(seq=3, tokens=(11, 12), text="é")
 RESULT = Result("text", "stop", {"prompt_tokens": 5, "completion_tokens": 2}, {"queue_ms": 0.5}, "m", "ab" * 32)
+EMBED_JOB = EmbedJob("r3", ("Hello", "é"), model="m", resume=RESUME, timeout_s=9.5)
+EMBEDDINGS = Embeddings(
+    struct.pack("<4f", 0.1, -0.2, 1e-30, math.pi), 2, {"prompt_tokens": 3}, "m", "ab" * 32, "cd" * 8
+)
+STATUS = {
+    "health": HEALTH.to_json(),
+    "slots": 4,
+    "queue": {"active": 1, "waiting": 0},
+    "speed": 7.5,
+    "models": [{"name": "m"}],
+}
 
 
 @pytest.mark.parametrize("health", [HEALTH, HealthReport(0, HealthState.OVERLOADED, 100, 100, 0)])
@@ -294,6 +309,21 @@ def test_a_job_is_the_same_after_json(job: Job) -> None:
     assert Job.from_json(body) == job
 
 
+@pytest.mark.parametrize("job", [EMBED_JOB, EmbedJob("r", ("x",))])
+def test_a_request_for_embeddings_is_the_same_after_json(job: EmbedJob) -> None:
+    body = through_json(job.to_json())
+    assert body["type"] == "embed"
+    assert EmbedJob.from_json(body) == job
+
+
+def test_embeddings_are_the_same_after_json_bit_by_bit() -> None:
+    body = through_json(EMBEDDINGS.to_json("r1"))
+    assert (body["type"], body["request_id"]) == ("embedding_result", "r1")
+    assert Embeddings.from_json(body) == EMBEDDINGS
+    assert len(EMBEDDINGS) == 2
+    assert EMBEDDINGS.vectors == [pytest.approx([0.1, -0.2]), pytest.approx([1e-30, math.pi])]
+
+
 @pytest.mark.parametrize("token", [TOKEN, Token(0, (), "")])
 def test_a_token_is_the_same_after_json(token: Token) -> None:
     body = through_json(token.to_json("r1"))
@@ -309,7 +339,9 @@ def test_a_result_is_the_same_after_json(reason: str) -> None:
     assert Result.from_json(body) == result
 
 
-@pytest.mark.parametrize("value", [HEALTH, RECORD, SAMPLING, JOB, TOKEN, RESULT, Message("user", "x")])
+@pytest.mark.parametrize(
+    "value", [HEALTH, RECORD, SAMPLING, JOB, EMBED_JOB, TOKEN, RESULT, EMBEDDINGS, Message("user", "x")]
+)
 def test_a_value_is_frozen_and_slotted(value: Any) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, dataclasses.fields(value)[0].name, None)
@@ -415,6 +447,28 @@ BAD_RESULT: dict[str, list[Any]] = {
     "model": BAD_TEXTS,
     "worker_id": BAD_TEXTS,
 }
+BAD_EMBED_JOB: dict[str, list[Any]] = {
+    **{name: BAD_JOB[name] for name in ("request_id", "model", "resume", "timeout_s")},
+    "texts": [None, 1, "x", {}, [], ["x"] * 65],
+    "texts[1]": [*BAD_TEXTS, ""],
+}
+BAD_EMBEDDINGS: dict[str, list[Any]] = {
+    "vectors": ["", "AAAA", "!" * 16, "é" * 16, None, *(base64.b64encode(bytes(size)).decode() for size in (12, 15))],
+    "dimensions": [0, -2, 3, 2.0, True, None, qmesh.MAX_DIMENSIONS + 1],
+    "usage": [*BAD_RESULT["usage"], {"prompt_tokens": qmesh.MAX_TOKENS_LIMIT + 1}],
+    **dict.fromkeys(("model", "worker_id", "fingerprint"), BAD_TEXTS),
+}
+BAD_STATUS: dict[str, list[Any]] = {
+    "health": [None, 1, [], {}],
+    "slots": [None, 1.5, "1", True, -1],
+    "queue": [None, 1, []],
+    "active": [None, -1],
+    "waiting": [None, -1],
+    "speed": [None, "1", math.nan, 10**400],
+    "models": [None, {}],
+    "model": [None, 1],
+    "name": BAD_TEXTS,
+}
 
 
 def one_by_one(bad: dict[str, list[Any]]) -> pytest.MarkDecorator:
@@ -462,6 +516,41 @@ def test_a_bad_field_of_a_result_is_refused_by_name(name: str, value: Any) -> No
     refuses(WireError, Result.from_json, {**RESULT.to_json("r"), name: value}, name)
 
 
+@one_by_one(BAD_EMBED_JOB)
+def test_a_bad_field_of_a_request_for_embeddings_is_refused_by_name(name: str, value: Any) -> None:
+    change = {"texts": ["first", value]} if name == "texts[1]" else {name: value}
+    refuses(InvalidRequest, EmbedJob.from_json, {**EMBED_JOB.to_json(), **change}, name)
+
+
+@one_by_one(BAD_EMBEDDINGS)
+def test_embeddings_that_make_no_sense_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(WireError, match="embeddings that make no sense"):
+        Embeddings.from_json({**EMBEDDINGS.to_json("r"), name: value})
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_embeddings_are_finite(number: float) -> None:
+    vectors = base64.b64encode(struct.pack("<4f", 0, 1, number, 1)).decode()
+    with pytest.raises(WireError, match="vectors must hold finite numbers"):
+        Embeddings.from_json({**EMBEDDINGS.to_json("r"), "vectors": vectors})
+
+
+def test_a_status_that_makes_sense_is_accepted() -> None:
+    qmesh.check_status(STATUS)
+    qmesh.check_status({**STATUS, "models": []})
+
+
+@one_by_one(BAD_STATUS)
+def test_a_bad_field_of_a_status_is_refused_by_name(name: str, value: Any) -> None:
+    inner: dict[str, Any] = {
+        "active": {"queue": {"waiting": 0, "active": value}},
+        "waiting": {"queue": {"waiting": value, "active": 0}},
+        "model": {"models": [value]},
+        "name": {"models": [{"name": value}]},
+    }
+    refuses(WireError, qmesh.check_status, {**STATUS, **inner.get(name, {name: value})}, name)
+
+
 # (How it is read, a whole body, the error of a bad one).
 PARSERS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[QMeshError]]] = {
     "Sampling": (Sampling.from_json, SAMPLING.to_json(), InvalidRequest),
@@ -470,12 +559,16 @@ PARSERS: dict[str, tuple[Callable[[Any], Any], dict[str, Any], type[QMeshError]]
     "HealthReport": (HealthReport.from_json, HEALTH.to_json(), WireError),
     "Token": (Token.from_json, TOKEN.to_json("r"), WireError),
     "Result": (Result.from_json, RESULT.to_json("r"), WireError),
+    "EmbedJob": (EmbedJob.from_json, EMBED_JOB.to_json(), InvalidRequest),
+    "Embeddings": (Embeddings.from_json, EMBEDDINGS.to_json("r"), WireError),
 }
 REQUIRED = [
     *[("Job", name) for name in ("request_id", "prompt")],
     *[("HealthReport", name) for name in HEALTH.to_json()],
     *[("Token", name) for name in ("seq", "tokens", "text")],
     *[("Result", field.name) for field in dataclasses.fields(Result)],
+    *[("EmbedJob", name) for name in ("request_id", "texts")],
+    *[("Embeddings", name) for name in ("vectors", "dimensions", "usage", "model", "worker_id", "fingerprint")],
 ]
 
 
@@ -513,6 +606,43 @@ def test_a_client_may_be_in_a_hurry_or_have_a_day(seconds: float) -> None:
     assert Job.from_json({**JOB.to_json(), "timeout_s": seconds}).timeout_s == seconds
 
 
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ((), "texts must be 1 to 64, not 0"),
+        (("a",) * 65, "texts must be 1 to 64, not 65"),
+        (("a", ""), r"texts\[1\] is empty"),
+        (("a" * 262_144,) * 2 + ("b",), "at most 524,288 characters of texts fit one request, not 524,289"),
+    ],
+)
+def test_a_request_for_embeddings_has_a_sane_size(texts: tuple[str, ...], words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        EmbedJob("r", texts)
+
+
+def test_a_piece_of_an_answer_has_no_more_text_than_its_tokens_can_say() -> None:
+    most = qmesh.MAX_STOP_CHARS + 2 * qmesh.MAX_TOKEN_CHARS
+    assert Token.from_json({**TOKEN.to_json("r"), "text": "x" * most}).text == "x" * most
+    with pytest.raises(WireError, match="2,305 characters in 2 tokens"):
+        Token.from_json({**TOKEN.to_json("r"), "text": "x" * (most + 1)})
+
+
+@pytest.mark.parametrize(
+    ("address", "distance"),
+    [
+        ("127.0.0.9", 0),
+        ("::1", 0),
+        ("fe80::1", 1),
+        ("febf::1%eth0", 1),
+        ("fec0::1", 2),
+        ("2001:db8::1", 2),
+        ("10.0.0.1", 2),
+    ],
+)
+def test_an_address_is_of_use_on_its_machine_on_its_link_or_beyond(address: str, distance: int) -> None:
+    assert qmesh.reach((address, 1)) == distance
+
+
 def test_a_conversation_of_1024_messages_is_taken() -> None:
     assert len(Job("r", messages=(Message("user", "x"),) * 1024).messages) == 1024
 
@@ -536,7 +666,7 @@ def test_a_parser_takes_or_refuses_whatever_json_brings(kind: str, data: st.Data
         value = parse(body)
     except error:
         return
-    again = value.to_json(body.get("request_id")) if kind in ("Token", "Result") else value.to_json()
+    again = value.to_json(body.get("request_id")) if kind in ("Token", "Result", "Embeddings") else value.to_json()
     assert parse(again) == value or kind == "HealthReport"  # health is rounded when it is written
 
 

@@ -484,6 +484,13 @@ def test_json_is_written_compactly_in_utf8() -> None:
     assert qmesh.dump_json({"a": [1, None], "b": "é"}) == b'{"a":[1,null],"b":"\xc3\xa9"}'
 
 
+def test_a_line_of_json_is_one_line_to_every_reader_and_says_the_same() -> None:
+    body = {"text": "a\nb\rc\x0bd\x85e\u2028f\u2029g"}
+    line = qmesh.dump_line(body)
+    assert len(line.decode().splitlines()) == 1
+    assert qmesh.parse_json(line) == body
+
+
 def test_a_number_that_json_does_not_have_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         qmesh.dump_json({"a": float("nan")})
@@ -510,7 +517,7 @@ def test_an_error_crosses_the_wire_as_what_it_is(error: qmesh.QMeshError, code: 
     assert body == {**expected, "retryable": error.retryable}
     assert code in qmesh.ERROR_CODES
     said = qmesh.error_from_frame(body)
-    assert (type(said), str(said), qmesh.error_code(said)) == (type(error), "why", code)
+    assert (type(said), str(said), said.code) == (type(error), "why", code)
 
 
 def test_a_refusal_tells_the_health_and_an_error_of_no_request_names_none() -> None:
