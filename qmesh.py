@@ -257,7 +257,7 @@ BYTES_PER_REQUEST: Final = 16 * 1024  # a request of so many more bytes counts f
 READ_BYTES: Final = 64 * 1024  # at once, from a socket or a file: what takes more goes on with the next
 MAX_SHOWN_CHARS: Final = 64  # of a name or type that a peer sent, in messages for people
 MAX_ERROR_CHARS: Final = 1000  # of a worker's explanation
-MAX_ID_CHARS: Final = 64  # request and session ids: a UUID or a hash in hexadecimal
+MAX_ID_CHARS: Final = 64  # of a request: a UUID or a hash in hexadecimal
 
 # --- Requests ---
 DEFAULT_TIMEOUT_S: Final = 300.0  # a small machine writes a page in that time
@@ -728,6 +728,7 @@ class MissingTls(QMeshError):
 class WorkerLost(QMeshError):
     """The worker, or the network to it, went away: send the request again."""
 
+    code = "lost"
     retryable = True
 
 
@@ -757,6 +758,7 @@ Json = dict[str, Any]
 
 ID_BYTES: Final = 32
 ID_BITS: Final = ID_BYTES * 8
+SHORT_ID_DIGITS: Final = 6  # of an id in hexadecimal: people tell the workers of a mesh apart by so many
 
 
 class NodeId(int):
@@ -799,8 +801,12 @@ class NodeId(int):
 
     @property
     def short(self) -> str:
-        """The first six digits, as people see it."""
-        return str(self)[:6]
+        return short_id(str(self))
+
+
+def short_id(digits: str) -> str:
+    """An id in hexadecimal as people see it: its first digits."""
+    return digits[:SHORT_ID_DIGITS]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1120,7 +1126,7 @@ class Job:
     """One request for inference, as a client makes it and a worker runs it.
 
     Either `messages` (a conversation, given the model's chat template) or `prompt` (text as it is).
-    model: None takes what the worker has. session: conversations that share one may share a context.
+    model: None takes what the worker has.
     resume: set when this worker or another one has begun already; the answer goes on behind its tokens.
     timeout_s: what is left of the client's patience when the request is sent.
     """
@@ -1132,7 +1138,6 @@ class Job:
     prompt: str | None = None
     model: str | None = None
     params: Sampling = field(default_factory=Sampling)
-    session: str | None = None
     resume: Resume | None = None
     timeout_s: float = DEFAULT_TIMEOUT_S
 
@@ -1146,8 +1151,6 @@ class Job:
             raise InvalidRequest("the prompt is empty: the last message has no text")
         if len(self.messages) > MAX_MESSAGES:
             raise InvalidRequest(f"at most {MAX_MESSAGES} messages, not {len(self.messages)}")
-        if self.session is not None and not 0 < len(self.session) <= MAX_ID_CHARS:
-            raise InvalidRequest(f"session must have 1 to {MAX_ID_CHARS} characters")
 
     def to_json(self) -> Json:
         body: Json = {"type": "prompt", **_request_to_json(self), "params": self.params.to_json()}
@@ -1155,7 +1158,7 @@ class Job:
             body["prompt"] = self.prompt
         else:
             body["messages"] = [{"role": m.role, "content": m.content} for m in self.messages]
-        return body if self.session is None else {**body, "session": self.session}
+        return body
 
     @property
     def given(self) -> tuple[int, ...]:
@@ -1165,7 +1168,7 @@ class Job:
     @classmethod
     def from_json(cls, body: Json) -> Job:
         """Raises InvalidRequest, naming the field."""
-        optional: Json = {name: _text(name, body[name]) for name in ("prompt", "session") if name in body}
+        optional: Json = {"prompt": _text("prompt", body["prompt"])} if "prompt" in body else {}
         return cls(
             **_request_from_json(body),
             messages=_messages(body.get("messages", [])),
@@ -1502,6 +1505,7 @@ ERROR_CODES: Final = (
     "invalid_request",
     "timeout",
     "cancelled",
+    "lost",
     "internal",
 )
 
@@ -9295,10 +9299,6 @@ class Kept:
     kept_at: float
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        return self.before + ids_of(self.given)
-
-    @property
     def size(self) -> int:
         """What it takes of MAX_KEPT_TOKENS."""
         vectors = len(self.result.data) // KEPT_TOKEN_BYTES if isinstance(self.result, Embeddings) else 0
@@ -9307,6 +9307,17 @@ class Kept:
 
 def ids_of(pieces: Iterable[Token]) -> tuple[int, ...]:
     return tuple(token for piece in pieces for token in piece.tokens)
+
+
+def rest_behind(heard: tuple[int, ...], before: tuple[int, ...], given: Sequence[Token]) -> tuple[Token, ...] | None:
+    """The pieces of `given` behind what a client has heard; None where that is not the beginning of this answer.
+
+    before: the ids of the answer that were given elsewhere, ahead of `given`.
+    """
+    tokens = before + ids_of(given)
+    if len(heard) < len(before) or tokens[: len(heard)] != heard:
+        return None
+    return tuple(piece for piece in given if piece.seq >= len(heard))
 
 
 def question_of(job: AnyJob) -> bytes:
@@ -9352,7 +9363,7 @@ class RequestTable:
         """Have the engine run a job, from where it is known here. Raises Refused when there is no room."""
         if len(self) >= self.capacity and not self._make_room(session.member):
             raise Refused(f"this worker's queue is full ({self.capacity} requests)", cause="queue_full")
-        known, now = self._known_rest(job), self._loop.time()
+        known, now = self._kept_rest(job) or (), self._loop.time()
         if job.given:
             self.resumed["here" if job.request_id in self._kept else "elsewhere"] += 1
         self._next_ticket += 1
@@ -9365,12 +9376,12 @@ class RequestTable:
             request.say(piece)
         self._engine.submit(request.ticket, str(session.member), replace(job, resume=Resume(request.tokens)))
 
-    def _known_rest(self, job: AnyJob) -> tuple[Token, ...]:
-        """What is kept of the answer to a job, behind what its client has."""
+    def _kept_rest(self, job: AnyJob) -> tuple[Token, ...] | None:
+        """What is kept of the answer to a job, behind what its client has; None where no such answer is kept."""
         kept = self._kept.get(job.request_id) if job.resume is not None else None
         if kept is None or question_of(job) != kept.question:
-            return ()
-        return _rest_behind(job.given, len(kept.before), kept.tokens, kept.given) or ()
+            return None
+        return rest_behind(job.given, kept.before, kept.given)
 
     def go_on(self, session: Session, job: AnyJob) -> bool:
         """Whether a job is a request that is under way here, or was answered: its client is told what it has missed."""
@@ -9383,20 +9394,16 @@ class RequestTable:
         for request in self._running.values():
             if request.job.request_id == job.request_id and question_of(request.job) == question_of(job):
                 return self._hand_to(request, session, job)
-        kept = self._kept.get(job.request_id)
-        if kept is None or kept.result is None:
+        missed = self._kept_rest(job)
+        if missed is None or (result := self._kept[job.request_id].result) is None:
             return False
-        missed = _rest_behind(job.given, len(kept.before), kept.tokens, kept.given)
-        if missed is None or question_of(job) != kept.question:
-            return False
-        for piece in missed:
-            session.tell(job.request_id, piece)
-        session.tell(job.request_id, kept.result)
+        for said in (*missed, result):
+            session.tell(job.request_id, said)
         return True
 
     def _hand_to(self, request: Request, session: Session, job: AnyJob) -> bool:
         """Go on telling a request's answer on another connection; False where its client knows more of it than we."""
-        missed = _rest_behind(job.given, len(request.job.given), request.tokens, request.given)
+        missed = rest_behind(job.given, request.job.given, request.given)
         if missed is None:
             return False
         request.session.forget(request)
@@ -9515,15 +9522,6 @@ class RequestTable:
         ]
 
 
-def _rest_behind(
-    heard: tuple[int, ...], before: int, tokens: tuple[int, ...], given: Sequence[Token]
-) -> tuple[Token, ...] | None:
-    """The pieces behind what a client has heard; None where that is not a part of this answer, or goes beyond it."""
-    if len(heard) < before or tokens[: len(heard)] != heard:
-        return None
-    return tuple(piece for piece in given if piece.seq >= len(heard))
-
-
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
     """What only a worker needs to be told; None leaves the choice to it."""
@@ -9538,7 +9536,11 @@ class WorkerOptions:
 
 
 class Worker:
-    """One worker process: `start`, then `wait` until it is to stop, then `stop`."""
+    """One worker process: `start`, then `wait` until it is to stop, then `stop`.
+
+    environ: says where state is kept, unless `settings` do. Making one raises UsageError for a key that cannot be used
+    or a place that cannot be written; `start` and `wait` say what they raise.
+    """
 
     def __init__(self, settings: Settings, options: WorkerOptions, environ: Mapping[str, str]) -> None:
         self.settings = settings
@@ -9563,7 +9565,10 @@ class Worker:
         self._resources.callback(self.state.release)
 
     async def start(self) -> None:
-        """Load the model, join the mesh and take requests. Raises a QMeshError that says what is missing."""
+        """Load the model, join the mesh and take requests.
+
+        Raises ModelError or ModelNotFound, MissingPackage, MissingTls, and UsageError for a port that is taken.
+        """
         try:
             key = self.state.node_key()
             self.worker_id = key.node_id
@@ -9648,7 +9653,7 @@ class Worker:
             )
 
     async def wait(self) -> None:
-        """Return only with an error: the upkeep of a healthy worker never ends."""
+        """Wait for ever: the upkeep of a healthy worker never ends. Raises QMeshError when its engine fails it."""
         await asyncio.shield(self._upkeep)
 
     async def stop(self) -> None:
@@ -9665,6 +9670,7 @@ class Worker:
     # --- Health ---
 
     def health(self) -> HealthReport:
+        """How it does, by the last samples of the machine and the queue as it is now."""
         return self._window.report(len(self.requests), self.requests.capacity)
 
     async def _keep_up(self) -> None:
@@ -9978,7 +9984,7 @@ class Session:
             self._worker.admit(self, job)
         except QMeshError as error:
             self._worker.requests.count_refusal(error)
-            self._outbox.append((request_id, error))
+            self.tell(request_id, error)
         self.speak()
 
     @handles(_SESSION_HANDLERS, "cancel")
@@ -10018,7 +10024,7 @@ def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
 #
 # Finds workers, chooses one, and sees the answer through, whatever becomes of the worker.
 # Rule 1: of those with a slot free the highest fresh score wins, and where none has one, the shortest line;
-# records only say whom to ask for it.
+# records only say whom to ask for it. Who has a conversation's context goes before them, while it is at leisure.
 # Rule 2: a refusal is not a failure: the next worker is tried, and when all refuse, all are tried again
 # after a pause that grows, until the request's deadline.
 # Rule 3: a token that was given is kept. Who goes on in another's place is told them, and may only add to them:
@@ -10029,7 +10035,11 @@ def join_tokens(said: Iterable[tuple[str, Said]]) -> list[tuple[str, Said]]:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finished answer and how it was come by. Times are since the request was handed in."""
+    """A finished answer and how it was come by.
+
+    failovers: how often it moved to another worker. Times are in milliseconds since the request was handed in: until
+    workers were known, until the first token was there, and until all were.
+    """
 
     result: Result
     failovers: int
@@ -10074,7 +10084,10 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """A worker that was at work on the request is lost to it, after so many tokens in all; another one will go on."""
+    """A worker that was at work on the request is lost to it; another one will go on.
+
+    worker_id: in hexadecimal. reason: for people. tokens: how many of the answer were given by then, by all workers.
+    """
 
     worker_id: str
     reason: str
@@ -10083,7 +10096,10 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """No worker takes the request now; those that are there, and those that come, are asked again and again."""
+    """No worker takes the request now; those that are there, and those that come, are asked again and again.
+
+    reason: why the last one did not, for people.
+    """
 
     reason: str
 
@@ -10240,7 +10256,6 @@ class KnownWorkers:
         return not hint.failures or now - hint.failed_at >= avoid_s
 
 
-WORKER_DIGITS: Final = "[0-9a-f]{6,64}"  # of a worker's id, from the first one on
 CLIENT_CLOSED: Final = "the client is closed"
 
 
@@ -10270,12 +10285,11 @@ class WorkerLinks:
             connection = await dial(record.address, self.identity)
             try:
                 self._check_open()
+                if connection.peer_id != str(record.worker_id):
+                    raise _AnotherWorker(f"{format_address(record.address)} is another worker now")
             except WorkerLost:
                 connection.abort()
                 raise
-            if connection.peer_id != str(record.worker_id):
-                connection.abort()
-                raise _AnotherWorker(f"{format_address(record.address)} is another worker now")
             link = self._links[record.worker_id] = WorkerLink(connection)
             return link
 
@@ -10342,6 +10356,65 @@ class Choice:
         return self.health.state is HealthState.HEALTHY and not self.line
 
 
+class WorkerSearch:
+    """The searches of the DHT for workers, one after another: a client hears of workers before it needs them.
+
+    begin: begins a search in each of so many meshes, for the first few workers or for everything.
+    is_done: whether a search for as many as are wanted has come to its end. since: when as many were wanted first.
+    """
+
+    def __init__(self, begin: Callable[[bool], None], meshes: int) -> None:
+        self.is_done = False
+        self._begin = begin
+        self._meshes = meshes
+        self._loop = asyncio.get_running_loop()
+        self.since = self._opened_at = self._loop.time()
+        self._left = 0  # meshes in which it goes on
+        self._everything = False  # is wanted
+        self._is_whole = False  # the one under way asks for everything
+        self._current: asyncio.TimerHandle | None = None  # from when it is planned until it has ended
+        self._next: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        """Search, unless a search is under way: whom that meets, it asks too."""
+        if self._current is None and not self._closed:
+            # Page after page is asked for where all are wanted. Of those on this network the beacon tells sooner.
+            wait_s = self._opened_at + DISCOVERY_GATHER_S - self._loop.time() if self._everything else 0.0
+            self._current = self._loop.call_later(max(0.0, wait_s), self._run)
+
+    def want_everything(self) -> bool:
+        """From now on search for all workers; False where that is so already."""
+        if self._everything:
+            return False
+        self._everything, self.is_done, self.since = True, False, self._loop.time()
+        self.start()
+        return True
+
+    def _run(self) -> None:
+        self._is_whole, self._left = self._everything, self._meshes  # some may end at once, within `begin`
+        self._begin(self._everything)
+
+    def ended_in_one(self) -> None:
+        """The search under way has ended in one of the meshes."""
+        self._left -= 1
+        if self._left > 0:
+            return
+        self._current = None
+        self.is_done = self._is_whole or not self._everything
+        if not self.is_done:
+            self.start()
+            return
+        if self._next is not None:
+            self._next.cancel()
+        self._next = self._loop.call_later(ANNOUNCE_PERIOD_S, self.start)  # while what was heard of others counts
+
+    def close(self) -> None:
+        self._closed = True
+        for timer in filter(None, (self._current, self._next)):
+            timer.cancel()
+
+
 class Client:
     """A guest of the mesh, who asks it:
 
@@ -10374,12 +10447,6 @@ class Client:
         self.links = WorkerLinks(self.meshes)
         self.holders = ContextHolders()
         self._is_open = False
-        self._searching: asyncio.TimerHandle | None = None  # from when a search is planned until it has ended
-        self._next_search: asyncio.TimerHandle | None = None
-        self._searches = 0
-        self._search_is_whole = False
-        self._searched = False
-        self._everything = False
         self._changed = asyncio.Event()
         self._remembered: list[Address] = []
 
@@ -10388,6 +10455,7 @@ class Client:
         self._is_open = True
         self._loop = asyncio.get_running_loop()
         self._opened_at = self._looked_at = self._loop.time()
+        self._search = WorkerSearch(self._find_workers, len(self.meshes))
         rng, now = random.SystemRandom(), uptime_s()
         engines = [DhtEngine(keys=keys, own=None, rng=rng, now=now) for keys in self.meshes]
         self.node = await UdpNode.open(
@@ -10399,9 +10467,8 @@ class Client:
 
     async def __aexit__(self, *exc_info: object) -> None:
         self._is_open = False
+        self._search.close()
         await self.links.close()
-        for timer in filter(None, (self._searching, self._next_search)):
-            timer.cancel()
         met = [contact.address for contact in self.node.contacts()]
         await self.node.close()
         if met:
@@ -10426,13 +10493,13 @@ class Client:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Joined):
-            self._search()
+            self._search.start()
         elif isinstance(event, Found):
             self.known.heard_of(event.records, self._loop.time(), own_word=event.search is None)
             self._loop.call_soon(self._prepare)
         elif isinstance(event, Finished):
             self.known.heard_of(event.records, self._loop.time(), own_word=False)
-            self._search_ended()
+            self._search.ended_in_one()
         self._changed.set()
 
     def _prepare(self) -> None:
@@ -10440,45 +10507,20 @@ class Client:
         with contextlib.suppress(QMeshError):  # who dials is told
             _ = self.links.identity
 
-    def _search(self) -> None:
-        """Search the DHT, unless a search is under way: whom it meets, it asks too."""
-        if self._searching is None:
-            # Page after page is asked for where all are wanted. Of those on this network the beacon tells sooner.
-            wait_s = self._opened_at + DISCOVERY_GATHER_S - self._loop.time() if self._everything else 0.0
-            self._searching = self._loop.call_later(max(0.0, wait_s), self._begin_search)
-
-    def _begin_search(self) -> None:
-        everything = self._search_is_whole = self._everything
-        self._searches = len(self.node.engines)  # some may end at once, within `run`
+    def _find_workers(self, everything: bool) -> None:
         self.node.run(lambda engine, now: engine.find_workers(now, everything=everything))
 
-    def _search_ended(self) -> None:
-        self._searches -= 1  # one in each mesh
-        if self._searches > 0:
-            return
-        self._searching = None
-        self._searched = self._search_is_whole or not self._everything
-        if not self._searched:
-            self._search()
-            return
-        if self._next_search is not None:
-            self._next_search.cancel()
-        # A client that stays open hears of workers before it needs them, and while what it heard of others counts.
-        self._next_search = self._loop.call_later(ANNOUNCE_PERIOD_S, self._search)
-
     def records(self) -> list[WorkerRecord]:
-        """The workers heard of and not expired."""
+        """The workers heard of and not expired, each with its most promising address."""
         return self.known.records(self._loop.time())
 
     async def discover(self, *, everything: bool = False, timeout_s: float | None = None) -> None:
-        """Wait until workers are known: the first few, or as good as all.
+        """Wait until workers are known: the first few, or as good as all. `records` has them.
 
         Raises NoWorkerFound after DISCOVERY_TIMEOUT_S, or after `timeout_s` if that is shorter.
         """
-        if everything and not self._everything:
-            self._everything = True
-            self._search()
-        elif not self.records():
+        widened = everything and self._search.want_everything()
+        if not widened and not self.records():
             self.look_again()
         began = self._loop.time()
         deadline = began + min(DISCOVERY_TIMEOUT_S, timeout_s or self.settings.timeout_s)
@@ -10501,8 +10543,8 @@ class Client:
         now = self._loop.time()
         if everything:  # beacons at 0 and 0.25 s have been answered, and the search has ended
             beaconing = self._opened_at + BEACON_TIMES_S[1] + DISCOVERY_GATHER_S - now
-            return max(0.0, beaconing, 0.0 if self._searched else self._opened_at + LOOKUP_DEADLINE_S - now)
-        return 0.0 if self._searched else max(0.0, self.known.first_at + DISCOVERY_GATHER_S - now)
+            return max(0.0, beaconing, 0.0 if self._search.is_done else self._search.since + LOOKUP_DEADLINE_S - now)
+        return 0.0 if self._search.is_done else max(0.0, self.known.first_at + DISCOVERY_GATHER_S - now)
 
     # --- Workers ---
 
@@ -10518,7 +10560,7 @@ class Client:
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):  # a deaf worker must not keep us from the others
                 status = await (await self.link(record)).status()
-            self.known.has_kind(record.worker_id, fingerprint_in(status), kind_in(status))
+            self.known.has_kind(record.worker_id, *model_in(status))
             return status, HealthReport.from_json(status.get("health"))
         except (QMeshError, TimeoutError) as error:
             log.info("worker %s: %s", record.worker_id.short, error)
@@ -10526,7 +10568,11 @@ class Client:
             return error if isinstance(error, QMeshError) else silent
 
     async def statuses(self) -> tuple[list[Json], list[Json]]:
-        """The fresh status of every worker, and those that were heard of but do not answer."""
+        """The fresh status of every worker as `status_response` tells it, and who was heard of but does not answer.
+
+        Each tells its "worker_id" and "address"; of those that do not answer, "error" says why. Workers that come
+        later are there when this is asked again.
+        """
         records = sorted(self.records(), key=lambda record: record.worker_id)
         workers, silent = [], []
         for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
@@ -10539,6 +10585,7 @@ class Client:
                 workers.append(told | who)
             except QMeshError as error:
                 silent.append(who | {"error": str(error)})
+        self.look_again()
         return workers, silent
 
     async def overview(self) -> Json:
@@ -10589,7 +10636,7 @@ class Client:
             elif answer[1].state is HealthState.OVERLOADED:
                 refusal = Refused("every worker is overloaded")
             else:
-                able.append(Choice(record, answer[1], fingerprint_in(answer[0]), line_in(answer[0])))
+                able.append(Choice(record, answer[1], model_in(answer[0])[0], line_in(answer[0])))
         return able, refusal or failure
 
     def look_again(self) -> None:
@@ -10598,7 +10645,7 @@ class Client:
         if not self.records() and now - self._looked_at > BEACON_TIMES_S[-1]:
             self._looked_at = now
             self.node.run(lambda engine, now: engine.restart(now))
-        self._search()
+        self._search.start()
 
     # --- Requests ---
 
@@ -10652,18 +10699,26 @@ def resolve_settings(flags: Mapping[str, Any], environ: Mapping[str, str]) -> Se
         raise UsageError(str(error)) from None
 
 
+@contextlib.contextmanager
+def as_usage() -> Iterator[None]:
+    """What is asked for in here was typed as a command: where it makes no sense, UsageError is raised."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+
+
 def new_job(
     prompt: str | Sequence[Message | Json],
     *,
     system: str | None = None,
     model: str | None = None,
-    session: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     **sampling: Any,
 ) -> Job:
     """A job: a question, or a conversation whose last message is one; messages may be {"role": ..., "content": ...}.
 
-    system: instructions that go before it. model, session, timeout_s: see `Job`. sampling: fields of `Sampling`.
+    system: instructions that go before it. model, timeout_s: see `Job`. sampling: fields of `Sampling`.
     Raises InvalidRequest.
     """
     turns = [Message("user", _text("the prompt", prompt))] if isinstance(prompt, str) else prompt
@@ -10676,7 +10731,6 @@ def new_job(
         messages=messages,
         model=model,
         params=Sampling.from_json(sampling),
-        session=session,
         timeout_s=_number("timeout_s", timeout_s),
     )
 
@@ -10720,19 +10774,24 @@ def check_vectors(made: Embeddings, job: AnyJob, *fingerprints: str) -> None:
         raise WireError("the worker's vectors are of a model without a fingerprint")
 
 
-def fingerprint_in(status: Json) -> str:
-    """The fingerprint of the model that a worker's status tells; "" where it makes no sense."""
-    with contextlib.suppress(InvalidRequest, IndexError):
-        return _text("fingerprint", _object("model", _list("models", status.get("models"))[0]).get("fingerprint"))
-    return ""
-
-
-def kind_in(status: Json) -> str:
-    """What a worker's status tells its model to be made for; "other" where it makes no sense."""
+def model_in(status: Json) -> tuple[str, str]:
+    """The fingerprint and the kind of the model that a worker tells of; "" and "other" where it makes no sense."""
+    fingerprint, kind = "", "other"
     with contextlib.suppress(InvalidRequest, IndexError):
         model = _object("model", _list("models", status.get("models"))[0])
-        return _one_of("kind", model.get("kind", WRITES), MODEL_KINDS)
-    return "other"
+        with contextlib.suppress(InvalidRequest):
+            fingerprint = _text("fingerprint", model.get("fingerprint"))
+        kind = _one_of("kind", model.get("kind", WRITES), MODEL_KINDS)
+    return fingerprint, kind
+
+
+def worker_digits(text: str) -> str:
+    """The first digits of a worker's id, or all of them, as they are compared. Raises InvalidRequest."""
+    digits = _text("worker", text).lower()
+    if not re.fullmatch(f"[0-9a-f]{{{SHORT_ID_DIGITS},{2 * ID_BYTES}}}", digits):
+        wanted = f"{SHORT_ID_DIGITS} or more of its id's first digits"
+        raise InvalidRequest(f"a worker is named by {wanted}, not {printable(text)!r}")
+    return digits
 
 
 class TextPieces:
@@ -10800,11 +10859,11 @@ class RunOptions:
         for name in ("hedge_s", "wait_s"):
             if getattr(self, name) is not None and _number(name, getattr(self, name)) < 0:
                 raise InvalidRequest(f"{name} must not be negative")
-        if self.worker is not None and not re.fullmatch(WORKER_DIGITS, _text("worker", self.worker)):
-            raise InvalidRequest("worker must be a worker's id, or 6 or more of its first digits")
+        if self.worker is not None:
+            worker_digits(self.worker)
 
     def asks_for(self, record: WorkerRecord) -> bool:
-        return str(record.worker_id).startswith(self.worker or "")
+        return str(record.worker_id).startswith((self.worker or "").lower())
 
 
 class Delivery:
@@ -11275,7 +11334,7 @@ class BlockingClient:
         return self._run(self._client.embed(texts, **options))
 
     def statuses(self) -> list[Json]:
-        """The status of every worker that answers, as `status --json` shows them."""
+        """The status of every worker that answers, as `status --json` shows them. Raises NoWorkerFound."""
 
         async def look() -> list[Json]:
             await self._client.discover(everything=True)
@@ -11385,18 +11444,19 @@ class BlockingEvents:
 DOCTOR_LISTEN_S: Final = BEACON_PERIOD_S + 1.0  # every node of the network has beaconed by then
 HEAR_ITSELF_S: Final = 0.5  # for what we sent to come back to us
 MAX_EXAMINED: Final = 64  # machines; beyond that the doctor would itself be a load
-EXAMINED_AT_ONCE: Final = 8
+EXAMINED_AT_ONCE: Final = 8  # each is pinged and dialled, and calls back meanwhile
 USUAL_PORTS: Final = f"UDP {BEACON_PORT} to {CLIENT_PORT} and TCP {DEFAULT_PORT}"
 
 
-_SOFTWARE_CAUSES: Final = ("python_old", "tls_missing", "engine_missing", "engine_without_gpu", "no_model")
-_MACHINE_CAUSES: Final = ("model_unusable", "state_unusable", "cloned_identity", "port_taken", "port_unusable")
-_NETWORK_CAUSES: Final = ("no_network", "no_multicast", "no_broadcast", "beacon_port_taken", "name_unresolved")
+_SOFTWARE_CAUSES: Final = ("python_old", "tls_missing", "engine_missing", "engine_unusable", "engine_without_gpu")
+_FILE_CAUSES: Final = ("no_model", "model_unusable", "state_unusable", "cloned_identity")
+_NETWORK_CAUSES: Final = ("no_network", "no_multicast", "no_broadcast", "name_unresolved")
+_PORT_CAUSES: Final = ("beacon_port_taken", "port_taken", "port_unusable")
 _WALL_CAUSES: Final = ("udp_blocked_here", "udp_blocked_there", "udp_blocked", "tcp_blocked_here", "tcp_blocked_there")
 _PEER_CAUSES: Final = ("one_way", "peer_silent", "peer_unreachable", "not_called_back")
 _MESH_CAUSES: Final = ("no_worker", "other_mesh", "other_topic", "other_version")
 CAUSES: Final = frozenset(
-    (*_SOFTWARE_CAUSES, *_MACHINE_CAUSES, *_NETWORK_CAUSES, *_WALL_CAUSES, *_PEER_CAUSES, *_MESH_CAUSES)
+    (*_SOFTWARE_CAUSES, *_FILE_CAUSES, *_NETWORK_CAUSES, *_PORT_CAUSES, *_WALL_CAUSES, *_PEER_CAUSES, *_MESH_CAUSES)
 )
 
 
@@ -11480,14 +11540,23 @@ def check_engine(gpu_layers: int | None) -> list[Check]:
     return [Check("engine", f"{found}, {'with' if offloads else 'without'} GPU code; {gpu.reason}")]
 
 
-def check_models() -> list[Check]:
+def check_models(wanted: str | None) -> list[Check]:
+    """The models that are here. A damaged one is a problem where a worker would take it, or has no other to take."""
     carried = carried_model_file()
     checks = [Check("model", f"{carried.name} ({human_bytes(carried.size)}), in this archive")] if carried else []
+    damaged: dict[Path, str] = {}
     for path in list_models(model_dirs()):
         try:
             checks.append(Check("model", f"{read_model(path).name} ({human_bytes(path.stat().st_size)})"))
         except (ModelError, OSError) as error:
-            checks.append(problem("model", "model_unusable", str(error), f"delete {path} and fetch it again"))
+            damaged[path] = str(error)
+    taken: Path | None = None
+    with contextlib.suppress(QMeshError):  # none, or one of several has to be chosen
+        taken = find_model(wanted, model_dirs()) if carried_model(wanted) is None else None
+    well = list(checks)
+    for path, why in damaged.items():
+        tell = problem if path == taken or not well else note
+        checks.append(tell("model", "model_unusable", why, f"delete {path} and fetch it again"))
     tried = f"*.gguf in {', '.join(map(str, model_dirs()))}"
     absent = "no model: this machine can ask, not serve"
     return checks or [note("model", "no_model", absent, "python qmesh.py pull", tried)]
@@ -11508,7 +11577,7 @@ def check_state(host_dir: Path) -> list[Check]:
             owners.setdefault(path.read_text("ascii", errors="replace").strip(), []).append(path)
     for worker_id, paths in owners.items():
         if len(paths) > 1:
-            found = f"worker {worker_id[:6]} stands in {' and in '.join(map(str, paths))}"
+            found = f"worker {short_id(worker_id)} stands in {' and in '.join(map(str, paths))}"
             remedy = f"delete {NODE_KEY_FILE} beside all but one of them, and restart those workers"
             return [problem("state", "cloned_identity", found, remedy)]
     return [Check("state", f"{host_dir} can be written, {plural(len(owners), 'worker id')}")]
@@ -11565,13 +11634,18 @@ class Neighbour:
     failure: str = ""
 
     @property
+    def address(self) -> Address:
+        """What people know it by."""
+        return self.tcp or self.udp or (UNSPECIFIED, 0)
+
+    @property
     def host(self) -> str:
-        return (self.udp or self.tcp or (UNSPECIFIED, 0))[0]
+        return self.address[0]
 
     @property
     def title(self) -> str:
         worker = f" (worker {self.node_id.short})" if self.node_id is not None else ""
-        return f"peer {format_address(self.tcp or self.udp or (UNSPECIFIED, 0))}{worker}"
+        return f"peer {format_address(self.address)}{worker}"
 
     @property
     def ports(self) -> str:
@@ -11651,19 +11725,10 @@ def check_clones(peers: Iterable[Neighbour]) -> list[Check]:
     users: dict[NodeId, dict[str, str]] = {}
     for peer in peers:
         if peer.node_id is not None and peer.status.get("run_id"):
-            address = format_address(peer.tcp or peer.udp or (UNSPECIFIED, 0))
-            users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = address
+            users.setdefault(peer.node_id, {})[str(peer.status["run_id"])] = format_address(peer.address)
     remedy = f"stop one of them, delete its {NODE_KEY_FILE} in its state directory, and start it again"
-    return [
-        problem(
-            f"worker {node_id.short}",
-            "cloned_identity",
-            f"runs at {' and at '.join(sorted(runs.values()))}",
-            remedy,
-        )
-        for node_id, runs in users.items()
-        if len(runs) > 1
-    ]
+    found = {id_.short: " and at ".join(sorted(runs.values())) for id_, runs in users.items() if len(runs) > 1}
+    return [problem(f"worker {who}", "cloned_identity", f"runs at {where}", remedy) for who, where in found.items()]
 
 
 class Ears:
@@ -11684,7 +11749,7 @@ class Ears:
         self.udp_port = 0
         self.own_hosts = {item.address for item in list_interfaces()}
         self._host = host
-        self.own_id = own_id
+        self._own_id = own_id
         self._meshes = [(keys.topic, DatagramCodec(keys.udp_key)) for keys in meshes]
         self._usual = DatagramCodec(MeshKeys.derive(DEFAULT_TOPIC).udp_key)
         self._sockets = UdpSockets(self._on_datagram)
@@ -11730,8 +11795,7 @@ class Ears:
     def _on_datagram(self, data: bytes, address: Address) -> None:
         codec = next((codec for _, codec in self._meshes if codec.judge(data) is None), None)
         reason = self._meshes[0][1].judge(data) if codec is None else None
-        known = self.is_here(address[0]) or len(self.strangers) >= MAX_EXAMINED
-        if reason in DatagramCodec.STRANGER and not known:
+        if reason in DatagramCodec.STRANGER and len(self.strangers) < MAX_EXAMINED:
             usual = reason == "mesh" and self._usual.judge(data) is None
             self.strangers[address[0]] = "topic" if usual else reason
         if codec is not None:
@@ -11748,7 +11812,7 @@ class Ears:
             self.answers[datagram.sender, address] = datagram.body.get("record")
         elif datagram.kind == "ping" and datagram.sender is None:  # a node would take us for one
             self.callers.add(address[0])
-            pong = codec.encode(Datagram("pong", datagram.transaction, self.own_id))
+            pong = codec.encode(Datagram("pong", datagram.transaction, self._own_id))
             own = self._sockets.towards(address[0])
             if own is not None:
                 own.send(pong, address)
@@ -11760,12 +11824,10 @@ class Doctor:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._environ = environ
-        meshes = read_mesh_keys(settings)
-        self.mesh = meshes[0]
-        self._meshes = meshes
-        self._identity = Identity.ephemeral(meshes)
+        self.meshes = read_mesh_keys(settings)
+        self._identity = Identity.ephemeral(self.meshes)
         self._id = self._identity.node_id
-        self._ears = Ears(meshes, settings.host, self._id)
+        self._ears = Ears(self.meshes, settings.host, self._id)
         self._peers: list[Neighbour] = []
         self._tcp_port = 0
         self._client_finds = True
@@ -11775,7 +11837,7 @@ class Doctor:
         for check in await asyncio.to_thread(self._check_machine):
             yield check
         for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
-            for check in await check_port(kind, self._settings.host, self.mesh, self._identity):
+            for check in await check_port(kind, self._settings.host, self.meshes[0], self._identity):
                 yield check
                 if check.verdict is Verdict.PROBLEM:
                     return  # with an address that is not ours, nothing of the network can be examined
@@ -11804,7 +11866,7 @@ class Doctor:
     def _check_machine(self) -> list[Check]:
         host_dir = host_state_dir(self._settings.state_dir, self._environ)
         checks = check_python() + check_tls() + check_engine(self._settings.gpu_layers)
-        return checks + check_models() + check_state(host_dir)
+        return checks + check_models(self._settings.model) + check_state(host_dir)
 
     # --- Interfaces ---
 
@@ -11878,13 +11940,13 @@ class Doctor:
 
     def _peer(self, node_id: NodeId | None, udp: Address | None, tcp: Address | None) -> Neighbour:
         """The node at these addresses, met before or new. One node has one entry for each of its hosts."""
-        host = (udp or tcp or (UNSPECIFIED, 0))[0]
+        peer = Neighbour(node_id, udp, tcp)
         for known in self._peers:
-            same_node = node_id is not None and known.node_id == node_id and known.host == host
+            same_node = node_id is not None and known.node_id == node_id and known.host == peer.host
             if same_node or (udp is not None and known.udp == udp) or (tcp is not None and known.tcp == tcp):
                 known.node_id, known.udp, known.tcp = known.node_id or node_id, known.udp or udp, known.tcp or tcp
                 return known
-        peer = Neighbour(node_id, udp, tcp, here=self._ears.is_here(host))
+        peer.here = self._ears.is_here(peer.host)
         if len(self._peers) < MAX_EXAMINED:
             self._peers.append(peer)
         return peer
@@ -11917,32 +11979,37 @@ class Doctor:
     async def _examine_peer(self, peer: Neighbour, ports: Sequence[tuple[int, int]], turns: asyncio.Semaphore) -> None:
         async with turns:
             if peer.udp is not None:
-                for keys in self._meshes:
-                    answered = await udp_ping(keys, peer.udp, self._settings.host)
-                    peer.pinged = peer.pinged or answered is not None
-                    peer.node_id = peer.node_id or answered
-                    if peer.pinged:
-                        break
-            if peer.tcp is None:
-                return
-            try:
-                link = WorkerLink(await dial(peer.tcp, self._identity))
-            except QMeshError as error:
-                peer.failure, peer.foreign = str(error), isinstance(error, WrongMesh)
-                return
-            try:
-                peer.greeted, peer.node_id = True, NodeId.of_hex(link.worker_id)
-                peer.status = await link.status()
-                calls = await asyncio.gather(*(link.dial_back(*pair) for pair in ports))
-                peer.called = any(call.get("udp") for call in calls)
-                shut_udp = [f"UDP {udp}" for call, (udp, _) in zip(calls, ports, strict=True) if not call.get("udp")]
-                shut_tcp = [f"TCP {tcp}" for call, (_, tcp) in zip(calls, ports, strict=True) if not call.get("tcp")]
-                peer.shut = shut_udp + shut_tcp
-            except QMeshError as error:
-                peer.failure = str(error)
-            finally:
-                await link.close()
+                await self._ping(peer, peer.udp)
+            if peer.tcp is not None:
+                await self._greet(peer, peer.tcp, ports)
             peer.called = peer.called or peer.host in self._ears.callers
+
+    async def _ping(self, peer: Neighbour, address: Address) -> None:
+        for keys in self.meshes:
+            answered = await udp_ping(keys, address, self._settings.host)
+            if answered is not None:
+                peer.pinged, peer.node_id = True, peer.node_id or answered
+                return
+
+    async def _greet(self, peer: Neighbour, address: Address, ports: Sequence[tuple[int, int]]) -> None:
+        """Ask it how it does, and have it call back at these ports of ours, for UDP and TCP."""
+        try:
+            link = WorkerLink(await dial(address, self._identity))
+        except QMeshError as error:
+            peer.failure, peer.foreign = str(error), isinstance(error, WrongMesh)
+            return
+        try:
+            peer.greeted, peer.node_id = True, NodeId.of_hex(link.worker_id)
+            peer.status = await link.status()
+            calls = await asyncio.gather(*(link.dial_back(*pair) for pair in ports))
+            peer.called = any(call.get("udp") for call in calls)
+            shut_udp = [f"UDP {udp}" for call, (udp, _) in zip(calls, ports, strict=True) if not call.get("udp")]
+            shut_tcp = [f"TCP {tcp}" for call, (_, tcp) in zip(calls, ports, strict=True) if not call.get("tcp")]
+            peer.shut = shut_udp + shut_tcp
+        except QMeshError as error:
+            peer.failure = str(error)
+        finally:
+            await link.close()
 
     # --- The mesh ---
 
@@ -11956,7 +12023,7 @@ class Doctor:
         known = [host for host in strangers if host in members or self._ears.is_here(host)]
         strangers = {host: why for host, why in strangers.items() if host not in known}
         tried = f"beacons, listening and a search of the DHT for the topic {self._settings.topic!r}"
-        found = f"{plural(len(workers), 'worker')} found in the {self.mesh.title}"
+        found = f"{plural(len(workers), 'worker')} found in the {self.meshes[0].title}"
         if not self._client_finds and any(peer.hears and not peer.here for peer in self._peers):
             found = f"{found}, but not by a client: what answers its beacons does not arrive at UDP {CLIENT_PORT}"
             return problem("mesh", "udp_blocked_here", found, ALLOW_HERE, tried)
@@ -11965,14 +12032,23 @@ class Doctor:
                 "start one with `python qmesh.py worker` here or elsewhere. If one runs, name it with --peer HOST: "
                 "should that help, the network passes neither multicast nor broadcast, as guest networks do"
             )
+            here = {host: why for host, why in self._ears.strangers.items() if self._ears.is_here(host)}
+            if here:  # they may well be meant so, and may be what was looked for
+                _, what, advice = _most_telling(here)
+                found, remedy = f"{found}; {what} on this machine", f"{remedy}; or {advice}"
             return problem("mesh", "no_worker", found, remedy, tried)
         if not strangers:
             return Check("mesh", found, tried=tried)
-        kind = next(why for why in ("version", "topic", "mesh") if why in strangers.values())
+        kind, what, remedy = _most_telling(strangers)
         hosts = ", ".join(sorted(host for host, why in strangers.items() if why == kind))
-        what, remedy = _OTHER_MESHES[kind]
         tell = note if workers else problem
         return tell("mesh", f"other_{kind}", f"{found}; {what}: {hosts}", remedy, tried)
+
+
+def _most_telling(strangers: Mapping[str, str]) -> tuple[str, str, str]:
+    """Of why hosts are of other meshes, what tells most: the reason, and its words and advice of `_OTHER_MESHES`."""
+    kind = next(kind for kind in _OTHER_MESHES if kind in strangers.values())
+    return kind, *_OTHER_MESHES[kind]
 
 
 def strangers_of(status: Json) -> dict[str, str]:
@@ -11989,6 +12065,7 @@ def strangers_of(status: Json) -> dict[str, str]:
     return found
 
 
+# Why a host is of another mesh, the most telling first: (what was heard, what to do about it).
 _OTHER_MESHES: Final = {
     "version": (
         "heard of another version of QMesh",
@@ -12139,8 +12216,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     A  NAME
     1  x
     """
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    widths = [max(cells(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    gap = " " * COLUMN_GAP
+    lines = [gap.join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -12176,10 +12254,11 @@ class AnswerPrinter:
         if isinstance(event, Discovered):
             self._tell_of_step(f"🌐 Discovered {plural(event.workers, 'worker')}")
         elif isinstance(event, Selected):
-            self._lost += [self._leaving] if self._leaving is not None else []
-            self._leaving = None
+            if self._leaving is not None:
+                self._lost.append(self._leaving)
+                self._leaving = None
             if not self._begun:  # in the middle of a text nothing else is said
-                self._tell_of_step(f"✅ Selected worker {event.worker_id[:6]} (health: {event.health.score:.0f})")
+                self._tell_of_step(f"✅ Selected worker {short_id(event.worker_id)} (health: {event.health.score:.0f})")
                 self._tell_of_step("📤 Sending prompt...")
         elif isinstance(event, Queued):
             if not self._begun:
@@ -12207,14 +12286,14 @@ class AnswerPrinter:
         """Once, and only when it takes longer than a reader takes for a pause; in the middle of a text too."""
         self._waits += 1
         if self._waits == WAITS_BEFORE_WORD:
-            self._terminal.say(f"{chr(10) if self._begun else ''}⏳ Waiting for a worker: {event.reason}")
+            self._terminal.say(("\n" if self._begun else "") + f"⏳ Waiting for a worker: {event.reason}")
 
     def _tell_of_lost(self, answer: Answer) -> None:
         """One line, also where nobody watches; once the answer is whole, so that it does not break the text."""
         if answer.failovers and self._show:
-            lost = ", ".join(f"{event.worker_id[:6]} after {plural(event.tokens, 'token')}" for event in self._lost)
-            line = f"🔁 Lost worker {lost} ({self._lost[-1].reason}); {answer.result.worker_id[:6]} went on"
-            print(line, file=sys.stderr, flush=True)
+            lost = [f"{short_id(event.worker_id)} after {plural(event.tokens, 'token')}" for event in self._lost]
+            why, heir = self._lost[-1].reason, short_id(answer.result.worker_id)
+            print(f"🔁 Lost worker {', '.join(lost)} ({why}); {heir} went on", file=sys.stderr, flush=True)
 
     def _print(self, text: str) -> None:
         if not self._begun:
@@ -12245,7 +12324,7 @@ class TurnPrinter(AnswerPrinter):
     def _sum_up(self, answer: Answer) -> None:
         told = answer.to_json()
         tokens, speed = told["usage"].get("completion_tokens", 0), told["timings"]["tokens_per_s"]
-        parts = [f"worker {answer.result.worker_id[:6]}", plural(tokens, "token"), f"{speed:.0f} tokens/s"]
+        parts = [f"worker {short_id(answer.result.worker_id)}", plural(tokens, "token"), f"{speed:.0f} tokens/s"]
         if answer.result.finish_reason == "length":
             asked_for_more = tokens < self._job.params.max_tokens
             parts.append("cut: the context is full (/forget N, /new)" if asked_for_more else "cut by --max-tokens")
@@ -12274,15 +12353,14 @@ def print_status(mesh: MeshKeys, workers: Sequence[Json], silent: Sequence[Json]
         print(table(STATUS_HEADER, rows))
         print(f"{plural(len(rows), 'worker')} in the {mesh.title}")
     for status in workers:
+        who, agent = short_id(status["worker_id"]), status.get("agent")
         theirs = status["mesh"].get("fingerprint") if isinstance(status.get("mesh"), dict) else None
         if theirs not in (None, mesh.fingerprint):
-            print(f"{status['worker_id'][:6]}  has another key alone: that of {printable(theirs)}", file=sys.stderr)
-        if status.get("agent") not in (None, AGENT):
-            print(
-                f"{status['worker_id'][:6]}  runs {printable(str(status['agent']))}; this is {AGENT}", file=sys.stderr
-            )
+            print(f"{who}  has another key alone: that of {printable(theirs)}", file=sys.stderr)
+        if agent not in (None, AGENT):
+            print(f"{who}  runs {printable(agent)}; this is {AGENT}", file=sys.stderr)
     for status in silent:
-        print(f"{status['worker_id'][:6]}  does not answer: {status['error']}", file=sys.stderr)
+        print(f"{short_id(status['worker_id'])}  does not answer: {status['error']}", file=sys.stderr)
 
 
 def shown_model(model: Json) -> str:
@@ -12294,7 +12372,7 @@ def shown_model(model: Json) -> str:
 def status_row(status: Json) -> tuple[str, ...]:
     health, waiting = status["health"], status["queue"]
     return (
-        status["worker_id"][:6],
+        short_id(status["worker_id"]),
         health["state"],
         f"{health['score']:.0f}",
         f"{health['cpu']:.0f}%",
@@ -12400,8 +12478,8 @@ class MeshHistory:
             self._samples[worker_id] = samples
         if self._answering is not None:
             came, left = sorted(busy.keys() - self._answering), sorted(self._answering - busy.keys())
-            self._news.extend((now, f"{worker_id[:6]} came") for worker_id in came)
-            self._news.extend((now, f"{worker_id[:6]} left") for worker_id in left)
+            self._news.extend((now, f"{short_id(worker_id)} came") for worker_id in came)
+            self._news.extend((now, f"{short_id(worker_id)} left") for worker_id in left)
         self._answering = set(busy)
 
     def load(self, worker_id: str) -> str:
@@ -12434,7 +12512,7 @@ class Look:
 def watch_lines(look: Look, history: MeshHistory, width: int, height: int, *, colour: bool) -> list[str]:
     """What the screen shows: no more than `height` lines of at most `width` columns."""
     top = [styled(line, BOLD, colour=colour) for line in _totals(look, width)]
-    below = [f"{status['worker_id'][:6]} does not answer: {status['error']}" for status in look.silent]
+    below = [f"{short_id(status['worker_id'])} does not answer: {status['error']}" for status in look.silent]
     below = [cut(printable(line, MAX_ERROR_CHARS), width) for line in (*below, *history.news(look.now))]
     table, room = worker_table(look.workers, width, history=history, colour=colour), height - len(top)
     below = below[: max(0, room - min(len(table), 1 + LEAST_ROWS))]
@@ -12586,20 +12664,25 @@ class Conversation:
     def to_markdown(self) -> str:
         parts = [f"**Instructions:** {self.system}"] if self.system else []
         for turn in self.turns:
-            who = f"## {printable(turn.model) or 'Answer'} (worker {turn.worker_id[:6]})"
+            who = f"## {printable(turn.model) or 'Answer'} (worker {short_id(turn.worker_id)})"
             parts += ["## You", turn.question.strip(), who, turn.answer.strip()]
             parts += ["*(cut here)*"] if turn.cut else []
         return "\n\n".join(parts) + "\n"
 
-    def save(self, path: Path, *, replace_it: bool) -> None:
-        """Write Markdown where the name ends in .md, JSON elsewhere; for this user alone. Raises UsageError."""
-        text = self.to_markdown() if path.suffix.lower() == ".md" else json.dumps(self.to_json(), indent=2) + "\n"
+    def save(self, path: Path, *, replace_it: bool) -> str:
+        """Write Markdown where the name ends in .md, JSON elsewhere; for this user alone. Returns which it is.
+
+        Raises UsageError.
+        """
+        form = "Markdown" if path.suffix.lower() == ".md" else "JSON"
+        text = self.to_markdown() if form == "Markdown" else json.dumps(self.to_json(), indent=2) + "\n"
         try:
             if path.exists() and not replace_it:
                 raise UsageError(f"{path} is there already: `/save! {path}` overwrites it")
             write_atomically(path, text.encode())
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({error.strerror or error})") from None
+        return form
 
 
 class TypedLines:
@@ -12788,7 +12871,7 @@ class Chat:
     def _help(self, _: str) -> None:
         rows = [(f"/{name}{takes}", what) for name, (takes, what, _) in _CHAT_COMMANDS.items()]
         _tell(table(("COMMAND", "WHAT IT DOES"), rows))
-        _tell("A line that ends in a backslash goes on in the next one. Ctrl-C stops an answer, Ctrl-D leaves.")
+        _tell("A line that ends in a backslash goes on in the next one.\nCtrl-C stops an answer, Ctrl-D leaves.")
 
     def _model(self, name: str) -> None:
         counts = Counter(str(model["name"]) for status in self._mesh.statuses() for model in status["models"])
@@ -12804,10 +12887,9 @@ class Chat:
         _tell(f"asking {f'for {asked}' if asked else 'for whichever there is'}")
 
     def _worker(self, worker_id: str) -> None:
-        if worker_id and worker_id != ANY and not re.fullmatch(WORKER_DIGITS, worker_id):
-            raise UsageError("a worker is named by 6 or more of its id's first digits, as /status shows them")
         if worker_id:
-            self._asking.worker = None if worker_id == ANY else worker_id
+            with as_usage():
+                self._asking.worker = None if worker_id == ANY else worker_digits(worker_id)
         asked = self._asking.worker
         _tell(f"asking {f'worker {asked}' if asked else 'whichever worker is best'}")
 
@@ -12827,8 +12909,8 @@ class Chat:
         if not name:
             raise UsageError("a file is needed: /save FILE")
         path = Path(name).expanduser()
-        self._talk.save(path, replace_it=replace_it)
-        _tell(f"saved {plural(len(self._talk.turns), 'turn')} to {path}")
+        form = self._talk.save(path, replace_it=replace_it)
+        _tell(f"saved {plural(len(self._talk.turns), 'turn')} to {path} as {form}")
 
     def _save_over(self, name: str) -> None:
         self._save(name, replace_it=True)
@@ -12863,7 +12945,7 @@ _CHAT_COMMANDS: Final[dict[str, tuple[str, str, Callable[[Chat, str], None]]]] =
     "model": (" [NAME]", f"list the models of the mesh, or ask for one; {ANY} asks for none", Chat._model),
     "worker": (" [ID]", f"show or set the worker to ask; {ANY} leaves it to the mesh", Chat._worker),
     "status": ("", "show the workers, and which one holds this conversation", Chat._status),
-    "save": (" FILE", "write it all to a new file: Markdown where it ends in .md, else JSON", Chat._save),
+    "save": (" FILE", "write it to a new file: Markdown if it ends in .md, else JSON", Chat._save),
     "save!": (" FILE", "the same, over what is there", Chat._save_over),
     "help": ("", "show this", Chat._help),
     "quit": ("", "leave, as Ctrl-D does", Chat._quit),
@@ -13378,7 +13460,7 @@ class Line:
         return cls(mark, _integer(field_name, name), is_openai)
 
     def failed(self, error: QMeshError) -> Json:
-        told = {"code": failure_code(error), "message": str(error), "retryable": is_asked_again(error)}
+        told = {"code": error.code, "message": str(error), "retryable": is_asked_again(error)}
         if not self.is_openai:
             return {"request_id": str(self.mark), "id": self.name, "error": told}
         return {"id": str(self.mark), "custom_id": self.name, "response": None, "error": told}
@@ -13400,10 +13482,6 @@ class Question:
         body = Reply(self.request).whole(answers)
         response = {"status_code": 200, "request_id": self.jobs[0].request_id, "body": body}
         return {"id": mark, "custom_id": name, "response": response, "error": None}
-
-
-def failure_code(error: QMeshError) -> str:
-    return "lost" if isinstance(error, WorkerLost) else error.code
 
 
 def is_asked_again(error: QMeshError) -> bool:
@@ -13993,7 +14071,6 @@ class Batch:
             self._show.say(f"⏳ No worker is there; waiting for one, Ctrl-C ends. Tried: {self._mesh.tried()}")
         elif self._is_anybody_there and not was_there:
             self._show.say(f"🌐 Discovered {plural(len(workers), 'worker')}")
-        self._mesh.look_again()
 
     async def _keep(self) -> None:
         while True:
@@ -16007,8 +16084,6 @@ class MeshView:
         async with self._looking:
             loop = asyncio.get_running_loop()
             if loop.time() - self._seen_at >= MESH_VIEW_S:
-                if not self._client.records():
-                    self._client.look_again()
                 self._seen = without_untellable(await self._client.overview())
                 self._seen_at = loop.time()  # by now, so that who waited for it has it too, however long it took
             return self._seen
@@ -16632,7 +16707,7 @@ class Measured:
         health, slots = self.status.get("health"), self.status.get("slots")
         state = f"{health['score']:.0f}" if health is not None else "-"
         if self.failure is not None:
-            state = failure_code(self.failure).replace("_", " ")
+            state = self.failure.code.replace("_", " ")
         *speeds, waits = (self.figures[name] for name in FIGURES)
         figures = (*map(shown_figure, speeds), shown_figure(waits, " ms"))
         return (self.short, state, str(slots or "-"), *figures, self.model)
@@ -16656,7 +16731,7 @@ class Measured:
             "streams": self.streams,
             **{name: figure_json(values) for name, values in self.figures.items()},
             "prompt_tokens": self.prompt_tokens,
-            "error": {"code": failure_code(error), "message": str(error)} if error is not None else None,
+            "error": {"code": error.code, "message": str(error)} if error is not None else None,
         }
 
 
@@ -17582,12 +17657,10 @@ def make_job(arguments: argparse.Namespace, settings: Settings) -> Job:
     """The job that the arguments describe. Raises UsageError."""
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
     chosen = chosen_sampling(arguments)
-    try:
+    with as_usage():
         return new_job(
             text, system=arguments.system or None, model=settings.model, timeout_s=settings.timeout_s, **chosen
         )
-    except InvalidRequest as error:
-        raise UsageError(str(error)) from None
 
 
 def chosen_sampling(arguments: argparse.Namespace) -> Json:
@@ -17595,10 +17668,12 @@ def chosen_sampling(arguments: argparse.Namespace) -> Json:
     chosen = {name: getattr(arguments, name) for name in PARAMETERS if getattr(arguments, name) is not None}
     if arguments.json_schema is not None:
         chosen["json_schema"] = read_schema(Path(arguments.json_schema))
-    try:
-        Sampling.from_json(chosen)
-    except InvalidRequest as error:
-        raise UsageError(str(error)) from None
+    for name, value in chosen.items():
+        try:
+            Sampling.from_json({name: value})
+        except InvalidRequest as error:  # which names the field, as requests do
+            flag = "--sample-seed" if name == "seed" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag}: {str(error).removeprefix(f'{name} ')}") from None
     return chosen
 
 
@@ -17760,7 +17835,6 @@ async def keep_watching(mesh: Client, period_s: float, *, as_json: bool) -> None
             elif screen is None:
                 print(datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
                 print(*watch_lines(look, history, UNBOUNDED, UNBOUNDED, colour=False), "", sep="\n", flush=True)
-            mesh.look_again()
             draw_look(screen, look, history)
             while await resized.within(next_at - loop.time()):
                 draw_look(screen, look, history)
@@ -17902,7 +17976,7 @@ async def demonstrate(job: Job, settings: Settings, model: ModelFile, terminal: 
         children = [await running.enter_async_context(demo_worker(settings, model)) for _ in range(DEMO_WORKERS)]
         for child in children:
             ready = await demo_worker_ready(child)
-            terminal.say(f"   worker {ready['worker_id'][:6]} is ready ({plural(ready['slots'], 'slot')})")
+            terminal.say(f"   worker {short_id(ready['worker_id'])} is ready ({plural(ready['slots'], 'slot')})")
         printer = AnswerPrinter(terminal, stream=not no_stream, show=True)
         await ask(job, settings, printer, everything=True)
         terminal.say("👋 Stopping the workers...")
@@ -17975,7 +18049,7 @@ async def examine(arguments: argparse.Namespace, settings: Settings) -> int:
     problems = [check for check in checks if check.verdict is Verdict.PROBLEM]
     if arguments.json:
         elapsed_ms = round(1000 * (time.monotonic() - started), 1)
-        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "mesh": doctor.mesh.to_json()}
+        body = {"ok": not problems, "checks": [check.to_json() for check in checks], "mesh": doctor.meshes[0].to_json()}
         print_json(body | {"elapsed_ms": elapsed_ms})
     else:
         print(f"{plural(len(problems), 'problem')} found" if problems else "All is well")
@@ -18370,17 +18444,20 @@ def batch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chat_arguments(parser: argparse.ArgumentParser) -> None:
     sampling_arguments(parser)
-    parser.add_argument("--worker", type=worker_digits, metavar="ID", help="ask this one; 6 or more digits of its id")
+    parser.add_argument(
+        "--worker", type=worker_id, metavar="ID", help=f"ask this one; {SHORT_ID_DIGITS} or more digits of its id"
+    )
     parser.add_argument("--no-history", action="store_true", help="keep no file of what is typed")
     add_timeout(parser)
     add_stall(parser)
     add_network(parser)
 
 
-def worker_digits(text: str) -> str:
-    if not re.fullmatch(WORKER_DIGITS, text.lower()):
-        raise argparse.ArgumentTypeError(f"6 or more of the first digits of a worker's id are needed, not {text!r}")
-    return text.lower()
+def worker_id(text: str) -> str:
+    try:
+        return worker_digits(text)
+    except InvalidRequest as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def demo_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import random
+import re
 import secrets
 import socket
 from dataclasses import replace
@@ -362,7 +364,8 @@ async def test_a_conversation_does_not_wait_for_its_worker_while_another_has_a_s
 async def test_the_worker_that_is_asked_for_is_taken(topic: str, tmp_path: Path) -> None:
     best, wanted = ScriptedWorker(says("best"), score=95), ScriptedWorker(says("wanted"), score=40)
     async with mesh_of(topic, tmp_path, best, wanted) as mesh:
-        assert (await mesh.ask(job(), worker=wanted.worker_id.short)).result.text == "wanted"
+        for digits in (wanted.worker_id.short, wanted.worker_id.short.upper()):
+            assert (await mesh.ask(job(), worker=digits)).result.text == "wanted"
         assert "".join([text async for text in mesh.stream("Hi", worker=str(wanted.worker_id))]) == "wanted"
 
 
@@ -374,8 +377,8 @@ async def test_a_worker_that_is_asked_for_and_not_there_is_an_error_that_names_t
         (there,) = mesh.records()
         with pytest.raises(NoWorkerFound, match=f"no worker 000000; the mesh has: {there.worker_id.short}"):
             await mesh.ask(job(), worker="000000")
-        for wrong in ("best", "abc", "g" * 64, ""):
-            with pytest.raises(InvalidRequest, match="a worker's id"):
+        for wrong in ("best", "abc", "g" * 64, "0" * 65, ""):
+            with pytest.raises(InvalidRequest, match="6 or more of its id's first digits, not "):
                 await mesh.ask(job(), worker=wrong)
 
 
@@ -803,6 +806,96 @@ async def test_a_status_without_a_health_counts_as_no_answer(topic: str, tmp_pat
         assert (workers, len(silent)) == ([], 1)
 
 
+@in_a_loop
+async def test_who_comes_while_others_are_known_is_soon_told_of_to_whoever_looks_again(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sooner than a client that looks at nothing would hear of it, once its first beacons are over."""
+    monkeypatch.setattr(qmesh, "BEACON_TIMES_S", (0.0, 0.25))
+    one, later = ScriptedWorker(says("hello")), ScriptedWorker(says("hello"))
+    async with mesh_of(topic, tmp_path, one) as mesh:
+        await mesh.discover(everything=True)
+        assert len((await mesh.statuses())[0]) == 1
+        async with later.on(topic), asyncio.timeout(qmesh.ANNOUNCE_PERIOD_S / 2):
+            while len((await mesh.statuses())[0]) < 2:
+                pass
+
+
+@in_a_loop
+async def test_what_was_tried_in_vain_is_told_with_peers_whose_names_say_nothing(topic: str, tmp_path: Path) -> None:
+    async with mesh_of(topic, tmp_path, ScriptedWorker(says("hello"))):
+        pass  # whom it has met it remembers
+    async with client_of(topic, tmp_path, peers=(".nowhere", "127.0.0.1:9")) as mesh:
+        with pytest.raises(NoWorkerFound) as found:
+            await mesh.discover(timeout_s=0.3)
+    said = str(found.value)
+    assert "tried: beacons on 127.0.0.1 " in said
+    named = r"; --peer \.nowhere \(cannot be resolved: .+\); --peer 127\.0\.0\.1:9; 1 peer remembered from earlier$"
+    assert re.search(named, said)
+
+
+@in_a_loop
+async def test_requests_are_counted_by_how_they_ended(topic: str, tmp_path: Path) -> None:
+    answers = in_turn(says("hello"), refuses(InvalidRequest("no")), sends(token_frame("", 0, "Once")))
+    tally = qmesh.ClientTally()
+    async with mesh_of(topic, tmp_path, ScriptedWorker(answers)) as mesh:
+        async for _ in mesh.run(job(), tally=tally):
+            pass
+        with pytest.raises(InvalidRequest):
+            async for _ in mesh.run(job(), tally=tally):
+                pass
+        async with contextlib.aclosing(mesh.run(job(), tally=tally)) as events:
+            while not isinstance(await anext(events), Token):
+                pass
+    assert dict(+tally.outcomes) == {"done": 1, "invalid_request": 1, "cancelled": 1}
+    assert (tally.workers_lost, tally.failovers, tally.waits) == (0, 0, 0)
+    names = [metric.name for metric in tally.metrics("qmesh_gateway")]
+    assert names[-3:] == [f"qmesh_gateway_{what}_total" for what in ("workers_lost", "failovers", "waits")]
+
+
+@in_a_loop
+async def test_a_search_for_all_workers_is_waited_for_though_one_for_the_first_few_has_ended() -> None:
+    begun: asyncio.Queue[bool] = asyncio.Queue()
+    search = qmesh.WorkerSearch(begun.put_nowait, 2)
+    is_done = functools.partial(getattr, search, "is_done")
+    search.start()
+    search.start()  # as it is under way, that is no second one
+    async with asyncio.timeout(PATIENCE_S):
+        assert await begun.get() is False
+        search.ended_in_one()
+        assert not is_done()
+        search.ended_in_one()
+        assert is_done()
+        assert search.want_everything()
+        assert not is_done()
+        assert await begun.get() is True
+    assert not search.want_everything()
+    search.ended_in_one()
+    search.ended_in_one()
+    assert is_done()
+    search.close()
+
+
+@in_a_loop
+async def test_where_all_workers_are_wanted_while_the_first_few_are_searched_for_another_search_follows() -> None:
+    begun: asyncio.Queue[bool] = asyncio.Queue()
+    search = qmesh.WorkerSearch(begun.put_nowait, 1)
+    is_done = functools.partial(getattr, search, "is_done")
+    search.start()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await begun.get() is False
+        assert search.want_everything()
+        search.ended_in_one()
+        assert not is_done()
+        assert await begun.get() is True
+    search.ended_in_one()
+    assert is_done()
+    search.close()
+    search.start()
+    await asyncio.sleep(0)
+    assert begun.empty()
+
+
 # --- Its connections ---
 
 
@@ -849,3 +942,19 @@ async def test_a_place_in_the_queue_is_passed_on(topic: str, tmp_path: Path) -> 
         events = [event async for event in mesh.run(job())]
         assert [type(event) for event in events] == [Discovered, Selected, Queued, Token, Answer]
         assert events[2] == Queued(2, 1.5)
+
+
+@in_a_loop
+async def test_of_two_workers_in_a_race_the_place_in_the_line_of_the_first_one_is_told(
+    topic: str, tmp_path: Path
+) -> None:
+    def queued(position: int) -> Json:
+        return {"type": "inference_queued", "position": position, "wait_s": 1.5}
+
+    first = ScriptedWorker(sends(queued(2)), score=90)
+    second = ScriptedWorker(sends(queued(1), token_frame("", 0, "hello"), result_frame("", "hello")), score=30)
+    async with mesh_of(topic, tmp_path, first, second) as mesh:
+        events = [event async for event in mesh.run(job(), hedge_s=0.05)]
+    assert [event for event in events if isinstance(event, Queued)] == [Queued(2, 1.5)]
+    assert isinstance(events[-1], Answer)
+    assert events[-1].result.worker_id == str(second.worker_id)

@@ -161,15 +161,34 @@ def test_a_gpu_that_this_build_cannot_use_is_a_problem(monkeypatch: pytest.Monke
     assert "GGML_CUDA" in check.remedy
 
 
-def test_models_are_named_and_damaged_ones_are_problems(
+def test_an_archives_engine_that_cannot_be_unpacked_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def damaged() -> object:
+        raise qmesh.DamagedArchive("the engine in lab.pyz is damaged")
+
+    monkeypatch.setattr(qmesh, "load_psutil", damaged)
+    check = only(qmesh.check_engine(None))
+    assert (check.verdict, check.cause) == (Verdict.PROBLEM, "engine_unusable")
+    assert check.found == "the engine in lab.pyz is damaged"
+    assert check.remedy.startswith("Copy it to this machine once more")
+
+
+def test_models_are_named_and_a_damaged_one_is_a_problem_where_a_worker_would_take_it(
     tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qmesh, "model_dirs", lambda: [tmp_path])
-    assert only(qmesh.check_models()).cause == "no_model"
-    (tmp_path / "good.gguf").symlink_to(model_path)
-    assert "SmolLM2" in only(qmesh.check_models()).found or "good" in only(qmesh.check_models()).found
+    assert only(qmesh.check_models(None)).cause == "no_model"
+    torn, well = ("model_unusable", Verdict.PROBLEM), ("", Verdict.WELL)
     (tmp_path / "torn.gguf").write_bytes(model_path.read_bytes()[:5000])
-    assert [check.cause for check in qmesh.check_models()] == ["", "model_unusable"]
+    assert [(check.cause, check.verdict) for check in qmesh.check_models(None)] == [torn]
+    (tmp_path / "lost.gguf").write_bytes(b"")
+    assert [(check.cause, check.verdict) for check in qmesh.check_models(None)] == [torn, torn]
+    (tmp_path / "lost.gguf").unlink()
+    (tmp_path / "good.gguf").symlink_to(model_path)
+    assert [(check.cause, check.verdict) for check in qmesh.check_models("torn")] == [well, torn]
+    for wanted in ("good", None):
+        checks = qmesh.check_models(wanted)
+        assert [(check.cause, check.verdict) for check in checks] == [well, ("model_unusable", Verdict.NOTE)]
+        assert str(tmp_path / "torn.gguf") in checks[1].remedy
 
 
 def test_a_state_directory_that_cannot_be_written_is_a_problem(tmp_path: Path) -> None:
@@ -407,6 +426,23 @@ def test_it_does_not_take_itself_for_a_worker(mesh: harness.Mesh, examine: Calla
         exit_code, printed = examine(mesh, "--json", "--peer", "127.0.0.1")
     assert exit_code == 1
     assert causes(json.loads(printed)) == {"no_worker"}
+
+
+@in_a_loop
+async def test_another_mesh_on_this_machine_is_spoken_of_where_no_worker_is_found(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of somebody who gave a worker another key or topic than the rest."""
+    hurried = {"DOCTOR_LISTEN_S": 1.0, "DISCOVERY_TIMEOUT_S": 1.0, "BEACON_TIMES_S": (0.0, 0.2), "BEACON_PERIOD_S": 0.2}
+    for name, value in hurried.items():
+        monkeypatch.setattr(qmesh, name, value)
+    settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=topic, state_dir=str(tmp_path))
+    async with announced(f"{topic}-other", record_of(NodeId(5), 1)):
+        *_, told = [check async for check in qmesh.Doctor(settings, {}).examine()]
+    assert (told.name, told.cause, told.verdict) == ("mesh", "no_worker", Verdict.PROBLEM)
+    assert told.found.endswith("heard of a mesh with another topic or key on this machine")
+    assert told.remedy.startswith("start one with `python qmesh.py worker`")
+    assert "; or use the same --key " in told.remedy
 
 
 # --- The README ---

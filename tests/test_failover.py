@@ -594,10 +594,10 @@ async def test_what_a_question_may_say_is_sent_along(topic: str, tmp_path: Path)
     async with mesh_of(topic, tmp_path, worker) as mesh:
         turns: list[qmesh.Message | Json] = [qmesh.Message("user", "Hi"), qmesh.Message("assistant", "Hello")]
         turns.append({"role": "user", "content": "A story!"})
-        await mesh.ask(turns, system="Be brief.", model="tiny", session="s", timeout_s=5, temperature=0.5, seed=7)
+        await mesh.ask(turns, system="Be brief.", model="tiny", timeout_s=5, temperature=0.5, seed=7)
     (asked,) = worker.prompts
     assert [message["content"] for message in asked["messages"]] == ["Be brief.", "Hi", "Hello", "A story!"]
-    assert (asked["model"], asked["session"]) == ("tiny", "s")
+    assert asked["model"] == "tiny"
     assert asked["timeout_s"] <= 5
     assert (asked["params"]["temperature"], asked["params"]["seed"]) == (0.5, 7)
 
@@ -750,3 +750,45 @@ def test_a_blocking_client_that_finds_nobody_says_so_and_ends(topic: str, tmp_pa
     settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path), timeout_s=0.3)
     with qmesh.BlockingClient(settings) as mesh, pytest.raises(QMeshError, match="no worker was found"):
         mesh.ask("Hello?")
+
+
+@in_a_loop
+async def test_events_can_be_stopped_from_outside_and_the_worker_is_told(topic: str, tmp_path: Path) -> None:
+    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path))
+
+    def listen(worker: ScriptedWorker) -> list[qmesh.Progressed]:
+        with qmesh.BlockingClient(settings) as mesh:
+            events = mesh.run(qmesh.new_job("Hi"))
+            heard: list[qmesh.Progressed] = []
+            for event in events:
+                heard.append(event)
+                if isinstance(event, Token):
+                    events.stop()
+            assert next(events, None) is None
+            return heard
+
+    worker = ScriptedWorker(sends(token_frame("", 0, "one ")))
+    async with worker.on(topic):
+        heard = await asyncio.to_thread(listen, worker)
+        assert await asyncio.wait_for(worker.cancelled.get(), PATIENCE_S) == worker.prompts[0]["request_id"]
+    assert isinstance(heard[-1], Token)
+
+
+@in_a_loop
+async def test_events_raise_what_the_client_raises_and_tell_of_a_closed_one(topic: str, tmp_path: Path) -> None:
+    settings = Settings(host=LOOPBACK, topic=topic, state_dir=str(tmp_path))
+
+    def listen() -> None:
+        mesh = qmesh.BlockingClient(settings)
+        with pytest.raises(qmesh.UsageError, match="not open"):
+            mesh.run(qmesh.new_job("Hi"))
+        with mesh:
+            with pytest.raises(ModelNotFound):
+                list(mesh.run(qmesh.new_job("Hi", model="gpt-17")))
+            events = mesh.run(qmesh.new_job("Hi"))
+            assert isinstance(next(events), qmesh.Discovered)
+        with pytest.raises(WorkerLost, match="the client is closed"):
+            list(events)
+
+    async with ScriptedWorker(IS_SILENT).on(topic):
+        await asyncio.to_thread(listen)

@@ -416,7 +416,7 @@ async def test_what_a_client_is_told_is_passed_on_and_counted() -> None:
         (qmesh.NoWorkerFound("none"), "no_worker"),
         (Refused("full"), "overloaded"),
         (qmesh.InvalidRequest("too long", "context_exceeded"), "context_exceeded"),
-        (qmesh.WorkerLost("gone"), "internal"),
+        (qmesh.WorkerLost("gone"), "lost"),
         (ZeroDivisionError(), "internal"),
     ],
 )

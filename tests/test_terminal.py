@@ -28,7 +28,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loop import PATIENCE_S, in_a_loop
 from scripted_worker import (
-    IS_SILENT,
     ScriptedWorker,
     health_of,
     in_turn,
@@ -383,6 +382,7 @@ async def test_commands_change_how_it_is_asked(
     assert said.out == "Yes.\n" * 3
     assert re.search(rf"^{worker.worker_id.short}\*  healthy .*\n\* holds this conversation$", said.err, re.MULTILINE)
     assert "* tiny  (1 worker)\nasking for TINY" in said.err
+    assert f"saved 1 turn to {tmp_path}/a.json as JSON\n" in said.err
     assert json.loads((tmp_path / "a.json").read_bytes())[1:] == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes."},
@@ -394,7 +394,7 @@ async def test_commands_change_how_it_is_asked(
     [
         ("/bye now", "there is no command /bye; to ask about it, begin with //", 2),
         ("/forget x", "a number of turns is needed", 2),
-        ("/worker me", "6 or more of its id's first digits", 2),
+        ("/worker me", "a worker is named by 6 or more of its id's first digits, not 'me'", 2),
         ("/save", "a file is needed", 2),
         ("/retry", "nothing was asked yet", 2),
         ("/model gpt-17", "no worker has the model gpt-17; the mesh has: tiny", 5),
@@ -415,53 +415,19 @@ def test_a_command_that_makes_no_sense_is_spoken_of_and_the_chat_goes_on(
 
 
 @in_a_loop
+async def test_the_help_of_a_chat_fits_a_usual_terminal(typed: Typed, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await typed("/help") == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 10
+    assert [line for line in lines if len(line) > 80] == []
+
+
+@in_a_loop
 async def test_where_nobody_is_the_chat_goes_on_and_the_question_is_asked_later(
     topic: str, typed: Typed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert await typed("Hi", "/retry", timeout_s=0.5) == qmesh.NoWorkerFound.exit_code
     assert capsys.readouterr().err.count("no worker was found in ") == 2
-
-
-@in_a_loop
-async def test_events_can_be_stopped_from_outside_and_the_worker_is_told(topic: str, tmp_path: Path) -> None:
-    settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=topic, state_dir=str(tmp_path))
-
-    def listen(worker: ScriptedWorker) -> list[qmesh.Progressed]:
-        with qmesh.BlockingClient(settings) as mesh:
-            events = mesh.run(qmesh.new_job("Hi"))
-            heard: list[qmesh.Progressed] = []
-            for event in events:
-                heard.append(event)
-                if isinstance(event, qmesh.Token):
-                    events.stop()
-            assert next(events, None) is None
-            return heard
-
-    worker = ScriptedWorker(sends(token_frame("", 0, "one ")))
-    async with worker.on(topic):
-        heard = await asyncio.to_thread(listen, worker)
-        assert await asyncio.wait_for(worker.cancelled.get(), PATIENCE_S) == worker.prompts[0]["request_id"]
-    assert isinstance(heard[-1], qmesh.Token)
-
-
-@in_a_loop
-async def test_events_raise_what_the_client_raises_and_tell_of_a_closed_one(topic: str, tmp_path: Path) -> None:
-    settings = qmesh.Settings(host=qmesh.LOOPBACK, topic=topic, state_dir=str(tmp_path))
-
-    def listen() -> None:
-        mesh = qmesh.BlockingClient(settings)
-        with pytest.raises(qmesh.UsageError, match="not open"):
-            mesh.run(qmesh.new_job("Hi"))
-        with mesh:
-            with pytest.raises(qmesh.ModelNotFound):
-                list(mesh.run(qmesh.new_job("Hi", model="gpt-17")))
-            events = mesh.run(qmesh.new_job("Hi"))
-            assert isinstance(next(events), qmesh.Discovered)
-        with pytest.raises(qmesh.WorkerLost, match="the client is closed"):
-            list(events)
-
-    async with ScriptedWorker(IS_SILENT).on(topic):
-        await asyncio.to_thread(listen)
 
 
 # --- Real processes at a terminal ---

@@ -59,7 +59,7 @@ ERRORS: list[tuple[type[QMeshError], int, str, bool]] = [
     (qmesh.MissingPackage, 1, "internal", False),
     (qmesh.MissingTls, 1, "internal", False),
     (qmesh.InvalidRequest, 1, "invalid_request", False),
-    (qmesh.WorkerLost, 1, "internal", True),
+    (qmesh.WorkerLost, 1, "lost", True),
     (qmesh.DeadlineExceeded, 1, "timeout", False),
     (qmesh.WireError, 1, "internal", False),
     (qmesh.WrongMesh, 1, "wrong_mesh", False),
@@ -275,7 +275,7 @@ SAMPLING = Sampling(
     json_schema={},
 )
 RESUME = Resume((1, 2), "ab" * qmesh.FINGERPRINT_BYTES)
-JOB = Job("r1", prompt="Hello", model="m", params=SAMPLING, session="s", resume=RESUME, timeout_s=9.5)
+JOB = Job("r1", prompt="Hello", model="m", params=SAMPLING, resume=RESUME, timeout_s=9.5)
 CHAT = Job("r2", messages=(Message("system", ""), Message("assistant", "Hello"), Message("user", "Hi 👋")))
 TOKEN = Token(seq=3, tokens=(11, 12), text="é")
 RESULT = Result("text", "stop", {"prompt_tokens": 5, "completion_tokens": 2}, {"queue_ms": 0.5}, "m", "ab" * 32)
@@ -302,7 +302,7 @@ def test_sampling_is_the_same_after_json(params: Sampling) -> None:
     assert Sampling.from_json(through_json(params.to_json())) == params
 
 
-@pytest.mark.parametrize("job", [JOB, CHAT, Job("r", prompt="x"), Job("x" * 64, prompt="x", session="y" * 64)])
+@pytest.mark.parametrize("job", [JOB, CHAT, Job("r", prompt="x"), Job("x" * 64, prompt="x")])
 def test_a_job_is_the_same_after_json(job: Job) -> None:
     body = through_json(job.to_json())
     assert body["type"] == "prompt"
@@ -417,7 +417,6 @@ BAD_JOB: dict[str, list[Any]] = {
     "request_id": [*BAD_TEXTS, "", "x" * 65],
     "prompt": [*BAD_TEXTS, "", " \n"],
     "model": BAD_TEXTS,
-    "session": [*BAD_TEXTS, "", "x" * 65],
     "params": [None, 1, "x", [], True],
     "resume": [None, 1, "x", [], True],
     "resume.fingerprint": [None, 1, [], {}],

@@ -508,6 +508,7 @@ def test_a_number_that_json_does_not_have_is_not_written() -> None:
         (qmesh.InvalidRequest("why", "context_exceeded"), "context_exceeded"),
         (qmesh.ModelNotFound("why"), "model_not_found"),
         (qmesh.DeadlineExceeded("why"), "timeout"),
+        (qmesh.WorkerLost("why"), "lost"),
         (qmesh.QMeshError("why"), "internal"),
     ],
 )
