@@ -47,24 +47,26 @@ HEAD: Final = b"#!/usr/bin/env python3\n# coding: this-file-is-damaged--copy-it-
 DEFLATE_LEVEL: Final = 9  # packed once, copied to every machine
 
 # zipapp's own template drops the exit code of what it calls. Any Python can read this, older ones not what it imports;
-# and Python itself does not look whether what it imports from a zip is what was packed.
+# and Python itself does not look whether what it imports from a zip is what was packed. Ctrl-C may come at any time.
 MAIN: Final = """\
 import sys
 
 if sys.version_info < (3, 11):
     sys.exit("error: QMesh needs Python 3.11 or newer, and this is %s, %s" % (sys.version.split()[0], sys.executable))
 
-import binascii
+try:
+    import binascii
 
-for name, crc in {checksums}:
-    if binascii.crc32(__loader__.get_data(name)) != crc:
-        sys.exit("error: %s is damaged: copy it to this machine again" % sys.argv[0])
+    for name, crc in {checksums}:
+        if binascii.crc32(__loader__.get_data(name)) != crc:
+            sys.exit("error: %s is damaged: copy it to this machine again" % sys.argv[0])
 
-import qmesh
+    import qmesh
 
-sys.exit(qmesh.main())
+    sys.exit(qmesh.main())
+except KeyboardInterrupt:
+    sys.exit(130)  # as the program itself ends then
 """
-
 
 COMPILE: Final = """\
 import py_compile, sys

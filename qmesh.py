@@ -12168,7 +12168,7 @@ class Terminal:
 
     def __init__(self, *, shown: bool) -> None:
         self._shown = shown
-        self._drawing = False
+        self._width = 0  # of the line that is redrawn in place
 
     def say(self, line: str, *, end: str = "\n") -> None:
         self.end_progress()
@@ -12183,21 +12183,24 @@ class Terminal:
             sys.stderr.write(text)
             sys.stderr.flush()
 
+    def redraw(self, text: str) -> None:
+        """Show a line in place of the one that was drawn before, until something else is said."""
+        with contextlib.suppress(OSError):  # of a terminal that knows its width; a longer line would leave copies
+            text = text[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+        self._write(f"\r{text.ljust(self._width)}")
+        self._width = len(text)
+
     def end_progress(self) -> None:
-        """Leave the line of the bar, if there is one."""
-        if self._drawing:
-            self._drawing = False
+        """Leave the line that was drawn, if there is one."""
+        if self._width:
+            self._width = 0
             self._write("\n")
 
     def progress(self, done: int, total: int | None) -> None:
-        """A bar that is redrawn in place."""
-        if not sys.stderr.isatty():
-            return
-        self._drawing = True
-        if total:
-            self._write(f"\r   {bar(done, total)} {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
-        else:
-            self._write(f"\r   {done / 1e6:,.0f} MB")
+        """How much was fetched, in bytes; drawn where stderr is a terminal."""
+        if sys.stderr.isatty():
+            of_all = f"{bar(done, total)} {done / 1e6:,.0f} of {total / 1e6:,.0f}" if total else f"{done / 1e6:,.0f}"
+            self.redraw(f"   {of_all} MB")
 
 
 # JSON escapes the control characters of ASCII itself; these could steer a terminal, or turn its text round, too.
@@ -13042,7 +13045,8 @@ def _parameter(param: str) -> Iterator[None]:
 class Shape:
     """What the questions and answers of one endpoint look like.
 
-    question: the parameter that holds it. whole: a choice of an answer in one piece; first, piece, last: in several.
+    question: the parameter that holds it. kind: the `object` of an answer in one piece, whole: a choice of it;
+    piece_kind: that of one in several pieces, and first, piece, last: choices of those.
     """
 
     path: str
@@ -13106,8 +13110,7 @@ class CompletionRequest:
         questions = _api_messages(given) if shape is CHAT else _api_prompts(given)
         if n * len(questions) > MAX_CHOICES:
             raise BadParameter("n", f"{n * len(questions)} choices are asked for; {MAX_CHOICES} is the most")
-        with _parameter("model"):
-            model = _text("model", given.get("model", "")) or None
+        model = _api_model(given)
         with _parameter("worker"):
             worker = RunOptions(worker=given.get("worker")).worker
         with _parameter(shape.question):
@@ -13117,6 +13120,11 @@ class CompletionRequest:
                 for at in range(n)
             )
         return cls(shape, jobs, n, *_api_streaming(given), worker)
+
+
+def _api_model(given: Json) -> str | None:
+    with _parameter("model"):
+        return _text("model", given.get("model", "")) or None
 
 
 def _check_supported(given: Json, supported: frozenset[str]) -> None:
@@ -13259,6 +13267,7 @@ class Reply:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
     def whole(self, answers: Sequence[Answer]) -> Json:
+        """All in one piece; answers: one for each job of the request, in their order."""
         choices = [
             {"index": index, **self._request.shape.whole(answer.result.text), "logprobs": None}
             | {"finish_reason": answer.result.finish_reason}
@@ -13314,8 +13323,7 @@ class EmbeddingsRequest:
             texts = _api_texts("input", given.get("input"))
             if not 0 < len(texts) <= MAX_EMBED_INPUTS or not all(texts):
                 raise InvalidRequest(f"input takes 1 to {MAX_EMBED_INPUTS:,} texts that are not empty")
-        with _parameter("model"):
-            model = _text("model", given.get("model", "")) or None
+        model = _api_model(given)
         with _parameter("encoding_format"):
             encoding = _one_of("encoding_format", given.get("encoding_format", "float"), ("float", "base64"))
         return cls(texts, model, encoding)
@@ -13326,10 +13334,9 @@ class EmbeddingsRequest:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         head = dump_json({"object": "list", "model": made.model, "usage": usage})
         yield head[:-1] + b',"data":['
-        size = FLOAT_BYTES * made.dimensions
+        size, is_text = FLOAT_BYTES * made.dimensions, self.encoding == "base64"
         for index in range(len(made)):
             data = made.data[index * size : (index + 1) * size]
-            is_text = self.encoding == "base64"
             vector = base64.b64encode(data).decode() if is_text else struct.unpack(f"<{made.dimensions}f", data)
             one = dump_json({"object": "embedding", "index": index, "embedding": vector})
             yield b"," + one if index else one
@@ -13337,6 +13344,7 @@ class EmbeddingsRequest:
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> Json:
+    """The body of an error; kind: what OpenAI calls its `type`."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -13460,6 +13468,7 @@ class Line:
         return cls(mark, _integer(field_name, name), is_openai)
 
     def failed(self, error: QMeshError) -> Json:
+        """The line of the output that says why there is no answer."""
         told = {"code": error.code, "message": str(error), "retryable": is_asked_again(error)}
         if not self.is_openai:
             return {"request_id": str(self.mark), "id": self.name, "error": told}
@@ -13475,6 +13484,7 @@ class Question:
     request: CompletionRequest | None = None
 
     def answered(self, answers: Sequence[Answer]) -> Json:
+        """The line of the output; answers: one for each job."""
         name, mark = self.line.name, str(self.line.mark)
         if self.request is None:
             told = {key: value for key, value in answers[0].to_json().items() if key not in ("timings", "request_id")}
@@ -13608,9 +13618,11 @@ class Ledger:
 
     @property
     def left(self) -> int:
+        """How many lines have neither an answer nor an error."""
         return self.total - self.answered - self.failed.total()
 
     def is_done(self, line: int) -> bool:
+        """Whether a line, by its number from 1 on, is in the output."""
         return bool(self._done[line])
 
     def _check_paths(self) -> None:
@@ -13868,9 +13880,8 @@ class Batch:
         """Until all lines are answered, or `stop` is set. Raises what waiting cannot mend, and what writing raises."""
         self._stop, self._at_work = stop, asyncio.get_running_loop().time()
         async with Client(self._settings) as self._mesh:
-            helpers = [
-                asyncio.create_task(work) for work in (self._look_on(), self._keep(), self._draw(), self._halt())
-            ]
+            upkeep: tuple[Coroutine[Any, Any, Any], ...] = (self._look_on(), self._keep(), self._draw(), stop.wait())
+            helpers = list(map(asyncio.create_task, upkeep))
             for helper in helpers:
                 helper.add_done_callback(self._on_end)
             try:
@@ -13879,9 +13890,9 @@ class Batch:
                 for task in (*helpers, *self._flying):
                     task.cancel()
                 await asyncio.gather(*helpers, *self._flying, return_exceptions=True)
-                self._show.end()
+                self._show.end_progress()
 
-    async def _ask_all(self, helpers: Sequence[asyncio.Task[None]]) -> None:
+    async def _ask_all(self, helpers: Sequence[asyncio.Task[Any]]) -> None:
         while not self._stop.is_set():
             self._wake.clear()  # before anything is waited for, so that no end of a task is missed
             await self._fill()
@@ -13895,17 +13906,14 @@ class Batch:
             await asyncio.wait(self._flying, timeout=BATCH_GRACE_S)
             self._settle(helpers)
 
-    def _settle(self, helpers: Sequence[asyncio.Task[None]]) -> None:
+    def _settle(self, helpers: Sequence[asyncio.Task[Any]]) -> None:
         """Let go of what has ended. Raises what ended it badly."""
         for task in [task for task in (*self._flying, *helpers) if task.done()]:
             self._flying.pop(task, None)
             task.result()
 
-    def _on_end(self, _: asyncio.Task[None]) -> None:
+    def _on_end(self, _: asyncio.Task[Any]) -> None:
         self._wake.set()
-
-    async def _halt(self) -> None:
-        await self._stop.wait()
 
     async def _fill(self) -> None:
         """Ask as much as there is room for. A question whose model has none is held, and others go past it."""
@@ -14121,26 +14129,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest_s} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class BatchDisplay:
-    """How far a batch is: a bar that is redrawn in place on a terminal, elsewhere a line now and then."""
+class BatchDisplay(Terminal):
+    """Tells how far a batch is, too: a bar that is redrawn in place on a terminal, elsewhere a line now and then."""
 
-    def __init__(self, terminal: Terminal) -> None:
-        self._terminal = terminal
-        self._width = 0  # of what is drawn
+    def __init__(self, *, shown: bool) -> None:
+        super().__init__(shown=shown)
         self._said_at: float | None = None
         self._past: deque[tuple[float, int, int]] = deque(maxlen=round(BATCH_RATE_S / BATCH_DRAW_S))
 
-    def say(self, line: str) -> None:
-        self.end()
-        self._terminal.say(line)
-
-    def end(self) -> None:
-        """Leave the line of the bar, if there is one."""
-        if self._width:
-            self._width = 0
-            self._terminal.say("")
-
     def draw(self, ledger: Ledger, tally: Tally, flying: int, now: float) -> None:
+        """flying: questions under way. now: seconds of any clock that only goes forward."""
         done = ledger.total - ledger.left
         self._past.append((now, done, tally.pieces))
         since, done_then, pieces_then = self._past[0]
@@ -14154,16 +14152,10 @@ class BatchDisplay:
         told += [f"{duration(ledger.left / rate)} left"] if rate else []
         told += [f"{flying} in flight", plural(ledger.failed.total(), "error")]
         if sys.stderr.isatty():
-            self._redraw(f"{bar(done, ledger.total)} {', '.join(told)}")
+            self.redraw(f"{bar(done, ledger.total)} {', '.join(told)}")
         elif self._said_at is None or now - self._said_at >= BATCH_WORD_S:
             self._said_at = now
-            self._terminal.say(", ".join(told))
-
-    def _redraw(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # of a terminal that knows its width; a longer line would leave copies
-            text = text[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
-        self._terminal.say(f"\r{text.ljust(self._width)}", end="")
-        self._width = len(text)
+            self.say(", ".join(told))
 
 
 def batch_summary(ledger: Ledger, tally: Tally, seconds: float) -> Json:
@@ -14254,6 +14246,7 @@ class HttpRequest:
 
     @property
     def keeps_alive(self) -> bool:
+        """Whether the client may send another one on this connection (RFC 9112, 9.3); of HTTP/1.0 none may."""
         options = [option.strip().lower() for option in self.headers.get("connection", "").split(",")]
         return self.is_1_1 and "close" not in options
 
@@ -14505,7 +14498,9 @@ class HttpConnection(asyncio.Protocol):
         self._changed.set()
 
     def eof_received(self) -> None:
-        """Who closes its half wants no answer any more: the transport closes the other one."""
+        """The transport closes the other half as well, as nginx does: nothing tells a client that ends its half alone
+        from one that has gone (rule 3), and a client is to close after it has read the answer (RFC 9112, 9.6).
+        """
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -14728,6 +14723,7 @@ class HttpServer:
             log.error("an HTTP connection failed", exc_info=task.exception())
 
     async def handle(self, request: HttpRequest) -> HttpResponse:
+        """The answer to a request. Raises nothing."""
         try:
             return await self._handle(request)
         except HttpError as error:
@@ -14740,7 +14736,9 @@ class HttpServer:
 # ======================================================================================================
 # 27  Web page
 #
-# One page, whole in itself: it loads nothing from anywhere else, so that it works without the internet.
+# One page: what there is of the mesh for people with a browser.
+# Rule 1: it is whole in itself, and loads nothing from anywhere else, so that it works without the internet.
+# Rule 2: what workers and people say stays text, and never becomes markup or code.
 # ======================================================================================================
 
 PAGE: Final = r"""<!doctype html>
@@ -14758,12 +14756,12 @@ PAGE: Final = r"""<!doctype html>
   --page: #f6f6f3; --sheet: #fff; --sunk: #eeeeea; --line: #dddcd6; --edge: #8b8a84; --text: #1c1e22; --soft: #5a5e66;
   --accent: #3056d3; --on-accent: #fff; --tint: #e7ecfb; --good: #14713f; --fair: #8a5200; --bad: #b3261e;
   --shadow: 0 1px 2px #0000000a, 0 6px 24px #0000000d; color-scheme: light;
+  --mono: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 }
 :root[data-theme="dark"] {
   --page: #101216; --sheet: #181b21; --sunk: #20242b; --line: #2c3139; --edge: #6d7480; --text: #e8eaee;
-    --soft: #a3a9b5;
   --accent: #9db4ff; --on-accent: #0e1220; --tint: #222b45; --good: #57cc91; --fair: #e5ad50; --bad: #ff9489;
-  --shadow: 0 1px 2px #0006, 0 6px 24px #0005; color-scheme: dark;
+  --soft: #a3a9b5; --shadow: 0 1px 2px #0006, 0 6px 24px #0005; color-scheme: dark;
 }
 * { box-sizing: border-box; }
 [hidden] { display: none !important; }
@@ -14773,7 +14771,7 @@ body {
 }
 h1, h2, h3, p, ul, ol, dl, dd, pre, blockquote, table { margin: 0; }
 button, input, textarea, select, summary { font: inherit; color: inherit; }
-code, pre { font: .875em/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+code, pre { font: .875em/1.55 var(--mono); }
 ::placeholder { color: var(--soft); opacity: 1; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .quiet { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
@@ -14795,22 +14793,26 @@ input, textarea, select {
   border: 1px solid var(--edge); border-radius: 8px; background: var(--sheet); padding: .4rem .6rem; min-width: 0;
 }
 
-header { grid-column: 1 / -1; display: flex; align-items: center; gap: .25rem; padding: .55rem 1rem;
-  border-bottom: 1px solid var(--line); }
+header {
+  grid-column: 1 / -1; display: flex; align-items: center; gap: .25rem; padding: .55rem 1rem;
+  border-bottom: 1px solid var(--line);
+}
 header h1 { font-size: 1.05rem; letter-spacing: -.01em; margin-right: auto; display: flex; gap: .5rem; }
 header h1 svg { width: 1.5rem; fill: var(--accent); stroke: var(--accent); stroke-width: 1.75; }
 header button, header summary { font-size: .875rem; padding: .3rem .6rem; }
-#settings-open.on::after { content: "on"; margin-left: .4rem; font-size: .75rem; color: var(--accent);
-  font-weight: 600; }
+#settings-open.on::after { content: "on"; margin-left: .4rem; font-size: .75rem; color: var(--accent); }
 .menu { position: relative; }
 .menu summary { list-style: none; }
 .menu summary::-webkit-details-marker { display: none; }
-.menu div { position: absolute; right: 0; top: 2.2rem; z-index: 5; display: grid; padding: .3rem; min-width: 9rem;
-  background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; box-shadow: var(--shadow); }
+.menu div {
+  position: absolute; right: 0; top: 2.2rem; z-index: 5; display: grid; padding: .3rem; min-width: 9rem;
+  background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; box-shadow: var(--shadow);
+}
 .menu div button { text-align: left; }
-#gate { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center;
-  padding: .6rem 1rem;
-  background: var(--tint); border-bottom: 1px solid var(--line); font-size: .9375rem; }
+#gate {
+  grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .5rem .75rem; align-items: center; padding: .6rem 1rem;
+  background: var(--tint); border-bottom: 1px solid var(--line); font-size: .9375rem;
+}
 #gate label:has([type="checkbox"]) { display: flex; gap: .4rem; align-items: center; }
 #mesh-bar { display: none; }
 
@@ -14820,30 +14822,37 @@ main { grid-row: 3; min-height: 0; min-width: 0; display: flex; flex-direction: 
 .column { max-width: 46rem; margin: 0 auto; }
 .turn { margin-bottom: 1.75rem; overflow-wrap: anywhere; }
 .question { display: flex; flex-direction: column; align-items: flex-end; }
-.question .said { background: var(--tint); border-radius: 16px 16px 4px 16px; padding: .6rem .95rem; max-width: 88%;
-  white-space: pre-wrap; }
-.foot { display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; margin-top: .4rem; font-size: .8125rem;
-  color: var(--soft); font-variant-numeric: tabular-nums; }
+.question .said {
+  max-width: 88%; padding: .6rem .95rem; background: var(--tint); border-radius: 16px 16px 4px; white-space: pre-wrap;
+}
+.foot {
+  display: flex; flex-wrap: wrap; align-items: center; gap: .1rem .35rem; margin-top: .4rem; font-size: .8125rem;
+  color: var(--soft); font-variant-numeric: tabular-nums;
+}
 .foot span { margin-right: .4rem; }
 .foot button { padding: .1rem .45rem; }
 .foot button:hover { color: var(--text); }
 .progress, .note { color: var(--soft); font-size: .9375rem; }
-.progress::before { content: ""; display: inline-block; width: .5rem; height: .5rem; margin-right: .6rem;
-  border-radius: 50%;
-  background: var(--accent); }
+.progress::before, .card .state::before {
+  content: ""; display: inline-block; width: .5rem; height: .5rem; margin-right: .5rem; border-radius: 50%;
+  background: currentColor;
+}
+.progress::before { color: var(--accent); }
 .note { border-left: 3px solid var(--fair); padding-left: .7rem; margin-top: .75rem; font-size: .875rem; }
-.problem { border: 1px solid var(--line); border-left: 3px solid var(--bad); border-radius: 10px;
-  background: var(--sheet);
-  padding: .75rem 1rem; margin-top: .75rem; font-size: .9375rem; display: grid; gap: .6rem; }
+.problem {
+  border: 1px solid var(--line); border-left: 3px solid var(--bad); border-radius: 10px; background: var(--sheet);
+  padding: .75rem 1rem; margin-top: .75rem; font-size: .9375rem; display: grid; gap: .6rem;
+}
 .problem div { display: flex; flex-wrap: wrap; gap: .5rem; }
-.command { display: flex; gap: .5rem; align-items: flex-start; background: var(--sunk); border-radius: 8px;
-  padding: .45rem .5rem .45rem .7rem; }
+.command {
+  display: flex; gap: .5rem; align-items: flex-start; padding: .4rem .6rem; background: var(--sunk); border-radius: 8px;
+}
 .command code { flex: 1; min-width: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-.command button { font-size: .8125rem; padding: .05rem .45rem; }
+.command button, .code button { font-size: .8125rem; padding: .05rem .45rem; }
 
 .text > * + * { margin-top: .75rem; }
-.text p, .text li, .text blockquote { white-space: pre-wrap; }
-.text h2, .text h3, .text h4 { font-size: 1.05rem; line-height: 1.35; margin-top: 1.1rem; }
+.text :is(p, li, blockquote) { white-space: pre-wrap; }
+.text :is(h2, h3, h4) { font-size: 1.05rem; line-height: 1.35; margin-top: 1.1rem; }
 .text h2 { font-size: 1.2rem; }
 .text ul, .text ol { padding-left: 1.6rem; }
 .text li + li, .text li > ul, .text li > ol { margin-top: .2rem; }
@@ -14852,9 +14861,10 @@ main { grid-row: 3; min-height: 0; min-width: 0; display: flex; flex-direction: 
 .text a { color: var(--accent); }
 .text code { background: var(--sunk); border-radius: 5px; padding: .1em .3em; }
 .code { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.code div { display: flex; justify-content: space-between; align-items: center; padding: .15rem .4rem .15rem .85rem;
-  background: var(--sunk); font-size: .8125rem; color: var(--soft); }
-.code div button { padding: .05rem .45rem; }
+.code div {
+  display: flex; justify-content: space-between; align-items: center; padding: .15rem .4rem .15rem .85rem;
+  background: var(--sunk); font-size: .8125rem; color: var(--soft);
+}
 .code pre { overflow-x: auto; padding: .75rem .85rem; }
 .code code { background: none; padding: 0; white-space: pre; overflow-wrap: normal; }
 .table { overflow-x: auto; }
@@ -14865,65 +14875,59 @@ main { grid-row: 3; min-height: 0; min-width: 0; display: flex; flex-direction: 
 #welcome h2 { font-size: 1.7rem; letter-spacing: -.02em; line-height: 1.25; }
 #welcome > p { max-width: 34rem; }
 #examples { display: flex; flex-wrap: wrap; gap: .5rem; justify-content: center; margin-top: 1rem; }
-#latest { position: absolute; left: 50%; translate: -50%; bottom: 100%; margin-bottom: .5rem; box-shadow: var(--shadow);
-  border-radius: 99px; }
+#latest { position: absolute; left: 50%; translate: -50%; bottom: 100%; margin-bottom: .5rem; border-radius: 99px; }
 
 #composer { position: relative; padding: 0 1.25rem max(.7rem, env(safe-area-inset-bottom)); }
-#box { background: var(--sheet); border: 1px solid var(--edge); border-radius: 16px; box-shadow: var(--shadow);
-  padding: .3rem .55rem .5rem; }
+#box {
+  background: var(--sheet); border: 1px solid var(--edge); border-radius: 16px; box-shadow: var(--shadow);
+  padding: .3rem .55rem .5rem;
+}
 #box:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
-#box textarea { display: block; width: 100%; border: 0; background: none; outline: 0; resize: none;
-  padding: .55rem .5rem;
-  max-height: 38vh; }
-#editing { display: flex; justify-content: space-between; align-items: center; font-size: .875rem; color: var(--soft);
-  padding: .2rem .2rem 0 .5rem; }
-.row { display: flex; align-items: center; gap: .4rem; }
-.row select { border-color: transparent; background: var(--sunk); font-size: .875rem; padding: .3rem .4rem;
-  max-width: 13rem;
-  text-overflow: ellipsis; }
+#box textarea {
+  display: block; width: 100%; max-height: 38vh; padding: .55rem .5rem;
+  border: 0; background: none; outline: 0; resize: none;
+}
+#editing, #mesh-head, .row { display: flex; justify-content: space-between; align-items: center; gap: .4rem; }
+#editing { padding: .2rem .2rem 0 .5rem; font-size: .875rem; color: var(--soft); }
+.row select {
+  max-width: 13rem; padding: .3rem .4rem; border-color: var(--sunk); background: var(--sunk); font-size: .875rem;
+  text-overflow: ellipsis;
+}
 .row select:hover { border-color: var(--edge); }
 .row .main { margin-left: auto; }
 #hint { font-size: .78rem; color: var(--soft); text-align: center; margin-top: .4rem; }
 
 #mesh { grid-row: 3; border-left: 1px solid var(--line); overflow-y: auto; padding: 1rem; min-height: 0; }
 #mesh > * + * { margin-top: .8rem; }
-#mesh-head { display: flex; justify-content: space-between; align-items: baseline; }
 #mesh-close { display: none; }
 h2 { font-size: 1rem; }
 #mesh-said { font-size: .875rem; }
-#map { width: 100%; height: 7.5rem; display: block; }
-#map line { stroke: var(--line); stroke-width: 1.5; }
-#map line.live { stroke: var(--accent); stroke-width: 2; stroke-dasharray: 5 5; }
-#map circle { fill: var(--soft); stroke: var(--page); stroke-width: 3; }
-#map circle.here { fill: var(--accent); }
-#map .healthy { fill: var(--good); }
-#map .busy { fill: var(--fair); }
-#map .overloaded, #map .silent { fill: var(--bad); }
 #cards { list-style: none; padding: 0; display: grid; gap: .7rem; }
-.card { background: var(--sheet); border: 1px solid var(--line); border-radius: 12px; padding: .7rem .85rem;
-  font-size: .875rem;
-  line-height: 1.45; }
+.card {
+  background: var(--sheet); border: 1px solid var(--line); border-radius: 12px; padding: .7rem .85rem;
+  font-size: .875rem; line-height: 1.45;
+}
 .card.live { border-color: var(--accent); box-shadow: 0 0 0 1px var(--accent); }
 .card.silent { border-style: dashed; }
 #cards.stale { opacity: .75; }
 .card .top { display: flex; align-items: center; gap: .5rem; flex-wrap: wrap; }
-.card .id { font-weight: 650; font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
+.card .id { font-weight: 650; font-family: var(--mono); }
 .card .state { font-weight: 600; }
-.card .state::before { content: ""; display: inline-block; width: .55rem; height: .55rem; border-radius: 50%;
-  margin-right: .4rem;
-  background: currentColor; }
 .healthy .state { color: var(--good); }
 .busy .state { color: var(--fair); }
 .overloaded .state, .silent .state { color: var(--bad); }
-.card .now { margin-left: auto; background: var(--accent); color: var(--on-accent); border-radius: 99px;
-  padding: 0 .55rem;
-  font-size: .75rem; font-weight: 600; }
+.card .now {
+  margin-left: auto; padding: 0 .55rem; border-radius: 99px; background: var(--accent); color: var(--on-accent);
+  font-size: .75rem; font-weight: 600;
+}
 .card .model { margin-top: .3rem; overflow-wrap: anywhere; unicode-bidi: isolate; }
-.card dl { display: grid; grid-template-columns: auto 1fr auto; gap: .1rem .6rem; align-items: center; margin: .35rem 0;
-  font-variant-numeric: tabular-nums; }
+.card dl {
+  display: grid; grid-template-columns: auto 1fr auto; gap: .1rem .6rem; align-items: center; margin: .35rem 0;
+  font-variant-numeric: tabular-nums;
+}
 .card dt { color: var(--soft); }
 .bar { height: 5px; border-radius: 9px; background: var(--sunk); overflow: hidden; }
-.bar i { display: block; height: 100%; width: 0; border-radius: 9px; background: var(--edge); transition: width .6s; }
+.bar i { display: block; height: 100%; width: 0; border-radius: 9px; background: var(--edge); }
 .card .where { color: var(--soft); font-size: .8125rem; overflow-wrap: anywhere; }
 .card button { margin: .5rem 0 .1rem; width: 100%; padding: .15rem .5rem; }
 .card button[aria-pressed="true"] { background: var(--tint); border-color: var(--accent); }
@@ -14931,36 +14935,33 @@ h2 { font-size: 1rem; }
 #join summary { font-weight: 600; padding: .2rem .3rem; margin: 0 -.3rem; }
 #join > * + * { margin-top: .5rem; }
 
-dialog { width: min(32rem, calc(100vw - 2rem)); border: 1px solid var(--line); border-radius: 16px; padding: 1.25rem;
-  background: var(--sheet); color: var(--text); box-shadow: var(--shadow); }
+dialog {
+  width: min(32rem, calc(100vw - 2rem)); border: 1px solid var(--line); border-radius: 16px; padding: 1.25rem;
+  background: var(--sheet); color: var(--text); box-shadow: var(--shadow);
+}
 dialog::backdrop { background: #0007; }
 dialog > * + * { margin-top: .9rem; }
-dialog .row { justify-content: space-between; }
 dialog label { display: grid; gap: .25rem; font-weight: 600; font-size: .9375rem; }
-dialog label span { font-weight: 400; color: var(--soft); font-size: .875rem; }
+dialog label > * { font-weight: 400; }
+dialog label span { color: var(--soft); font-size: .875rem; }
 dialog textarea { resize: vertical; }
-dialog label :is(input, textarea) { font-weight: 400; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; }
 
 @media (prefers-reduced-motion: no-preference) {
   .progress::before { animation: breathe 1.4s ease-in-out infinite; }
-  #map line.live { animation: flow .7s linear infinite; }
-  #mesh.open { animation: rise .18s ease-out; }
+  .bar i { transition: width .6s; }
 }
-@media (prefers-reduced-motion: reduce) { .bar i { transition: none; } }
 @keyframes breathe { 50% { opacity: .25; } }
-@keyframes flow { to { stroke-dashoffset: -10; } }
-@keyframes rise { from { translate: 0 1rem; opacity: 0; } }
 
 @media (max-width: 56rem) {
   body { grid-template: auto auto auto 1fr / minmax(0, 1fr); }
   header { padding: .4rem .5rem .4rem .8rem; gap: 0; }
-  header button span, header summary span { position: absolute; width: 1px; height: 1px; overflow: hidden;
-    clip-path: inset(50%); }
+  header button span, header summary span { font-size: 0; } /* heard, not seen */
   header button, header summary { padding: .5rem .6rem; }
-  #mesh-bar { grid-row: 3; display: flex; justify-content: space-between; gap: .5rem; padding: .45rem .9rem;
-    text-align: left;
-    border: 0; border-bottom: 1px solid var(--line); border-radius: 0; font-size: .875rem; background: var(--sheet); }
+  #mesh-bar {
+    grid-row: 3; display: flex; justify-content: space-between; gap: .5rem; padding: .45rem .9rem; text-align: left;
+    border: 0; border-bottom: 1px solid var(--line); border-radius: 0; font-size: .875rem; background: var(--sheet);
+  }
   main { grid-row: 4; }
   #mesh { display: none; }
   #mesh.open { display: block; position: fixed; inset: 0; z-index: 9; border: 0; background: var(--page); }
@@ -15039,7 +15040,6 @@ dialog label :is(input, textarea) { font-weight: 400; }
 <aside id="mesh" aria-labelledby="mesh-title">
   <div id="mesh-head"><h2 id="mesh-title">The mesh</h2><button class="plain" id="mesh-close">Close</button></div>
   <p id="mesh-said" class="soft">Looking at the mesh...</p>
-  <svg id="map" viewBox="0 0 280 120" aria-hidden="true"></svg>
   <ul id="cards"></ul>
   <details id="join"><summary>Add a machine</summary>
     <p>On another machine of this network, with Python 3.11 or newer:</p>
@@ -15073,7 +15073,6 @@ const WAIT_WORD = 4000; // after which the reader is told that no worker has beg
 const MOST_LINE = 1 << 20; // of a stream; a token takes some hundred
 const MOST_KEPT = 2e6; // of a conversation: browsers give a site 5 MB, two bytes for each
 const MOST_CARDS = 100;
-const MOST_DRAWN = 24; // nodes on the map, before they touch
 const NEAR_END = 80; // pixels from the end in which the view follows the answer
 const COPIED = 1500; // how long a button says so
 const DEPTH = 4; // of marks within marks, and of lists within lists
@@ -15320,8 +15319,10 @@ class Problem extends Error {
   }
 }
 
+const apiKey = () => load("key", null, "sessionStorage") ?? load("key", null);
+
 function request(path, options) {
-  const key = load("key", null, "sessionStorage") ?? load("key", null);
+  const key = apiKey();
   return fetch(path, { cache: "no-store", ...options, headers: {
     ...(options.body && { "Content-Type": "application/json" }), ...(key && { Authorization: `Bearer ${key}` }) } });
 }
@@ -15345,7 +15346,7 @@ function problemOf(error, status = 0) {
 }
 
 const GONE = `The gateway at ${location.host} does not answer. See whether \`qmesh.pyz gateway\` still runs there, and `
-  + "whether this machine is on its network; then try again.";
+  + "whether this machine is on its network;";
 
 /** The lines of a stream, as they come. */
 async function* linesOf(body, onSign) {
@@ -15408,10 +15409,12 @@ function requestBody() {
   return JSON.stringify(body);
 }
 
+const lastQuestion = () => turns.findLastIndex(({ role }) => role === "user");
+
 function send() {
   const question = $("question").value.trim();
   if (!question || running) return;
-  if (editing) turns.splice(turns.findLastIndex((turn) => turn.role === "user"));
+  if (editing) turns.splice(lastQuestion());
   setEditing(false);
   $("question").value = "";
   grow();
@@ -15458,7 +15461,8 @@ function explain(error, made) {
   if (error.name === "AbortError") {
     return { kind: "gone", message: "Nothing came from the gateway for a long time. Try again." + partly };
   }
-  return { kind: "gone", message: (made.content ? "The connection to the gateway broke. Try again." : GONE) + partly };
+  return { kind: "gone", message: (made.content ? "The connection to the gateway broke. Try again." :
+    `${GONE} then try again.`) + partly };
 }
 
 /** Sends the conversation and follows the stream to its end. */
@@ -15512,8 +15516,8 @@ function onNews(run, news) {
   } else if (news.event === "waiting") {
     run.progress = `No worker is free now; they are asked again and again. (${text(news.reason)})`;
   } else if (news.event === "lost") {
-    const again = made.notes.at(-1)?.lost === news.worker_id && !made.notes.at(-1).next; // it was tried once more
-    if (again) made.notes.pop();
+    const before = made.notes.at(-1);
+    if (before?.lost === news.worker_id && !before.next) made.notes.pop(); // it was tried once more
     made.notes.push({ lost: text(news.worker_id), tokens: number(news.tokens), next: "" });
     made.worker = "";
     run.progress = "Looking for another worker...";
@@ -15557,7 +15561,7 @@ function drawTurns() {
 }
 
 function questionView(turn, index) {
-  const isLast = !running && index === turns.findLastIndex(({ role }) => role === "user");
+  const isLast = !running && index === lastQuestion();
   const foot = el("div", { className: "foot" }, isLast ? button("Edit", startEditing) : null);
   if (isLast && index === turns.length - 1) foot.append(button("Send again", again));
   const said = el("div", { className: "said", dir: "auto" }, turn.content);
@@ -15639,7 +15643,7 @@ function toLatest() {
 // --- What one does with a conversation ---
 
 function startEditing() {
-  $("question").value = turns.findLast((turn) => turn.role === "user").content;
+  $("question").value = turns[lastQuestion()].content;
   setEditing(true);
   grow();
   $("question").focus();
@@ -15670,15 +15674,14 @@ function restore() {
   toLatest();
 }
 
+/** Has the browser store the conversation; kind: "txt" or "json". */
 function exportAs(kind) {
-  const answered = (turn) => turn.worker ? ` (worker ${brief(turn.worker)})` : "";
-  const asText = () => turns.map((turn) => turn.role === "user" ? `Question\n\n${turn.content}\n` :
-    `Answer${answered(turn)}\n\n${turn.content}\n`).join("\n");
-  const asJson = () => JSON.stringify(
-    { exported: new Date().toISOString(), system: settings.system, messages: turns }, null, 2);
-  const href = URL.createObjectURL(kind === "json" ? new Blob([asJson()], { type: "application/json" })
-    : new Blob([asText()], { type: "text/plain;charset=utf-8" }));
-  el("a", { href, download: `qmesh-conversation.${kind === "json" ? "json" : "txt"}` }).click();
+  const head = ({ role, worker }) =>
+    role === "user" ? "Question" : worker ? `Answer (worker ${brief(worker)})` : "Answer";
+  const whole = kind === "txt" ? turns.map((turn) => `${head(turn)}\n\n${turn.content}\n`).join("\n")
+    : JSON.stringify({ exported: new Date().toISOString(), system: settings.system, messages: turns }, null, 2);
+  const href = URL.createObjectURL(new Blob([whole]));
+  el("a", { href, download: `qmesh-conversation.${kind}` }).click();
   setTimeout(() => URL.revokeObjectURL(href), COPIED);
   $("export").open = false;
 }
@@ -15731,7 +15734,7 @@ async function poll() {
   } catch (error) {
     if (error.kind === "key") askForKey(false);
     trouble = error.kind === "key" ? "The gateway shows the mesh to those who have its API key." :
-      error instanceof Problem ? error.message : GONE.replace("then try again", "this page looks again by itself");
+      error instanceof Problem ? error.message : `${GONE} this page looks again by itself.`;
     pollDelay = Math.min(POLL_MOST, 2 * pollDelay);
   }
   polling = false;
@@ -15761,7 +15764,6 @@ function drawMesh() {
     if (there !== card.root) $("cards").insertBefore(card.root, there ?? null);
     fill(card, worker, live);
   });
-  drawMap(all.slice(0, MOST_DRAWN), live);
   drawChoices();
   drawJoin();
 }
@@ -15803,26 +15805,6 @@ function fill(card, worker, live) {
     `${worker.active}/${worker.slots}${worker.waiting ? `, ${worker.waiting} waiting` : ""}`);
 }
 
-/** The mesh as a picture: this page in the middle, the workers around it, a line that flows from who answers. */
-function drawMap(all, live) {
-  const shape = (tag, properties) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(properties)) node.setAttribute(name, value);
-    return node;
-  };
-  const spots = all.map((worker, index) => {
-    const turn = 2 * Math.PI * index / all.length;
-    return { worker, x: 140 + 118 * Math.cos(turn), y: 60 + 46 * Math.sin(turn) };
-  });
-  const lines = spots.map(({ worker, x, y }) => shape("line", { x1: x, y1: y, x2: 140, y2: 60,
-    class: worker.id === live ? "live" : "" }));
-  const dots = spots.map(({ worker, x, y }) => shape("circle", { cx: x, cy: y, r: worker.id === live ? 10 : 8,
-    class: worker.state }));
-  $("map").toggleAttribute("hidden", !all.length);
-  renew($("map"), JSON.stringify([all.map(({ id, state }) => id + state), live]),
-    () => [...lines, ...dots, shape("circle", { cx: 140, cy: 60, r: 11, class: "here" })]);
-}
-
 function drawChoices() {
   const models = [...new Set(mesh.workers.flatMap((worker) => worker.models))].sort();
   const suited = mesh.workers.filter((worker) => !settings.model || worker.models.includes(settings.model));
@@ -15852,7 +15834,7 @@ const joinFlags = () => mesh.topic === DEFAULT_TOPIC ? "" : ` --topic '${mesh.to
 
 function drawJoin() {
   const isLocal = /^(localhost|127\.|\[::1\])/.test(location.hostname);
-  const key = keyIsUsed() ? "-H 'Authorization: Bearer API-KEY' " : "";
+  const key = apiKey() ? "-H 'Authorization: Bearer API-KEY' " : "";
   const fetched = isLocal ? "" : `curl ${key}-fO ${location.origin}/qmesh.pyz && `;
   put($("join-command"), `${fetched}python3 qmesh.pyz worker${joinFlags()}`);
   put($("join-said"), [
@@ -15864,12 +15846,10 @@ function drawJoin() {
 
 // --- The API key ---
 
-const keyIsUsed = () => (load("key", null, "sessionStorage") ?? load("key", null)) !== null;
-
 function askForKey(isWaitedFor) {
   const isNew = $("gate").hidden || isWaitedFor;
   $("gate").hidden = false;
-  put($("gate-said"), keyIsUsed() ? "The gateway does not take this API key. Enter another one." :
+  put($("gate-said"), apiKey() ? "The gateway does not take this API key. Enter another one." :
     "This gateway wants an API key. Whoever runs it can tell you.");
   if (isNew) $("key").focus();
 }
@@ -15896,8 +15876,16 @@ const prefersDark = matchMedia("(prefers-color-scheme: dark)");
 
 function drawTheme() {
   document.documentElement.dataset.theme = settings.theme || (prefersDark.matches ? "dark" : "light");
-  put($("theme-name"), THEMES[settings.theme] ?? "Auto");
-  $("theme").title = `Colours: ${THEMES[settings.theme] ?? "Auto"}`;
+  const name = THEMES[settings.theme] ?? "Auto";
+  put($("theme-name"), name);
+  $("theme").title = `Colours: ${name}`;
+}
+
+function nextTheme() {
+  const names = Object.keys(THEMES);
+  settings.theme = names[(names.indexOf(settings.theme) + 1) % names.length];
+  save("settings", settings);
+  drawTheme();
 }
 
 function bindSetting(id, name) {
@@ -15932,28 +15920,18 @@ $("question").onkeydown = (event) => {
 };
 $("question").oninput = grow;
 $("composer").onsubmit = (event) => { event.preventDefault(); send(); };
-$("stop").onclick = stop;
-$("edit-cancel").onclick = () => setEditing(false);
-$("latest").onclick = toLatest;
 $("talk").onscroll = onScroll;
-$("fresh").onclick = startAfresh;
-$("restore").onclick = restore;
-$("export-text").onclick = () => exportAs("text");
-$("export-json").onclick = () => exportAs("json");
-$("settings-open").onclick = () => $("settings").showModal();
-$("settings-close").onclick = () => $("settings").close();
 $("settings").onclick = (event) => { if (event.target === $("settings")) $("settings").close(); };
-$("theme").onclick = () => {
-  const names = Object.keys(THEMES);
-  settings.theme = names[(names.indexOf(settings.theme) + 1) % names.length];
-  save("settings", settings);
-  drawTheme();
+const CLICKS = {
+  stop, restore, fresh: startAfresh, latest: toLatest, theme: nextTheme, "edit-cancel": () => setEditing(false),
+  "export-text": () => exportAs("txt"), "export-json": () => exportAs("json"),
+  "settings-open": () => $("settings").showModal(), "settings-close": () => $("settings").close(),
+  "mesh-bar": () => openMesh(true), "mesh-close": () => openMesh(false),
 };
+for (const [id, act] of Object.entries(CLICKS)) $(id).onclick = act;
 $("gate").onsubmit = takeKey;
 $("model").onchange = () => choose("model", $("model").value);
 $("worker").onchange = () => choose("worker", $("worker").value);
-$("mesh-bar").onclick = () => openMesh(true);
-$("mesh-close").onclick = () => openMesh(false);
 $("examples").append(...EXAMPLES.map((example) => button(example, () => {
   $("question").value = example;
   send();
@@ -16171,8 +16149,10 @@ class Gateway:
     # --- Answers ---
 
     async def answer(self, request: HttpRequest) -> HttpResponse:
+        """What a path answers; an error of the mesh in OpenAI's shape. Raises HttpError."""
         try:
-            return await self._route(request)[2](self, request)
+            *_, answers = self._route(request)
+            return await answers(self, request)
         except QMeshError as error:
             status, body = api_error(error)
             headers = {"Retry-After": str(RETRY_AFTER_S)} if status in (429, 503) else {}
@@ -16372,6 +16352,7 @@ class CompletionStream:
         self._answers: dict[int, Answer] = {}
 
     def written(self, told: Told) -> bytes:
+        """The events that tell of this; none, of some of what happens on the way."""
         index, event = told
         if not isinstance(event, (Token, Answer)):
             if isinstance(event, Selected):
@@ -16385,12 +16366,14 @@ class CompletionStream:
         return b"".join(map(sse, pieces))
 
     def end(self) -> bytes:
+        """The last events of an answer that is whole."""
         in_order = [self._answers[index] for index in sorted(self._answers)]
         usage = sse(self._reply.usage_piece(in_order)) if self._asked.include_usage else b""
         return usage + b"data: [DONE]\n\n"
 
 
 def sse(body: Json) -> bytes:
+    """A server-sent event."""
     return b"data: %b\n\n" % dump_line(body)
 
 
@@ -16455,6 +16438,7 @@ async def in_any_order(runs: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerato
 
 
 def model_body(name: str) -> Json:
+    """A model in OpenAI's shape; when it was made is not known."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "qmesh"}
 
 
@@ -17009,14 +16993,12 @@ def epilog() -> str:
     return shown.replace("qmesh.pyz", as_typed("python qmesh.py"))
 
 
-KEY_FILE_HEADER: Final = """\
-# The key of a QMesh mesh. Whoever has it is a member: keep it as you would a password.
-"""
+KEY_FILE_HEADER: Final = "# The key of a QMesh mesh. Whoever has it is a member: keep it as you would a password.\n"
 
 INIT_ADVICE: Final = """\
    Its members are those who have it; nobody else can ask them, answer for them or read what they say:
      {program} worker --key {file}        on each machine; QMESH_KEY={file} does the same
-     {program} seal lab.pyz --key {file}  puts it into a copy of the program, so that one file is all"""
+     {program} seal {copy} --key {file}  puts it into a copy of the program, so that one file is all"""
 
 OPEN_MESH_ADVICE: Final = """\
 🔓 This mesh is open: everybody on this network can ask, serve and so read prompts. `{program} init lab.key` makes
@@ -17033,6 +17015,7 @@ def run_worker(arguments: argparse.Namespace, settings: Settings) -> int:
         raise UsageError("--http and --api-key are for a gateway: add --gateway")
     if arguments.print_service is not None:
         return print_service(arguments, settings)
+    check_ports(settings, with_gateway=arguments.gateway)
     unpack_carried(settings, Terminal(shown=not arguments.json))
     return asyncio.run(serve_worker(arguments, settings))
 
@@ -17046,9 +17029,19 @@ def unpack_carried(settings: Settings, terminal: Terminal) -> None:
             unpacked_part(part)
 
 
-async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int:
-    terminal = Terminal(shown=not arguments.json)
-    options = WorkerOptions(
+def check_ports(settings: Settings, *, with_gateway: bool) -> None:
+    """Raises UsageError for a port that is taken: before a model is loaded, which may take minutes."""
+    places = [(kind, settings.host, settings.port) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM)]
+    beside = (settings.metrics, settings.http if with_gateway else None)
+    places += [(socket.SOCK_STREAM, *place) for place in beside if place is not None]
+    for kind, host, port in places:
+        if port:  # else it is one that is free
+            for sock in bind_preferred(kind, host, port, port):
+                sock.close()
+
+
+def worker_options(arguments: argparse.Namespace) -> WorkerOptions:
+    return WorkerOptions(
         slots=arguments.slots,
         context=arguments.ctx,
         queue=arguments.queue,
@@ -17057,14 +17050,16 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
         grace_s=arguments.grace,
         yields=arguments.yields,
     )
-    worker = Worker(settings, options, os.environ)
+
+
+async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int:
+    terminal = Terminal(shown=not arguments.json)
+    worker = Worker(settings, worker_options(arguments), os.environ)
     stop = asyncio.Event()
     with interrupts(stop):
         terminal.say("🔧 Loading the model...")
         await worker.start()
         announce_worker(worker, terminal, as_json=arguments.json)
-        failed = asyncio.create_task(worker.wait())
-        stopped = asyncio.create_task(stop.wait())
         try:
             async with contextlib.AsyncExitStack() as beside:
                 if settings.metrics is not None:
@@ -17072,19 +17067,26 @@ async def serve_worker(arguments: argparse.Namespace, settings: Settings) -> int
                     terminal.say(f"📈 Metrics at {url}")
                 if arguments.gateway:
                     await beside.enter_async_context(gateway_of(arguments, settings))
-                await asyncio.wait({failed, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                await until_first(worker.wait(), stop.wait())
                 terminal.say("👋 Leaving the mesh...")
         finally:
-            stopped.cancel()
-            try:
-                await worker.stop()
-            finally:
-                failed.cancel()
-        if failed.done() and not failed.cancelled():
-            failed.result()
+            await worker.stop()
     if arguments.json:
         print_json({"event": "stopped", "worker_id": str(worker.worker_id)})
     return 0
+
+
+async def until_first(*waits: Coroutine[Any, Any, object]) -> None:
+    """Wait until one of them ends, and end the others. Raises what it raised."""
+    tasks = [asyncio.create_task(wait) for wait in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 def announce_worker(worker: Worker, terminal: Terminal, *, as_json: bool) -> None:
@@ -17250,6 +17252,7 @@ class Service:
 
     @property
     def stop_s(self) -> int:
+        """Seconds until a system may kill it."""
         return math.ceil(self.grace_s) + SERVICE_STOP_S
 
 
@@ -17269,6 +17272,8 @@ def print_service(arguments: argparse.Namespace, settings: Settings) -> int:
     for place in (service.state_dir, service.cache_dir):
         if by_systemd and place is not None and not place.is_dir():
             terminal.say(f"   Before, make the folder {place}, and give it to {shown}")
+    if make is windows_task and service.cache_dir is not None:
+        terminal.say("⚠️  A task holds no variables: so that QMESH_CACHE_DIR counts, set it with `setx`, as its user")
     for path in filter(is_temporary, service.files):
         terminal.say(f"⚠️  {path} is in a folder for temporary files, which may be gone at the next start")
     return 0
@@ -17277,15 +17282,7 @@ def print_service(arguments: argparse.Namespace, settings: Settings) -> int:
 def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Terminal) -> Service:
     """Raises UsageError where what is in force cannot be written down."""
     settings = settings if arguments.gateway else replace(settings, http=Settings().http, api_key=None)
-    for holds_text, variable in (
-        (settings.key is not None and is_key_text(settings.key), "QMESH_KEY"),
-        (settings.api_key is not None and not Path(settings.api_key).expanduser().is_file(), "QMESH_API_KEY"),
-    ):
-        if holds_text:
-            raise UsageError(
-                f"{variable} holds a key, and what is printed can be read by everybody on this machine: put the key "
-                "into a file, and name that; a mesh's key may also be sealed into the program"
-            )
+    refuse_keys_as_text(settings)
     read_keys(settings)
     engine = service_engine(terminal)
     settings = replace(
@@ -17307,6 +17304,19 @@ def make_service(arguments: argparse.Namespace, settings: Settings, terminal: Te
         state_dir=Path(settings.state_dir) if settings.state_dir is not None else None,
         cache_dir=cache,
     )
+
+
+def refuse_keys_as_text(settings: Settings) -> None:
+    """Raises UsageError for a key that was told by itself, and not by the name of its file."""
+    for holds_text, variable in (
+        (settings.key is not None and is_key_text(settings.key), "QMESH_KEY"),
+        (settings.api_key is not None and not Path(settings.api_key).expanduser().is_file(), "QMESH_API_KEY"),
+    ):
+        if holds_text:
+            raise UsageError(
+                f"{variable} holds a key, and what is printed can be read by everybody on this machine: put the key "
+                "into a file, and name that; a mesh's key may also be sealed into the program"
+            )
 
 
 def absolute(path: str | None) -> str | None:
@@ -17369,6 +17379,7 @@ def worker_words(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def flag_words(flag: str, value: Any) -> tuple[str, ...]:
+    """A flag and its value as a command line has them; the value with `=` where it would look like a flag."""
     if value is True:
         return (flag,)
     if isinstance(value, tuple):  # an address; without a port, a free one may be taken
@@ -17424,6 +17435,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def systemd_unit(service: Service, user: str) -> str:
+    """A unit; see systemd.service(5) and systemd.exec(5). user: "" for one that systemd makes."""
     python, *words = service.command
     command = [systemd_word(python), *(systemd_word(word).replace("$", "$$") for word in words)]
     hides_temporary = not any(map(is_temporary, service.files))
@@ -17519,12 +17531,7 @@ def windows_task(service: Service, user: str) -> str:
     """
     from xml.etree import ElementTree
 
-    program, *words = service.command
-    action = {"Command": program, "Arguments": subprocess.list2cmdline(words)}
     check_words(user)
-    for text in action.values():
-        if found := _VARIABLE.search(text):
-            raise UsageError(f"Windows takes {found[0]!r} for a variable in what a task runs: choose names without %")
     body = {
         "RegistrationInfo": {"Description": "QMesh worker"},
         "Triggers": {
@@ -17542,12 +17549,21 @@ def windows_task(service: Service, user: str) -> str:
             "Priority": "7",
             "RestartOnFailure": {"Interval": "PT1M", "Count": "255"},
         },
-        "Actions": {"Exec": action},
+        "Actions": {"Exec": windows_action(*service.command)},
     }
     task = ElementTree.Element("Task", version="1.2", xmlns=TASK_NAMESPACE)
     add_elements(task, body)
     ElementTree.indent(task)
     return f'<?xml version="1.0"?>\n{ElementTree.tostring(task, "us-ascii", xml_declaration=False).decode()}\n'
+
+
+def windows_action(program: str, *words: str) -> dict[str, str]:
+    """What a task runs. Raises UsageError for what Windows would read as something else."""
+    action = {"Command": program, "Arguments": subprocess.list2cmdline(words)}
+    for text in action.values():
+        if found := _VARIABLE.search(text):
+            raise UsageError(f"Windows takes {found[0]!r} for a variable in what a task runs: choose names without %")
+    return action
 
 
 def add_elements(parent: Any, body: Mapping[str, Any]) -> None:
@@ -17614,40 +17630,6 @@ async def gateway_of(arguments: argparse.Namespace, settings: Settings) -> Async
 
 def key_advice(keys: Sequence[str]) -> str:
     return f"and one of {len(keys)} API keys" if len(keys) > 1 else "and the API key" if keys else "any API key"
-
-
-class Resizes:
-    """Tells when the terminal's size has changed."""
-
-    def __init__(self) -> None:
-        self._changed = asyncio.Event()
-
-    def note(self) -> None:
-        self._changed.set()
-
-    async def within(self, seconds: float) -> bool:
-        """Wait for so long; True at once when the size changes."""
-        self._changed.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, seconds)):
-                return await self._changed.wait()
-        return False
-
-
-@contextlib.contextmanager
-def resizes() -> Iterator[Resizes]:
-    """News of the terminal's size; where the system sends none (Windows), whoever draws looks at it each time."""
-    told = Resizes()
-    number = getattr(signal, "SIGWINCH", None)
-    if number is None or sys.platform == "win32":
-        yield told
-        return
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(number, told.note)
-    try:
-        yield told
-    finally:
-        loop.remove_signal_handler(number)
 
 
 # --- prompt ---
@@ -17734,9 +17716,8 @@ def run_chat(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def run_batch(arguments: argparse.Namespace, settings: Settings) -> int:
-    terminal = Terminal(shown=not arguments.quiet)
+    display = BatchDisplay(shown=not arguments.quiet)
     with Ledger(Path(arguments.input), Path(arguments.output)) as ledger:
-        display = BatchDisplay(terminal)
         batch = Batch(ledger, settings, display, parallel=arguments.parallel, give_up_s=arguments.give_up)
         started, was_stopped = time.monotonic(), False
         try:
@@ -17745,7 +17726,7 @@ def run_batch(arguments: argparse.Namespace, settings: Settings) -> int:
         finally:
             seconds_taken = time.monotonic() - started
             if not arguments.json:
-                tell_summary(ledger, batch.tally, seconds_taken, terminal)
+                tell_summary(ledger, batch.tally, seconds_taken, display)
         if arguments.json:
             print_json(batch_summary(ledger, batch.tally, seconds_taken))
         if was_stopped and ledger.left:
@@ -17805,13 +17786,30 @@ async def until_stopped(work: Coroutine[Any, Any, None]) -> bool:
     """Do some work to its end, or until a signal comes; returns whether one came."""
     stop = asyncio.Event()
     with interrupts(stop):
-        stopped, working = asyncio.create_task(stop.wait()), asyncio.create_task(work)
-        await asyncio.wait({stopped, working}, return_when=asyncio.FIRST_COMPLETED)
-        for task in (stopped, working):
-            task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await working
+        await until_first(work, stop.wait())
     return stop.is_set()
+
+
+@contextlib.contextmanager
+def resizes() -> Iterator[asyncio.Event]:
+    """Set when the terminal's size changes; where the system tells of none (Windows), whoever draws looks each time."""
+    changed = asyncio.Event()
+    if sys.platform == "win32":
+        yield changed
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGWINCH, changed.set)
+    try:
+        yield changed
+    finally:
+        loop.remove_signal_handler(signal.SIGWINCH)
+
+
+async def is_set_within(event: asyncio.Event, seconds: float) -> bool:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(max(0.0, seconds)):
+            return await event.wait()
+    return False
 
 
 async def keep_watching(mesh: Client, period_s: float, *, as_json: bool) -> None:
@@ -17836,7 +17834,8 @@ async def keep_watching(mesh: Client, period_s: float, *, as_json: bool) -> None
                 print(datetime.datetime.now().astimezone().isoformat(timespec="seconds"))
                 print(*watch_lines(look, history, UNBOUNDED, UNBOUNDED, colour=False), "", sep="\n", flush=True)
             draw_look(screen, look, history)
-            while await resized.within(next_at - loop.time()):
+            while await is_set_within(resized, next_at - loop.time()):
+                resized.clear()
                 draw_look(screen, look, history)
 
 
@@ -18048,9 +18047,8 @@ async def examine(arguments: argparse.Namespace, settings: Settings) -> int:
                 print_check(check)
     problems = [check for check in checks if check.verdict is Verdict.PROBLEM]
     if arguments.json:
-        elapsed_ms = round(1000 * (time.monotonic() - started), 1)
         body = {"ok": not problems, "checks": [check.to_json() for check in checks], "mesh": doctor.meshes[0].to_json()}
-        print_json(body | {"elapsed_ms": elapsed_ms})
+        print_json(body | elapsed_since(started))
     else:
         print(f"{plural(len(problems), 'problem')} found" if problems else "All is well")
     return 1 if problems else 0
@@ -18103,7 +18101,20 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
         raise UsageError("--replace OLD and --until YYYY-MM-DD belong together")
     new = MeshKey(secrets.token_bytes(KEY_BYTES))
     keys = [new] if arguments.replace is None else [new, *old_keys(Path(arguments.replace), arguments.until)]
-    text = KEY_FILE_HEADER + "".join(f"{key.text}\n" for key in keys)
+    write_key_file(target, KEY_FILE_HEADER + "".join(f"{key.text}\n" for key in keys))
+    terminal = Terminal(shown=True)
+    terminal.say(f"🔑 Made the key of a closed mesh ({new.fingerprint})")
+    for key in keys[1:]:
+        terminal.say(f"   It replaces that of {key.fingerprint}, which counts until {key.until}")
+    copy = Path(f"{target.stem}.pyz")
+    copy = copy.with_stem(f"{copy.stem}-{new.fingerprint}") if copy.exists() else copy  # such as this very program
+    terminal.say(INIT_ADVICE.format(program=as_typed("python qmesh.py"), copy=copy, file=target))
+    print(target)
+    return 0
+
+
+def write_key_file(target: Path, text: str) -> None:
+    """Make a file for this user alone. Raises UsageError, also where there is one: its key may be in use."""
     try:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -18116,13 +18127,6 @@ def run_init(arguments: argparse.Namespace, settings: Settings) -> int:
         raise UsageError(f"{target} is there already; its key may be in use, so it is left as it is") from None
     except OSError as error:
         raise UsageError(cannot_write(target, error)) from None
-    terminal = Terminal(shown=True)
-    terminal.say(f"🔑 Made the key of a closed mesh ({new.fingerprint})")
-    for key in keys[1:]:
-        terminal.say(f"   It replaces that of {key.fingerprint}, which counts until {key.until}")
-    terminal.say(INIT_ADVICE.format(program=as_typed("python qmesh.py"), file=target))
-    print(target)
-    return 0
 
 
 def cannot_write(target: Path, error: OSError) -> str:
@@ -18435,9 +18439,8 @@ def batch_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
     add_json(parser)
-    parser.add_argument(
-        "--timeout", dest="timeout_s", metavar="S", help=f"seconds allowed for each question ({DEFAULT_TIMEOUT_S:g})"
-    )
+    told = f"seconds allowed for each question ({DEFAULT_TIMEOUT_S:g})"
+    parser.add_argument("--timeout", dest="timeout_s", metavar="S", help=told)
     add_stall(parser)
     add_network(parser)
 
@@ -18563,7 +18566,7 @@ def version_arguments(parser: argparse.ArgumentParser) -> None:
 
 _Command = Callable[[argparse.Namespace, Settings], int]
 
-# Name: (summary, example, its arguments, what it does).
+# Name: (summary, example, what declares its arguments, what runs it and returns the exit code).
 _COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
@@ -18589,9 +18592,8 @@ def report_error(error: QMeshError, *, as_json: bool) -> int:
     if as_json:
         with contextlib.suppress(OSError):  # what is said cannot be written: the exit code still tells
             print_json({"error": {"code": error.code, "message": str(error), "retryable": error.retryable}})
-    print(
-        f"error: {error}", f"  {as_typed(error.remedy)}", sep="\n", file=sys.stderr
-    )  # unwrapped: commands can be copied
+    print(f"error: {error}", file=sys.stderr)
+    print(f"  {as_typed(error.remedy)}", file=sys.stderr)  # in one line, so that commands can be copied
     return error.exit_code
 
 
@@ -18607,14 +18609,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - 3.10 comes so far, and no further
         print(f"error: QMesh needs Python 3.11 or newer, and this is {platform.python_version()}", file=sys.stderr)
         return 1
-    prepare_streams()
-    arguments = make_parser().parse_args(argv)
-    as_json = getattr(arguments, "json", False)
+    as_json = False
     try:
+        prepare_streams()
+        arguments = make_parser().parse_args(argv)
+        as_json = getattr(arguments, "json", False)
         settings = resolve_settings(vars(arguments), os.environ)
         level = settings.log_level.upper()
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        return _COMMANDS[arguments.command][3](arguments, settings)
+        *_, run = _COMMANDS[arguments.command]
+        return run(arguments, settings)
     except QMeshError as error:
         return report_error(error, as_json=as_json)
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from loop import PATIENCE_S, in_a_loop
 from scripted_worker import IS_SILENT, ScriptedWorker, health_of, in_turn, refuses, result_frame, sends, token_frame
 
 import qmesh
-from qmesh import Batch, BatchDisplay, Connection, Json, Ledger, Settings, Terminal
+from qmesh import Batch, BatchDisplay, Connection, Json, Ledger, Settings
 
 pytestmark = pytest.mark.usefixtures("parting_without_waiting")
 
@@ -53,6 +53,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What batches within this process say to people."""
     lines: list[str] = []
     monkeypatch.setattr(BatchDisplay, "say", lambda self, line: lines.append(line))
+    monkeypatch.setattr(BatchDisplay, "draw", lambda self, *how_far: None)
     return lines
 
 
@@ -199,7 +200,7 @@ class Run:
 
     async def to_its_end(self) -> Json:
         """Its summary."""
-        display = BatchDisplay(Terminal(shown=False))
+        display = BatchDisplay(shown=False)
         with self._ledger as ledger:
             batch = Batch(ledger, self._settings, display, **self._limits)
             if ledger.left:

@@ -10,6 +10,7 @@ import pty
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -245,6 +246,59 @@ def test_models_are_listed_as_their_headers_describe_them(nobody: harness.Mesh, 
     model = listed[model_path.stem]
     assert (model["architecture"], model["quantization"], model["context_length"]) == ("llama", "Q4_1", 8192)
     assert "98 MB" in nobody.run("models").stdout
+
+
+def test_the_models_that_can_be_fetched_are_listed_and_nothing_is_fetched(nobody: harness.Mesh) -> None:
+    listed = nobody.json("pull", "--list")["models"]
+    shown = nobody.run("pull", "--list").stdout
+    assert [model["name"] for model in listed] == [line.split()[0] for line in shown.splitlines()[1:-1]]
+    assert "python qmesh.py pull hf:OWNER/REPO/FILE.gguf" in shown
+    refused = nobody.run("pull", "--list", "smollm2-135m")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--list names what can be fetched, and fetches nothing" in refused.stderr
+
+
+def test_the_version_tells_what_runs_and_in_which_mesh(nobody: harness.Mesh) -> None:
+    told = nobody.json("version")
+    assert (told["version"], told["file"], told["parts"]) == (qmesh.__version__, str(nobody.program), {})
+    lines = nobody.run("version").stdout.splitlines()
+    assert lines[0] == f"qmesh {qmesh.__version__} (protocol {qmesh.PROTOCOL_VERSION})"
+    assert lines[1:] == [f"{name:9} {value}" for name, value in qmesh.version_lines(told)]
+    assert any(line.startswith("mesh ") and nobody.topic in line for line in lines)
+
+
+# --- What goes on until it is stopped ---
+
+
+def test_a_gateway_tells_where_it_is_and_that_it_has_stopped(nobody: harness.Mesh) -> None:
+    gateway = nobody.start_gateway()
+    assert gateway.ready["event"] == "ready"
+    assert gateway.ready["url"].startswith(f"http://{harness.LOOPBACK}:")
+    assert (gateway.stop(), json.loads(gateway.stdout.read())) == (0, {"event": "stopped"})
+    gateway.end()
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_watch_of_a_mesh_without_workers_goes_on_until_it_is_interrupted(
+    nobody: harness.Mesh, flags: tuple[str, ...]
+) -> None:
+    with nobody.popen("status", "--watch", "0.5", "--timeout", "0.5", *flags) as watching:
+        assert watching.stdout is not None
+        looks = [watching.stdout.readline() for _ in range(4)]
+        watching.send_signal(signal.SIGINT)
+        _, stderr = watching.communicate(timeout=20)
+    assert (watching.returncode, stderr) == (0, "")
+    if flags:
+        assert [json.loads(look)["workers"] for look in looks] == [[]] * 4
+    else:
+        assert "No worker answers in the open mesh" in looks[1]
+
+
+def test_a_chat_in_which_nothing_is_said_and_a_batch_of_nothing_end_well(nobody: harness.Mesh) -> None:
+    questions = nobody.directory / "in.jsonl"
+    questions.touch()
+    assert nobody.run("chat").returncode == 0
+    assert nobody.json("batch", str(questions), "-o", str(nobody.directory / "out.jsonl"))["total"] == 0
 
 
 # --- The key of a closed mesh ---
@@ -491,11 +545,27 @@ def test_a_worker_whose_context_cannot_fit_gives_the_numbers(nobody: harness.Mes
     )
 
 
-def test_a_taken_port_is_named(mesh: harness.Mesh) -> None:
-    taken = str(mesh.start_worker().ready["tcp"][1])
-    finished = mesh.run("worker", "--model", str(mesh.model), "--port", taken, "--ctx", "256", "--slots", "1")
+@pytest.mark.parametrize(
+    ("kind", "flags"),
+    [
+        (socket.SOCK_DGRAM, ["--port"]),
+        (socket.SOCK_STREAM, ["--port"]),
+        (socket.SOCK_STREAM, ["--metrics"]),
+        (socket.SOCK_STREAM, ["--gateway", "--http"]),
+    ],
+)
+def test_a_taken_port_is_named_before_a_model_is_loaded(
+    nobody: harness.Mesh, kind: socket.SocketKind, flags: list[str]
+) -> None:
+    with socket.socket(socket.AF_INET, kind) as taken:
+        taken.bind((harness.LOOPBACK, 0))
+        if kind == socket.SOCK_STREAM:
+            taken.listen()
+        port = str(taken.getsockname()[1])
+        finished = nobody.run("worker", *flags, port, "--model", "gpt-17")
     assert finished.returncode == 2
-    assert f"port {taken} is taken" in finished.stderr
+    assert f"port {port} is taken" in finished.stderr
+    assert "Loading the model" not in finished.stderr
 
 
 def test_a_state_directory_that_cannot_be_used_is_named(nobody: harness.Mesh, model_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Section 26: the mesh over HTTP, as programs made for OpenAI's API and people with a browser see it."""
+"""The mesh over HTTP, as programs made for OpenAI's API and people with a browser see it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 24: HTTP/1.1 as it is read, without input or output, and a server on real sockets with bad clients."""
+"""HTTP/1.1 as it is read, without input or output, and a server on real sockets with bad clients."""
 
 from __future__ import annotations
 

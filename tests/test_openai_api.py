@@ -1,4 +1,4 @@
-"""Section 22: what programs made for OpenAI's API send, as jobs, and answers in the shapes that they read."""
+"""What programs made for OpenAI's API send, as jobs, and answers in the shapes that they read."""
 
 from __future__ import annotations
 

@@ -358,6 +358,12 @@ def test_windows_starts_it_at_boot_and_looks_again_and_again_whether_it_runs(pla
     assert {path: task.findtext(f"task:{path}", None, TASK) for path in settings} == settings
 
 
+def test_the_user_of_a_windows_task_is_told_to_set_the_folder_of_the_cache(place: harness.Mesh) -> None:
+    finished = place.run("worker", "--print-service", "windows", env={"QMESH_CACHE_DIR": "cache"})
+    assert finished.returncode == 0
+    assert "QMESH_CACHE_DIR counts, set it with `setx`" in finished.stderr
+
+
 # --- Trying it ---
 
 

@@ -192,6 +192,24 @@ def test_models_beside_the_archive_are_found(archive: Path, tmp_path: Path) -> N
     assert json.loads(finished.stdout) == {"models": [], "damaged": [f"{model}: it is not a GGUF file"]}
 
 
+# Runs the archive, with a Ctrl-C while the program is being loaded.
+INTERRUPTED = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *more):
+        if name == "qmesh":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv[:1] = []
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_an_interrupt_ends_it_in_silence_before_it_has_begun(archive: Path) -> None:
+    finished = run(sys.executable, "-c", INTERRUPTED, archive, "models")
+    assert (finished.returncode, finished.stdout, finished.stderr) == (qmesh.EXIT_INTERRUPTED, "", "")
+
+
 # --- Sealing ---
 
 # Nodes of one key hear each other, whatever their topics: no other run of the tests shall have these.
@@ -355,6 +373,15 @@ def test_the_source_cannot_be_sealed_and_says_what_can(tmp_path: Path) -> None:
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "only an archive can be sealed: `python build_zipapp.py` makes dist/qmesh.pyz, which can" in finished.stderr
     assert list(tmp_path.iterdir()) == [key]
+
+
+def test_the_copy_that_init_suggests_to_seal_is_none_that_is_there(archive: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copy(archive, tmp_path / "lab.pyz"))
+    first = bare(own, "init", "ours.key", tmp_path=tmp_path)
+    second = bare(own, "init", "lab.key", tmp_path=tmp_path)
+    assert " lab.pyz seal ours.pyz --key ours.key " in first.stderr
+    (key,) = qmesh.parse_mesh_keys((tmp_path / "lab.key").read_text("ascii"))
+    assert f" lab.pyz seal lab-{fingerprint(key)}.pyz --key lab.key " in second.stderr
 
 
 def test_a_seal_that_fails_leaves_nothing_behind(archive: Path, tmp_path: Path) -> None:
