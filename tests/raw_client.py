@@ -111,14 +111,18 @@ class RawClient:
 
 @contextlib.asynccontextmanager
 async def connected(
-    address: qmesh.Address, *, greeted: bool = True, identity: qmesh.Identity | None = None
+    address: qmesh.Address,
+    *,
+    greeted: bool = True,
+    identity: qmesh.Identity | None = None,
+    local_addr: qmesh.Address | None = None,
 ) -> AsyncIterator[RawClient]:
     """A connection that is closed at the end, and has greeted unless it is not to; of a member of `OPEN`."""
     identity = identity or qmesh.Identity.ephemeral([OPEN])
     membership = identity.memberships[0]
     async with asyncio.timeout(PATIENCE_S):
         reader, writer = await asyncio.open_connection(
-            *address, ssl=membership.dialling, server_hostname=membership.server_name
+            *address, ssl=membership.dialling, server_hostname=membership.server_name, local_addr=local_addr
         )
     client = RawClient(reader, writer, identity)
     try:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
+import errno
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import harness
@@ -23,10 +28,10 @@ import build_zipapp
 import qmesh
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> build_zipapp.EngineTree:
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> build_zipapp.EngineTree:
     """A stand-in for the engine's packages: two files of Python, and one library under two names."""
-    root = tmp_path / "tree"
+    root = tmp_path_factory.mktemp("engine") / "tree"
     (root / "package" / "lib").mkdir(parents=True)
     for name in ("package", "llama_cpp"):
         (root / name).mkdir(exist_ok=True)
@@ -50,11 +55,19 @@ def model(model_bytes: bytes, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def built(tree: build_zipapp.EngineTree, model_bytes: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive that carries both; it is built once, as the program takes a second to compile."""
+    place = tmp_path_factory.mktemp("built")
+    (place / "tiny.gguf").write_bytes(model_bytes)
+    build_zipapp.build(place / "carrying.pyz", tree, place / "tiny.gguf")
+    return place / "carrying.pyz"
+
+
 @pytest.fixture
-def archive(tree: build_zipapp.EngineTree, model: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "carrying.pyz"
-    build_zipapp.build(path, tree, model)
-    return path
+def archive(built: Path, model: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test, beside its model."""
+    return Path(shutil.copy2(built, tmp_path))
 
 
 def part_of(archive: Path, kind: str) -> qmesh.Part:
@@ -90,6 +103,53 @@ def program(*arguments: object, cache: Path, python: tuple[str, ...] = ("-I", "-
         timeout=harness.COMMAND_TIMEOUT_S,
         check=False,
     )
+
+
+# --- Atomic writes ---
+
+
+def test_an_atomic_write_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    qmesh.write_atomically(path, b"old")
+    qmesh.write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    qmesh.write_atomically(path, b"old")
+    with path.open("rb") as reader:
+        qmesh.write_atomically(path, b"new")
+        assert reader.read() == b"old"
+
+
+WRITE_TOO_MUCH = """
+import pathlib, resource, sys, qmesh
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    qmesh.write_atomically(pathlib.Path(sys.argv[1]), b"new" * 100)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "kept"
+    path.write_bytes(b"old")
+    command = [sys.executable, "-c", WRITE_TOO_MUCH, str(path)]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=harness.ROOT, check=False)
+    assert finished.stdout == "File too large\n", finished.stderr
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replacement_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    with pytest.raises(OSError, match="folder"):
+        qmesh.write_atomically(path, b"new")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- Packing ---
@@ -314,6 +374,44 @@ def test_a_lock_is_shared_as_nfs_wants_it(tmp_path: Path, monkeypatch: pytest.Mo
         lock.close()
 
 
+def test_one_who_waits_for_another_process_gives_up_at_last(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = part_of(archive, qmesh.MODEL)
+    (tmp_path / "cache").mkdir(mode=0o700)
+    lock = qmesh.try_lock(tmp_path / "cache" / f"{part.folder}{qmesh.UNPACKING}")
+    assert lock is not None
+    with lock:
+        monkeypatch.setattr(qmesh, "UNPACK_TIMEOUT_S", 0.0)
+        with pytest.raises(qmesh.QMeshError, match=r"another process has been unpacking tiny\.gguf into .* too long"):
+            qmesh.Cache(tmp_path / "cache").unpack(archive, part)
+
+
+def test_where_files_can_have_no_second_name_they_are_copied(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "this file system knows no links")
+
+    monkeypatch.setattr(os, "link", link)
+    libraries = unpack(tmp_path / "cache", archive, qmesh.ENGINE) / "package" / "lib"
+    assert (libraries / "liba.so").read_bytes() == (libraries / "liba.so.0").read_bytes()
+    assert not (libraries / "liba.so").samefile(libraries / "liba.so.0")
+
+
+def test_a_disk_that_knows_no_locks_is_told_in_the_systems_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="No locks available"):
+        qmesh.try_lock(tmp_path / "lock")
+
+
 # --- Using what is carried ---
 
 USE = """
@@ -393,6 +491,39 @@ def test_what_a_process_uses_is_locked_until_it_ends(archive: Path, tmp_path: Pa
     freed.close()
 
 
+@pytest.fixture
+def running(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The archive, as if this process ran from it."""
+    monkeypatch.setattr(qmesh, "__file__", str(archive / "qmesh.py"))
+    monkeypatch.setenv("QMESH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(qmesh, "model_dirs", lambda: [tmp_path])
+    forget = qmesh.carried.cache_clear, qmesh.unpacked_part.cache_clear
+    for each in forget:
+        each()
+    yield archive
+    for each in forget:
+        each()
+
+
+def test_the_carried_model_is_taken_by_its_name_and_where_none_is_named_but_not_where_another_is(
+    running: Path, model_bytes: bytes, tmp_path: Path
+) -> None:
+    other = (tmp_path / "tiny.gguf").rename(tmp_path / "other.gguf")
+    assert [qmesh.choose_model(wanted) for wanted in ("other", str(other))] == [other, other]
+    assert not (tmp_path / "cache").exists()
+    (found,) = {qmesh.choose_model(wanted) for wanted in (None, "tiny", "TINY.gguf")}
+    assert found.is_relative_to(tmp_path / "cache")
+    assert found.read_bytes() == model_bytes
+
+
+def test_one_who_names_a_model_that_is_not_there_is_told_of_the_carried_one_too(running: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.gguf").rename(tmp_path / "other.gguf")
+    told = "there is no model file nosuch; models here: tiny (in this archive), other"
+    with pytest.raises(qmesh.ModelNotFound, match=re.escape(told)):
+        qmesh.choose_model("nosuch")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_models_tells_of_a_carried_model_without_unpacking_it(
     archive: Path, model_bytes: bytes, tmp_path: Path
 ) -> None:
@@ -413,6 +544,39 @@ def test_the_places_are_the_platforms_and_a_temporary_one_unless_one_is_set(tmp_
     assert next(qmesh.cache_places({"HOME": "/h", "XDG_CACHE_HOME": "/c"})) == (
         Path("/c/qmesh") if sys.platform == "linux" else first
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "environ", "place"),
+    [
+        ("darwin", {"HOME": "/h"}, "/h/Library/Caches/qmesh"),
+        ("win32", {"HOME": "/h", "LOCALAPPDATA": "/l"}, r"/l/qmesh\cache"),
+        ("win32", {"USERPROFILE": "/h"}, r"/h/AppData/Local/qmesh\cache"),
+    ],
+)
+def test_each_platform_has_a_place_of_its_own_for_caches(
+    monkeypatch: pytest.MonkeyPatch, system: str, environ: dict[str, str], place: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    assert next(qmesh.cache_places(environ)) == Path(place)
+
+
+def test_without_owners_of_files_a_temporary_place_has_to_be_within_ones_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "getuid")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    assert [*qmesh.cache_places({"HOME": str(tmp_path)})][1:] == [tmp_path / "temporary" / "qmesh"]
+    assert [*qmesh.cache_places({"HOME": str(tmp_path / "home")})][1:] == []
+
+
+def test_where_no_place_can_be_used_nothing_is_unpacked(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = {"QMESH_CACHE_DIR": str(tmp_path / "file")}
+    part = part_of(archive, qmesh.MODEL)
+    assert not qmesh.is_unpacked(part, places)
+    with pytest.raises(qmesh.UsageError, match="name another folder in QMESH_CACHE_DIR"):
+        qmesh.unpack(archive, part, places)
 
 
 def test_where_the_first_place_cannot_be_used_the_next_one_is(
@@ -524,6 +688,14 @@ def test_version_tells_damage(archive: Path, tmp_path: Path) -> None:
     assert finished.returncode == 1
     assert '"code":"damaged_archive"' in finished.stdout.replace(" ", "")
     assert "Copy it to this machine once more" in finished.stderr
+
+
+def test_a_whole_archive_has_the_hash_of_its_file_and_one_with_another_program_is_none(archive: Path) -> None:
+    contents = qmesh.read_contents(archive)
+    assert contents is not None
+    assert qmesh.check_archive(archive, contents) == hashlib.sha256(archive.read_bytes()).hexdigest()
+    with pytest.raises(qmesh.DamagedArchive, match="its program is not what was packed"):
+        qmesh.check_archive(archive, replace(contents, program="0" * 64))
 
 
 @pytest.mark.parametrize("member", ["qmesh.py", "qmesh.pyc", "__main__.py"])

@@ -504,7 +504,7 @@ def test_a_step_evaluates_what_its_time_allows_for_on_fast_and_slow_machines(tok
     pacer = qmesh.StepPacer()
     for _ in range(30):
         count = pacer.tokens(1.0)
-        pacer.stepped(count, count * token_s, filling=count)
+        pacer.stepped(count, count * token_s, prefill=count)
     assert pacer.tokens(1.0) == pytest.approx(tokens, abs=1)
 
 
@@ -512,13 +512,13 @@ def test_what_a_step_costs_besides_its_tokens_does_not_keep_it_small() -> None:
     pacer = qmesh.StepPacer()
     for _ in range(30):
         count = pacer.tokens(1.0)
-        pacer.stepped(count, 0.5 + count * 0.002, filling=count)
+        pacer.stepped(count, 0.5 + count * 0.002, prefill=count)
     assert pacer.tokens(1.0) == pytest.approx(250, abs=3)
 
 
 def test_steps_with_next_to_no_prompt_say_nothing_about_its_speed() -> None:
     pacer = qmesh.StepPacer()
-    pacer.stepped(64, 60.0, filling=qmesh.MIN_CHUNK_TOKENS - 1)
+    pacer.stepped(64, 60.0, prefill=qmesh.MIN_CHUNK_TOKENS - 1)
     assert pacer.tokens(1.0) == qmesh.FIRST_CHUNK_TOKENS
 
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import ctypes
 import dataclasses
 import datetime
+import importlib
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import harness
 import psutil
@@ -30,6 +36,15 @@ LAB = ("10.0.0.1", 47475)
 HOME = ("192.168.1.7", 4000)
 LINK = ("fe80::1%eth0", 47475)
 
+HERE = qmesh.Platform("linux-x86_64", "cp311", "2.36", "A Processor", frozenset(qmesh.X86_FEATURES))
+ENGINE: dict[str, Any] = {
+    "platform": "linux-x86_64",
+    "python": "cp311",
+    "glibc": "2.34",
+    "cpu": ["popcnt", "sse4_2"],
+    "packages": {"numpy": "2.4.6"},
+}
+
 # Claims an instance in a process of its own, says which, and holds it until it is ended.
 HOLDER = """
 import sys, qmesh
@@ -38,6 +53,12 @@ state = qmesh.StateDirectory.claim(Path(sys.argv[1]))
 print(state.path.name, state.node_key().node_id, flush=True)
 sys.stdin.read()
 """
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="as Linux tells it")
+on_glibc = pytest.mark.skipif(
+    qmesh.system_tag() != "linux-x86_64" or qmesh.glibc_version() is None, reason="glibc tells of x86-64 processors"
+)
 
 
 def run_python(code: str, *arguments: object) -> str:
@@ -532,6 +553,36 @@ def test_today_is_the_day_at_greenwich() -> None:
     assert abs(qmesh.utc_today() - datetime.datetime.now(datetime.UTC).date()) <= DAY
 
 
+def sealed(path: Path, members: dict[str, bytes]) -> Path:
+    """An archive with a program of some size, that only its owner can read."""
+    path.write_bytes(qmesh.program_zip({"qmesh.py": bytes(qmesh.MAX_KEY_FILE_BYTES)} | members))
+    path.chmod(0o600)
+    return path
+
+
+def test_the_key_of_a_sealed_archive_is_read_as_that_of_a_file_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = qmesh.MeshKey(bytes(range(32)))
+    archive = sealed(tmp_path / "lab.pyz", {qmesh.SEALED_KEY_FILE: key.text.encode()})
+    assert qmesh.read_keys(Settings(key=str(archive))) == (key,)
+    assert caplog.text == ""
+    with pytest.raises(UsageError, match="there is no mesh key in it"):
+        qmesh.read_keys(Settings(key=str(sealed(tmp_path / "open.pyz", {}))))
+
+
+@pytest.mark.parametrize(
+    ("members", "is_sealed"), [({"qmesh.py": b""}, False), ({qmesh.SEALED_KEY_FILE: b""}, True), (None, True)]
+)
+def test_an_archive_with_a_key_and_what_is_none_may_not_be_handed_out(
+    tmp_path: Path, members: dict[str, bytes] | None, is_sealed: bool
+) -> None:
+    (tmp_path / "file").write_bytes(b"no archive" if members is None else qmesh.program_zip(members))
+    with (tmp_path / "file").open("rb") as file:
+        assert qmesh.is_sealed(file) == is_sealed
+        assert file.tell() == 0
+
+
 # --- Files for a moment ---
 
 
@@ -563,6 +614,17 @@ def test_a_private_file_is_gone_also_when_its_use_fails(temporary: Path, failure
     assert list(temporary.iterdir()) == []
 
 
+@on_linux
+def test_a_private_file_that_does_not_fit_is_gone_and_spoken_of(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (temporary / "begun").touch()
+    monkeypatch.setattr(tempfile, "mkstemp", lambda prefix: (os.open("/dev/full", os.O_WRONLY), temporary / "begun"))
+    with pytest.raises(qmesh.QMeshError, match=r"No space left on device.*TMPDIR"), qmesh.private_file("secret"):
+        pass
+    assert list(temporary.iterdir()) == []
+
+
 def test_a_private_file_that_somebody_else_removed_is_no_error(temporary: Path) -> None:
     with qmesh.private_file("secret") as name:
         Path(name).unlink()
@@ -581,51 +643,6 @@ def test_clients_remember_nothing_where_nothing_can_be_written(tmp_path: Path) -
     state.remember([LAB])
     assert state.peers() == []
     assert qmesh.remembered_peers(tmp_path / "file") == []
-
-
-# --- Atomic writes ---
-
-
-def test_an_atomic_write_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "kept"
-    qmesh.write_atomically(path, b"old")
-    qmesh.write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
-    path = tmp_path / "kept"
-    qmesh.write_atomically(path, b"old")
-    with path.open("rb") as reader:
-        qmesh.write_atomically(path, b"new")
-        assert reader.read() == b"old"
-
-
-WRITE_TOO_MUCH = """
-import pathlib, resource, sys, qmesh
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-try:
-    qmesh.write_atomically(pathlib.Path(sys.argv[1]), b"new" * 100)
-except OSError as error:
-    print(error.strerror)
-"""
-
-
-def test_a_write_that_fails_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "kept"
-    path.write_bytes(b"old")
-    assert run_python(WRITE_TOO_MUCH, path) == "File too large\n"
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_replacement_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    path = tmp_path / "folder"
-    path.mkdir()
-    with pytest.raises(OSError, match="folder"):
-        qmesh.write_atomically(path, b"new")
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- Remembered peers ---
@@ -786,18 +803,68 @@ def test_a_priority_that_the_system_refuses_is_spoken_of_and_nothing_more() -> N
     assert run_python(RAISE).startswith("the priority cannot be set to -20: ")
 
 
+RAISE_LIMIT = """
+import resource, qmesh
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+print(*(qmesh.raise_file_limit(wanted) for wanted in (32, 128)))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 96))
+print(qmesh.raise_file_limit(128), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_as_many_files_may_be_open_as_are_wanted_where_the_system_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_python(RAISE_LIMIT).split() == ["64", "128", "96", "96"]
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert qmesh.raise_file_limit(1 << 20) == 1 << 20
+
+
 # --- What is missing ---
 
 
-@pytest.mark.parametrize("use", [qmesh.load_psutil, SystemMonitor])
-def test_without_psutil_the_command_that_installs_it_is_told(
-    monkeypatch: pytest.MonkeyPatch, use: Callable[[], object]
-) -> None:
+def test_without_psutil_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(qmesh.MissingPackage) as caught:
-        use()
-    command = f'{sys.executable} -m pip install "psutil"'
+        SystemMonitor()
+    command = f'{sys.executable} -m pip install "psutil>=5.9,<8"'
     assert str(caught.value) == f"psutil is not installed here; install it with: {command}"
+
+
+@pytest.mark.parametrize("module", qmesh.ENGINE_PACKAGES)
+def test_all_that_a_worker_lacks_is_told_at_once(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    for name in qmesh.ENGINE_PACKAGES:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(qmesh.MissingPackage) as caught:
+        qmesh.load_package(module)
+    assert caught.value.what == "llama-cpp-python and psutil are not installed here"
+    before, _, command = caught.value.advice.partition(": ")
+    assert before == "install them with"
+    assert shlex.split(command) == [sys.executable, "-m", "pip", "install", *qmesh.ENGINE_PACKAGES.values()]
+
+
+def test_a_package_that_does_not_load_is_told_in_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        raise ImportError(f"{name}: its library is made for another machine")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with pytest.raises(qmesh.MissingPackage) as caught:
+        qmesh.load_package("psutil")
+    assert caught.value.what == "psutil does not load here (psutil: its library is made for another machine)"
+    assert caught.value.advice == qmesh.rebuild_advice(qmesh.ENGINE_PACKAGES["psutil"])
+
+
+@pytest.mark.parametrize(("version", "works"), [("0.2.90", False), ("0.3.36", True), ("0.4.0", False), (None, False)])
+def test_an_installed_llama_is_used_where_it_is_one_that_works(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, works: bool
+) -> None:
+    def installed(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    assert qmesh.installed_llama() == works
 
 
 @pytest.mark.parametrize("interpreter", ["/usr/bin/python3", "/opt/my tools/bin/python3"])
@@ -811,6 +878,145 @@ def test_an_interpreter_that_does_not_know_its_path_is_called_python(monkeypatch
     monkeypatch.setattr(sys, "executable", "")
     assert qmesh.install_command("psutil") == 'python -m pip install "psutil"'
     assert qmesh.install_command("numpy>=2", "psutil") == 'python -m pip install "numpy>=2" "psutil"'
+
+
+# --- Whether an engine fits ---
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        ENGINE,
+        ENGINE | {"glibc": "2.36"},
+        ENGINE | {"glibc": "2.4"},  # below 2.36
+        ENGINE | {"glibc": None},
+        ENGINE | {"cpu": []},
+        {"platform": "linux-x86_64", "python": "cp311"},
+    ],
+)
+def test_an_engine_for_a_machine_like_this_fits(about: dict[str, Any]) -> None:
+    assert qmesh.engine_misfit(about, HERE) is None
+
+
+def test_nothing_is_held_against_a_processor_that_is_not_known() -> None:
+    unknown = qmesh.Platform(HERE.system, HERE.python, HERE.glibc)
+    assert qmesh.engine_misfit(ENGINE, unknown) is None
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        (
+            {"python": "cp312"},
+            "is for Python 3.12 on Linux x86_64, and this is Python 3.11 on Linux x86_64; build one there",
+        ),
+        ({"platform": "linux-aarch64"}, "is for Python 3.11 on Linux aarch64, and this is Python 3.11 on Linux x86_64"),
+        ({"platform": "windows-x86_64"}, "is for Python 3.11 on Windows x86_64"),
+        ({"python": "pypy311"}, "is for pypy311 on Linux"),
+        ({"glibc": "2.38"}, "needs glibc 2.38 or newer, and this machine has 2.36; build one on the machine with the"),
+        ({"glibc": "3.0"}, "needs glibc 3.0"),
+        (
+            {"cpu": ["avx2", "popcnt", "sha"]},
+            "needs a processor with avx2, sha; this machine's (A Processor) has none",
+        ),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused_with_what_it_needs(about: dict[str, Any], words: str) -> None:
+    misfit = qmesh.engine_misfit(ENGINE | about, HERE)
+    assert misfit is not None
+    why = "; ".join(misfit)
+    assert words in why
+    assert qmesh.install_command(qmesh.LLAMA_REQUIREMENT) in why or "run workers on newer machines" in why
+
+
+def test_a_machine_with_another_c_library_is_told_so() -> None:
+    misfit = qmesh.engine_misfit(ENGINE, qmesh.Platform(HERE.system, HERE.python, None))
+    assert misfit is not None
+    assert "this machine has another C library" in misfit[0]
+
+
+def test_an_engine_for_another_machine_is_refused() -> None:
+    qmesh.check_engine_fits({"platform": qmesh.system_tag(), "python": qmesh.python_tag()})
+    with pytest.raises(qmesh.MissingPackage, match=f"this is Python {sys.version_info[0]}.{sys.version_info[1]} on "):
+        qmesh.check_engine_fits({"platform": "vms-vax", "python": "cp311"})
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "tag"),
+    [
+        ("Linux", "x86_64", "linux-x86_64"),
+        ("Darwin", "arm64", "macos-arm64"),
+        ("Windows", "AMD64", "windows-x86_64"),
+    ],
+)
+def test_systems_and_processors_have_one_name_each(
+    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, tag: str
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert qmesh.system_tag() == tag
+    monkeypatch.setattr(sys, "maxsize", 2**31 - 1)
+    assert qmesh.system_tag() == f"{tag}-32bit"
+
+
+# --- What this machine is ---
+
+
+@on_glibc
+def test_the_processor_and_linux_tell_the_same_features() -> None:
+    _, features = qmesh.read_processor()
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    assert features is not None
+    assert "pni" in features
+    assert sorted(features) == sorted(qmesh.X86_FEATURES.keys() & flags)
+
+
+class OtherLibrary:
+    """A C library that does not tell of the processor, as musl and older ones of GNU."""
+
+    def __init__(self, name: str | None) -> None:
+        assert name is None
+
+
+@on_linux
+@pytest.mark.parametrize(
+    ("text", "name", "features"),
+    [
+        ("model name\t: Some CPU\nflags\t\t: fpu sse4_2 pni avx\n", "Some CPU", {"sse4_2", "pni"}),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "", None),  # of another kind
+        (None, "", None),
+    ],
+)
+def test_where_the_c_library_does_not_tell_linux_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, name: str, features: set[str] | None
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(qmesh, "CPU_FILE", file)
+    monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
+    assert qmesh.read_processor() == (name, features)
+
+
+def test_elsewhere_the_processor_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert qmesh.read_processor() == ("", None)
+
+
+@pytest.mark.parametrize(("told", "version"), [("glibc 2.31", "2.31"), ("musl", None), (None, None)])
+def test_the_version_of_glibc_is_told_where_it_is_used(
+    monkeypatch: pytest.MonkeyPatch, told: str | None, version: str | None
+) -> None:
+    monkeypatch.setattr(os, "confstr", lambda name: told, raising=False)
+    assert qmesh.glibc_version() == version
+
+
+def test_a_system_that_has_no_name_for_glibc_does_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unrecognised(name: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(os, "confstr", unrecognised, raising=False)
+    assert qmesh.glibc_version() is None
 
 
 # --- The graphics card ---
@@ -883,7 +1089,7 @@ def test_the_interfaces_are_those_that_psutil_sees() -> None:
     assert all(item.index == socket.if_nametoindex(item.name) for item in found)
 
 
-def test_a_machine_whose_interfaces_cannot_be_told_still_has_somewhere_to_beacon(
+def test_where_the_interfaces_cannot_be_told_there_are_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: object) -> list[qmesh.Interface]:
@@ -892,21 +1098,109 @@ def test_a_machine_whose_interfaces_cannot_be_told_still_has_somewhere_to_beacon
     monkeypatch.setattr(qmesh, "_interfaces_of_posix", fails)
     monkeypatch.setattr(qmesh, "_interfaces_of_psutil", fails)
     assert qmesh.list_interfaces() == []
-    assert [(item.address, item.broadcast) for item in qmesh.outlets("")] == [
-        (qmesh.LOOPBACK, None),
-        (qmesh.UNSPECIFIED, qmesh.LIMITED_BROADCAST),
+
+
+WINDOWS_INTERFACES: dict[str, list[tuple[int, str, str | None]]] = {
+    "Ethernet": [(-1, "00-15-5D-00-00-01", None), (2, "192.168.1.7", "255.255.255.0"), (10, "fe80::7", None)],
+    "Loopback": [(2, "127.0.0.1", "255.0.0.0")],
+    "Wi-Fi": [(2, "10.0.0.7", "255.0.0.0")],  # it is not connected
+}
+
+
+def windows_psutil() -> types.SimpleNamespace:
+    entries = {
+        name: [types.SimpleNamespace(family=family, address=address, netmask=mask) for family, address, mask in told]
+        for name, told in WINDOWS_INTERFACES.items()
+    }
+    up = {name: types.SimpleNamespace(isup=name != "Wi-Fi") for name in entries}
+    return types.SimpleNamespace(net_if_stats=lambda: up, net_if_addrs=lambda: entries)
+
+
+@on_linux
+def test_windows_tells_its_interfaces_through_psutil_or_by_the_name_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    infos = [("192.168.1.7", 0), ("fe80::7", 0, 0, 5), ("2001:db8::7", 0, 0, 0), ("127.0.0.1", 0)]
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "Loopback"), (5, "Ethernet")])
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", info) for info in infos])
+    monkeypatch.setitem(sys.modules, "psutil", windows_psutil())
+    assert qmesh.list_interfaces() == [
+        qmesh.Interface("Ethernet", 5, "192.168.1.7", "192.168.1.255"),
+        qmesh.Interface("Ethernet", 5, "fe80::7%5"),
+        qmesh.Interface("Loopback", 1, "127.0.0.1"),
+    ]
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert qmesh.list_interfaces() == [
+        qmesh.Interface("", 0, "127.0.0.1"),
+        qmesh.Interface("", 0, "192.168.1.7", "255.255.255.255"),
+        qmesh.Interface("", 5, "fe80::7%5"),
+        qmesh.Interface("", 0, "2001:db8::7"),
     ]
 
 
-def test_with_a_host_only_its_interface_counts() -> None:
-    assert [item.address for item in qmesh.outlets("127.0.0.1")] == ["127.0.0.1"]
-    assert [item.address for item in qmesh.outlets("127.0.0.9")] == ["127.0.0.9"]  # the loopback has millions
+def sockaddr(host: str) -> bytes:
+    """A C `struct sockaddr_in` or `sockaddr_in6`, as Linux has them."""
+    if ":" in host:
+        return struct.pack("@HHI16sI", socket.AF_INET6, 0, 0, socket.inet_pton(socket.AF_INET6, host), 0)
+    return struct.pack("@HH4s8x", socket.AF_INET, 0, socket.inet_aton(host))
 
 
-def test_of_ipv6_each_interface_counts_once_and_no_version_that_is_not_wanted() -> None:
-    assert all(qmesh.link_of(item.address) for item in qmesh.outlets("") if ":" in item.address)
-    assert not [item for item in qmesh.outlets(qmesh.UNSPECIFIED) if ":" in item.address]
-    assert not [item for item in qmesh.outlets(qmesh.UNSPECIFIED6) if ":" not in item.address]
+class InterfacesOfC:
+    """A C library whose getifaddrs(3) tells of these, by name, flags, address, netmask and broadcast."""
+
+    def __init__(self, *entries: tuple[str, int, bytes | None, bytes | None, bytes | None]) -> None:
+        self.given_back = False
+        self._kept: list[Any] = []
+        self._first = 0
+        for name, flags, *addresses in reversed(entries):
+            places = [self._keep(address) for address in addresses]
+            self._first = self._keep(struct.pack("@PPIPPPP", self._first, self._keep(name.encode()), flags, *places, 0))
+
+    def _keep(self, data: bytes | None) -> int:
+        if data is None:
+            return 0
+        self._kept.append(ctypes.create_string_buffer(data))
+        return ctypes.addressof(self._kept[-1])
+
+    def getifaddrs(self, first: Any) -> int:
+        ctypes.cast(first, ctypes.POINTER(ctypes.c_void_p)).contents.value = self._first
+        return 0 if self._first else -1
+
+    def freeifaddrs(self, first: ctypes.c_void_p) -> None:
+        self.given_back = first.value == self._first
+
+
+UP, BROADCASTS, IS_TUNNEL = 0x1, 0x2, 0x10  # <net/if.h>
+
+
+@on_linux
+def test_of_what_linux_tells_the_interfaces_count_that_are_up_and_lead_to_a_lan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mask, other = sockaddr("255.255.255.0"), struct.pack("@H12x", socket.AF_PACKET)
+    library = InterfacesOfC(
+        ("lo", UP | BROADCASTS, sockaddr("10.1.2.3"), mask, None),
+        ("lo", UP | BROADCASTS, sockaddr("10.1.3.3"), mask, sockaddr("10.1.3.99")),
+        ("lo", UP, sockaddr("10.1.4.3"), mask, sockaddr("10.1.4.255")),
+        ("lo", BROADCASTS, sockaddr("10.1.5.3"), mask, None),
+        ("lo", UP | IS_TUNNEL, sockaddr("10.1.6.3"), mask, None),
+        ("lo", UP, other, None, None),
+        ("lo", UP, None, None, None),
+        ("gone meanwhile", UP, sockaddr("10.1.7.3"), mask, None),
+        ("lo", UP, sockaddr("fe80::7"), None, None),
+    )
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: library)
+    index = socket.if_nametoindex("lo")
+    assert qmesh.list_interfaces() == [
+        qmesh.Interface("lo", index, "10.1.2.3", "10.1.2.255"),
+        qmesh.Interface("lo", index, "10.1.3.3", "10.1.3.99"),
+        qmesh.Interface("lo", index, "10.1.4.3"),
+        qmesh.Interface("lo", index, "fe80::7%lo"),
+    ]
+    assert library.given_back
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: InterfacesOfC())
+    assert qmesh.list_interfaces() == []
 
 
 def test_the_uptime_does_not_go_back() -> None:

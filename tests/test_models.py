@@ -573,7 +573,7 @@ def test_the_command_that_builds_for_a_gpu_can_be_pasted_into_a_shell(backend: s
 # --- Fetching: a server on this machine ---
 
 BIG = bytes(Gguf(llama_pairs(), [tensor(TENSOR_F32, 3 << 18)]))  # its header, and 3 MiB of data
-CHUNK = qmesh.DOWNLOAD_CHUNK_BYTES
+CHUNK = qmesh.CHUNK_BYTES
 
 
 @dataclass

@@ -6,7 +6,6 @@ Debian's package qemu-user.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import json
 import os
@@ -30,15 +29,6 @@ import qmesh
 
 QEMU = "qemu-x86_64"
 SLOW_S = 100  # an emulator on a busy machine
-HERE = qmesh.Platform("linux-x86_64", "cp311", "2.36", "A Processor", frozenset(qmesh.X86_FEATURES))
-ENGINE: dict[str, Any] = {
-    "platform": "linux-x86_64",
-    "python": "cp311",
-    "glibc": "2.34",
-    "cpu": ["popcnt", "sse4_2"],
-    "packages": {"numpy": "2.4.6"},
-}
-
 # Checks and loads the engine of a folder, and tells what a tiny model says with it.
 RUN_ENGINE = """
 import json, sys
@@ -61,157 +51,9 @@ print(json.dumps({"processor": qmesh.llama_log().processor, "ids": asked.ids(0),
 """
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="libraries are ELF files there")
-on_glibc = pytest.mark.skipif(
-    qmesh.system_tag() != "linux-x86_64" or qmesh.glibc_version() is None, reason="glibc tells of x86-64 processors"
-)
-
-
-# --- Whether an engine fits ---
-
-
-@pytest.mark.parametrize(
-    "about",
-    [
-        ENGINE,
-        ENGINE | {"glibc": "2.36"},
-        ENGINE | {"glibc": "2.4"},  # below 2.36
-        ENGINE | {"glibc": None},
-        ENGINE | {"cpu": []},
-        {"platform": "linux-x86_64", "python": "cp311"},
-    ],
-)
-def test_an_engine_for_a_machine_like_this_fits(about: dict[str, Any]) -> None:
-    assert qmesh.engine_misfit(about, HERE) is None
-
-
-def test_nothing_is_held_against_a_processor_that_is_not_known() -> None:
-    unknown = qmesh.Platform(HERE.system, HERE.python, HERE.glibc)
-    assert qmesh.engine_misfit(ENGINE, unknown) is None
-
-
-@pytest.mark.parametrize(
-    ("about", "words"),
-    [
-        (
-            {"python": "cp312"},
-            "is for Python 3.12 on Linux x86_64, and this is Python 3.11 on Linux x86_64; build one there",
-        ),
-        ({"platform": "linux-aarch64"}, "is for Python 3.11 on Linux aarch64, and this is Python 3.11 on Linux x86_64"),
-        ({"platform": "windows-x86_64"}, "is for Python 3.11 on Windows x86_64"),
-        ({"python": "pypy311"}, "is for pypy311 on Linux"),
-        ({"glibc": "2.38"}, "needs glibc 2.38 or newer, and this machine has 2.36; build one on the machine with the"),
-        ({"glibc": "3.0"}, "needs glibc 3.0"),
-        (
-            {"cpu": ["avx2", "popcnt", "sha"]},
-            "needs a processor with avx2, sha; this machine's (A Processor) has none",
-        ),
-    ],
-)
-def test_an_engine_that_does_not_fit_is_refused_with_what_it_needs(about: dict[str, Any], words: str) -> None:
-    misfit = qmesh.engine_misfit(ENGINE | about, HERE)
-    assert misfit is not None
-    why = "; ".join(misfit)
-    assert words in why
-    assert qmesh.install_command(qmesh.LLAMA_REQUIREMENT) in why or "run workers on newer machines" in why
-
-
-def test_a_machine_with_another_c_library_is_told_so() -> None:
-    misfit = qmesh.engine_misfit(ENGINE, qmesh.Platform(HERE.system, HERE.python, None))
-    assert misfit is not None
-    assert "this machine has another C library" in misfit[0]
-
-
-def test_an_engine_for_another_machine_is_refused() -> None:
-    qmesh.check_engine_fits({"platform": qmesh.system_tag(), "python": qmesh.python_tag()})
-    with pytest.raises(qmesh.MissingPackage, match=f"this is Python {sys.version_info[0]}.{sys.version_info[1]} on "):
-        qmesh.check_engine_fits({"platform": "vms-vax", "python": "cp311"})
-
-
-@pytest.mark.parametrize(
-    ("system", "machine", "tag"),
-    [
-        ("Linux", "x86_64", "linux-x86_64"),
-        ("Darwin", "arm64", "macos-arm64"),
-        ("Windows", "AMD64", "windows-x86_64"),
-    ],
-)
-def test_systems_and_processors_have_one_name_each(
-    monkeypatch: pytest.MonkeyPatch, system: str, machine: str, tag: str
-) -> None:
-    monkeypatch.setattr(platform, "system", lambda: system)
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert qmesh.system_tag() == tag
-    monkeypatch.setattr(sys, "maxsize", 2**31 - 1)
-    assert qmesh.system_tag() == f"{tag}-32bit"
-
-
-# --- What this machine is ---
-
-
-@on_glibc
-def test_the_processor_and_linux_tell_the_same_features() -> None:
-    _, features = qmesh.read_processor()
-    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
-    assert features is not None
-    assert "pni" in features
-    assert sorted(features) == sorted(qmesh.X86_FEATURES.keys() & flags)
-
-
-class OtherLibrary:
-    """A C library that does not tell of the processor, as musl and older ones of GNU."""
-
-    def __init__(self, name: str | None) -> None:
-        assert name is None
-
-
-@on_linux
-@pytest.mark.parametrize(
-    ("text", "name", "features"),
-    [
-        ("model name\t: Some CPU\nflags\t\t: fpu sse4_2 pni avx\n", "Some CPU", {"sse4_2", "pni"}),
-        ("processor\t: 0\nFeatures\t: fp asimd\n", "", None),  # of another kind
-        (None, "", None),
-    ],
-)
-def test_where_the_c_library_does_not_tell_linux_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None, name: str, features: set[str] | None
-) -> None:
-    file = tmp_path / "cpuinfo"
-    if text is not None:
-        file.write_text(text)
-    monkeypatch.setattr(qmesh, "CPU_FILE", file)
-    monkeypatch.setattr(ctypes, "CDLL", OtherLibrary)
-    assert qmesh.read_processor() == (name, features)
-
-
-def test_elsewhere_the_processor_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert qmesh.read_processor() == ("", None)
-
-
-@pytest.mark.parametrize(("told", "version"), [("glibc 2.31", "2.31"), ("musl", None), (None, None)])
-def test_the_version_of_glibc_is_told_where_it_is_used(
-    monkeypatch: pytest.MonkeyPatch, told: str | None, version: str | None
-) -> None:
-    monkeypatch.setattr(os, "confstr", lambda name: told, raising=False)
-    assert qmesh.glibc_version() == version
-
-
-def test_a_system_that_has_no_name_for_glibc_does_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unrecognised(name: str) -> str:
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(os, "confstr", unrecognised, raising=False)
-    assert qmesh.glibc_version() is None
 
 
 # --- Gathering ---
-
-
-def test_the_engine_needs_what_the_requirements_say() -> None:
-    llama, psutil = build_zipapp.engine_requirements(harness.ROOT / "requirements.txt")
-    assert llama == qmesh.LLAMA_REQUIREMENT
-    assert psutil.startswith("psutil>=")
 
 
 def test_what_running_does_not_need_goes_and_licences_stay(tmp_path: Path) -> None:

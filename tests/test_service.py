@@ -185,7 +185,7 @@ def test_a_python_without_an_engine_and_one_that_may_be_cleared_are_spoken_of(pl
     options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": harness.ROOT, "timeout": 60}
     finished = subprocess.run(command, env=place.env, check=True, **options)
     assert f"{folder} belongs to a cache that may be cleared: use an installed Python" in finished.stderr
-    absent = "So far it would not start: llama-cpp-python and psutil: not installed for "
+    absent = "So far it would not start: llama-cpp-python and psutil are not installed here; install them with: "
     assert absent in finished.stderr
     assert absent not in place.run("worker", "--print-service", "systemd").stderr
 

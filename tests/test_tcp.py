@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import re
@@ -148,6 +149,7 @@ async def test_both_sides_learn_who_the_other_is() -> None:
         theirs = await met.get()
         assert (ours.peer_id, ours.peer_agent, ours.address) == (str(SERVER.node_id), qmesh.AGENT, address)
         assert (theirs.peer_id, theirs.peer_agent) == (str(CLIENT.node_id), qmesh.AGENT)
+        assert ours.keys == theirs.keys == members.OPEN
         await ours.send({"type": "status", "n": 1})
         assert await ours.receive() == {"type": "status_response", "n": 1}
 
@@ -206,45 +208,23 @@ async def test_one_who_is_turned_away_for_its_version_is_told_to_use_the_same_fi
         assert "same file" in caught.value.remedy
 
 
-@pytest.mark.parametrize("by_bytes", [False, True])
-@in_a_loop
-async def test_a_client_of_before_tls_is_told_so_in_its_own_way_and_closed(
-    by_bytes: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with serving() as (server, address), asyncio.timeout(PATIENCE_S):
-        for _ in range(2):
-            reader, writer = await asyncio.open_connection(*address)
-            hello = qmesh.encode_frame(qmesh.greeting("hello", CLIENT.node_id))
-            for at in range(qmesh.PLAIN_FRAME_BYTES) if by_bytes else [len(hello)]:
-                writer.write(hello[at : at + 1] if by_bytes else hello)
-                await asyncio.sleep(0)
-            frames = qmesh.FrameReader()
-            frames.feed(await reader.read())
-            told = frames.read()
-            writer.close()
-            assert told is not None
-            assert (told["type"], told["code"]) == ("inference_error", "invalid_request")
-            assert told["message"].startswith(
-                f"this worker runs {qmesh.AGENT}, and the machine that asks an older QMesh"
-            )
-        assert server.dropped == {"protocol": 2}
-    assert caplog.text.count("was turned away: it runs an older QMesh") == 1
-
-
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS has one address of the loopback alone")
 @in_a_loop
-async def test_of_many_hosts_that_run_an_older_version_the_log_tells_of_one_at_a_time(
+async def test_of_many_hosts_of_another_version_the_log_tells_of_one_at_a_time_and_of_each_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async with serving() as (server, address), asyncio.timeout(PATIENCE_S):
-        for number in range(2, 12):
-            reader, writer = await asyncio.open_connection(*address, local_addr=(f"127.0.0.{number}", 0))
-            writer.write(qmesh.encode_frame(qmesh.greeting("hello", CLIENT.node_id)))
-            await reader.read()
-            writer.close()
-        assert server.dropped == {"protocol": 10}
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [line.partition(" was turned away: ")[0] for line in warnings] == ["127.0.0.2"]
+    hello = greeting_of_version(2)("hello", CLIENT.node_id)
+    hosts = [f"127.0.0.{number}" for number in (2, 2, 3, 4)]
+    async with serving() as (server, address):
+        for host in hosts:
+            async with connected(address, greeted=False, identity=CLIENT, local_addr=(host, 0)) as client:
+                await client.send(hello)
+                await client.receive()
+                await client.closed()
+        assert server.dropped == {"protocol": len(hosts)}
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith("127.0.0.2 was turned away: 127.0.0.2:")
+    assert "version 2 of the protocol" in warning
 
 
 @pytest.mark.parametrize(
@@ -364,6 +344,55 @@ async def test_a_reader_that_takes_nothing_is_given_up_in_time(monkeypatch: pyte
             await outcome
 
 
+@in_a_loop
+async def test_a_machine_that_is_switched_off_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def create_connection(*_: object) -> None:
+        await forever()
+
+    monkeypatch.setattr(qmesh, "CONNECT_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", create_connection)
+    with pytest.raises(WorkerLost, match=r"127\.0\.0\.1:7 did not answer within 0\.01 s"):
+        await qmesh.dial((LOOPBACK, 7), CLIENT)
+
+
+@in_a_loop
+async def test_a_pause_lasts_until_its_time_is_over_or_the_other_side_has_gone() -> None:
+    paused: asyncio.Queue[QMeshError | None] = asyncio.Queue()
+
+    async def handler(connection: Connection) -> None:
+        await connection.pause(0.001)
+        paused.put_nowait(None)
+        try:
+            await connection.pause(PATIENCE_S)
+        except QMeshError as error:
+            paused.put_nowait(error)
+
+    async with serving(handler) as (_, address), asyncio.timeout(PATIENCE_S):
+        async with connected(address):
+            assert await paused.get() is None
+        assert isinstance(await paused.get(), WorkerLost)
+
+
+@in_a_loop
+async def test_a_server_that_can_open_no_more_files_says_so_and_goes_on_when_it_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, failures = asyncio.get_running_loop(), [OSError(errno.EMFILE, "Too many open files")]
+    sock_accept = loop.sock_accept
+
+    async def accept(sock: socket.socket) -> object:
+        if failures:
+            raise failures.pop()
+        return await sock_accept(sock)
+
+    monkeypatch.setattr(loop, "sock_accept", accept)
+    monkeypatch.setattr(qmesh, "ACCEPT_RETRY_S", 0.0)
+    async with serving() as (_, address):
+        assert await qmesh.greeted_by(address, CLIENT) == SERVER.node_id
+    assert "no connection can be accepted: [Errno 24] Too many open files" in caplog.text
+    assert await qmesh.greeted_by(address, CLIENT) is None
+
+
 # --- Broken rules ---
 
 
@@ -471,7 +500,8 @@ async def test_a_fault_of_the_handler_is_logged_and_ends_one_connection(caplog: 
             await bad.send({"type": "status", "n": 0})
             await bad.closed()
         await works(good, 1)
-    assert "a connection's handler failed" in caplog.text
+    assert "a task failed" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
 
 
 @in_a_loop
@@ -756,8 +786,9 @@ async def test_a_worker_that_is_silent_is_given_up_and_all_that_is_asked_of_it()
         patient = asyncio.create_task(text_of(link, job("patient")))
         answer = link.run(job("r"), stall_s=0.2)
         assert await anext(answer) == Token(0, (0,), "a")
-        with pytest.raises(WorkerLost, match=r"was silent for 0\.2 s"):
+        with pytest.raises(WorkerLost, match=r"was silent for 0\.2 s") as caught:
             await anext(answer)
+        assert "send the request again" in caught.value.remedy
         with pytest.raises(WorkerLost):
             await patient
         assert not link.alive
@@ -773,6 +804,24 @@ async def test_signs_of_life_are_waited_for_and_never_too_many() -> None:
 
     async with serving(scripted(script)) as (_, address), linked(address) as link:
         assert await text_of(link, replace(job("r"), params=qmesh.Sampling(max_tokens=1))) == "|whole"
+
+
+@in_a_loop
+async def test_a_worker_that_says_more_than_it_was_asked_for_is_left() -> None:
+    async def script(connection: Connection) -> None:
+        await prompts(connection, 1)
+        for position in range(qmesh.MAX_OTHER_FRAMES + 3):
+            await connection.send({"type": "inference_queued", "request_id": "r", "position": position, "wait_s": 1})
+
+    async with serving(scripted(script)) as (_, address), linked(address) as link, asyncio.timeout(PATIENCE_S):
+        answer = link.run(replace(job("r"), params=qmesh.Sampling(max_tokens=1)))
+        await anext(answer)
+        while True:
+            await asyncio.sleep(0)  # nobody reads what it says
+            if not link.alive:
+                break
+        with pytest.raises(WireError, match="sends more than it was asked for"):
+            _ = [item async for item in answer]
 
 
 @in_a_loop

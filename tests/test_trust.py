@@ -343,14 +343,6 @@ async def test_a_listener_that_does_not_speak_tls_1_3_is_called_so(answer: Calla
             await qmesh.dial(address, member(2, LAB))
 
 
-@in_a_loop
-async def test_a_worker_of_before_tls_is_called_older() -> None:
-    error = qmesh.encode_frame(qmesh.error_frame(None, qmesh.InvalidRequest("a frame of 369,230,337 bytes")))
-    async with answering(lambda hello: error) as address:
-        with pytest.raises(WireError, match=r"runs an older QMesh, from before .*: copy this file there"):
-            await qmesh.dial(address, member(2, LAB))
-
-
 # --- What those may cost who are not trusted yet ---
 
 

@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import ctypes
 import datetime
+import errno
 import os
 import random
 import secrets
 import socket
 import struct
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +278,96 @@ async def test_a_node_whose_port_is_taken_says_so(topic: str) -> None:
             await UdpNode.open(peer.engine, host=LOOPBACK, port=port, listen=False, on_event=peer.events.put_nowait)
 
 
+class Bindings:
+    """What binding gives where a machine has no IPv6, or another program has its port: in turn, for each attempt."""
+
+    def __init__(self, *failures: int) -> None:
+        self.given: list[socket.socket] = []
+        self._failures = list(failures)
+        self._bind_one = qmesh.bind_one
+
+    def __call__(self, kind: socket.SocketKind, host: str, port: int) -> socket.socket:
+        if host == qmesh.UNSPECIFIED6 and (failure := self._failures.pop(0)):
+            raise OSError(failure, os.strerror(failure))
+        self.given.append(self._bind_one(kind, LOOPBACK, port if host == qmesh.UNSPECIFIED else 0))
+        return self.given[-1]
+
+
+@pytest.mark.parametrize("failure", qmesh.NO_IPV6)
+def test_without_ipv6_the_socket_for_ipv4_is_enough(monkeypatch: pytest.MonkeyPatch, failure: int) -> None:
+    bindings = Bindings(failure)
+    monkeypatch.setattr(qmesh, "bind_one", bindings)
+    assert qmesh.bind_preferred(socket.SOCK_DGRAM, "", 0, 0) == bindings.given
+    bindings.given[0].close()
+
+
+def test_a_port_that_is_free_for_one_version_of_ip_alone_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    bindings = Bindings(errno.EADDRINUSE, errno.EADDRINUSE, 0)
+    monkeypatch.setattr(qmesh, "bind_one", bindings)
+    socks = qmesh.bind_preferred(socket.SOCK_DGRAM, "", 0, 0)
+    assert [sock for sock in bindings.given if sock.fileno() != -1] == socks
+    assert (len(bindings.given), len(socks)) == (4, 2)
+    for sock in socks:
+        sock.close()
+
+
+def test_what_keeps_a_port_from_being_had_is_told_in_the_systems_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmesh, "bind_one", Bindings(errno.EPERM))
+    with pytest.raises(UsageError, match=r"^\*:0 cannot be bound: Operation not permitted"):
+        qmesh.bind_preferred(socket.SOCK_DGRAM, "", 0, 0)
+
+
+# --- Interfaces ---
+
+
+def test_a_machine_whose_interfaces_are_not_known_still_has_somewhere_to_beacon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(qmesh, "list_interfaces", list)
+    assert [(item.address, item.broadcast) for item in qmesh.outlets("")] == [
+        (LOOPBACK, None),
+        (qmesh.UNSPECIFIED, qmesh.LIMITED_BROADCAST),
+    ]
+
+
+def test_with_a_host_only_its_interface_counts() -> None:
+    assert [item.address for item in qmesh.outlets("127.0.0.1")] == ["127.0.0.1"]
+    assert [item.address for item in qmesh.outlets("127.0.0.9")] == ["127.0.0.9"]  # the loopback has millions
+
+
+def test_of_ipv6_each_interface_counts_once_and_no_version_that_is_not_wanted() -> None:
+    assert all(qmesh.link_of(item.address) for item in qmesh.outlets("") if ":" in item.address)
+    assert not [item for item in qmesh.outlets(qmesh.UNSPECIFIED) if ":" in item.address]
+    assert not [item for item in qmesh.outlets(qmesh.UNSPECIFIED6) if ":" not in item.address]
+
+
+def test_a_link_local_address_has_its_interface_by_name_while_that_is_there() -> None:
+    name, index = "lo" if sys.platform == "linux" else "lo0", 1
+    assert qmesh.address_of(("fe80::1", 7, 0, index)) == (f"fe80::1%{name}", 7)
+    assert qmesh.address_of(("fe80::1", 7, 0, 9999)) == ("fe80::1%9999", 7)
+    assert qmesh.address_of(("2001:db8::1", 7, 0, index)) == ("2001:db8::1", 7)
+
+
+@in_a_loop
+async def test_where_beacons_cannot_be_heard_is_told_once_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def share_port(sock: socket.socket) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    listener = qmesh.BeaconListener(LOOPBACK, lambda data, address: None)
+    found = qmesh.outlets(LOOPBACK)
+    with monkeypatch.context() as patched:
+        patched.setattr(qmesh, "share_port", share_port)
+        for _ in range(2):
+            await listener.follow(found)
+    before = listener.failure
+    assert caplog.text.count("peers may find this machine by --peer only") == 1
+    await listener.follow(found)
+    assert (before, listener.failure) == ("Operation not permitted", None)
+    await listener.close()
+
+
 # --- Names of peers ---
 
 
@@ -293,6 +385,23 @@ async def test_peers_are_met_by_address_and_by_name(topic: str) -> None:
 async def test_a_name_that_is_none_cannot_be_resolved(name: str) -> None:
     with pytest.raises(qmesh.QMeshError):
         await qmesh.resolve(name, 7)
+
+
+@in_a_loop
+async def test_a_name_server_that_says_nothing_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def name_server(*_: object, **__: object) -> list[object]:
+        over.wait(PATIENCE_S)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", name_server)
+    monkeypatch.setattr(qmesh, "RESOLVE_TIMEOUT_S", 0.01)
+    try:
+        with pytest.raises(qmesh.QMeshError, match=r"no answer in 0\.01 s"):
+            await qmesh.resolve("lab7", 7)
+    finally:
+        over.set()
 
 
 @in_a_loop
@@ -600,6 +709,60 @@ async def test_a_socket_that_hears_nothing_any_more_is_bound_anew(topic: str, ha
         assert node.node.address == address
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="socket filters are Linux's")
+@in_a_loop
+async def test_a_socket_that_cannot_be_bound_anew_yet_is_tried_again(
+    topic: str, hasty: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    attempts: list[Address] = []
+    bind_one = qmesh.bind_one
+
+    def bind(kind: socket.SocketKind, host: str, port: int) -> socket.socket:
+        attempts.append((host, port))
+        if len(attempts) < 3:
+            raise OSError(errno.EADDRNOTAVAIL, "the interface is not back yet")
+        return bind_one(kind, host, port)
+
+    async with opened(topic) as node, opened(topic) as other:
+        monkeypatch.setattr(qmesh, "bind_one", bind)
+        deafen(node.node.address[1])
+        other.meet(node.node.address)
+        await other.joins(node)
+        assert set(attempts) == {node.node.address}
+    assert caplog.text.count("tried again at the next beacon") == 2
+
+
+@in_a_loop
+async def test_an_error_on_windows_has_the_socket_bound_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = qmesh.UdpSocket(lambda data, address: None)
+    await own.open(qmesh.bind_one(socket.SOCK_DGRAM, LOOPBACK, 0))
+    own.error_received(ConnectionResetError())
+    assert own.test()
+    monkeypatch.setattr(sys, "platform", "win32")
+    own.error_received(ConnectionResetError())
+    assert not own.test()
+    await own.close()
+
+
+@in_a_loop
+async def test_a_node_looks_for_everybody_again_when_an_interface_comes(
+    topic: str, hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(topic) as node, opened(topic) as other:
+        node.meet(other.node.address)
+        await node.joins(other)
+        pings = node.engine.sent["ping"]
+        come = [*qmesh.outlets(LOOPBACK), qmesh.Interface("lo", 1, "127.0.0.2")]
+        monkeypatch.setattr(qmesh, "outlets", lambda host: come)
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                await asyncio.sleep(0)
+                if node.engine.sent["ping"] > pings:
+                    break
+        assert node.node.report()["interfaces"] == [item.address for item in come]
+
+
 @in_a_loop
 async def test_a_node_whose_machine_slept_looks_for_everybody_again(topic: str, hasty: None) -> None:
     """The loop's clock stands still meanwhile: only the machine's own tells."""
@@ -634,6 +797,12 @@ async def test_a_ping_from_outside_is_answered_under_the_nodes_id_and_in_its_mes
         assert await qmesh.udp_ping(qmesh.MeshKeys.derive(f"{topic}-other"), node.node.address, LOOPBACK) is None
         assert node.known == set()  # it was no node that asked
         assert node.engine.gate.strangers[LOOPBACK][0] == "mesh"
+
+
+@pytest.mark.parametrize(("address", "host"), [(("::1", 7), LOOPBACK), ((LOOPBACK, 7), NOT_OURS)])
+@in_a_loop
+async def test_nobody_answers_a_ping_that_cannot_leave(topic: str, address: Address, host: str) -> None:
+    assert await qmesh.udp_ping(qmesh.MeshKeys.derive(topic), address, host) is None
 
 
 @in_a_loop

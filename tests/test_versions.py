@@ -13,7 +13,7 @@ import pytest
 import qmesh
 
 VECTORS = Path(__file__).parent / "vectors"
-BEFORE_TLS, BEFORE_ENGINES = "0e4cac8", "d979879"
+BEFORE_ENGINES = "d979879"
 
 
 def program_of(commit: str, directory: Path) -> Path:
@@ -57,32 +57,6 @@ def test_an_older_version_of_the_same_protocol_works_with_this_one(
     assert view["unreachable"] == []
     assert worker.stop() == 0
     assert "version" not in worker.stderr
-
-
-def test_a_worker_of_before_tls_is_told_of_with_what_to_do(mixed: harness.Mesh, tmp_path: Path) -> None:
-    mixed.program = program_of(BEFORE_TLS, tmp_path)
-    worker = mixed.start_worker()
-    mixed.program = harness.PROGRAM
-    told = f"127.0.0.1:{worker.ready['tcp'][1]} runs an older QMesh, from before connections were in TLS; "
-    told += f"this is {qmesh.AGENT}: copy this file there"
-    shown = mixed.run("status")
-    assert (shown.returncode, told in shown.stderr) == (3, True)
-
-
-def test_a_client_of_before_tls_shows_its_user_what_to_do_and_the_worker_says_so_too(
-    mixed: harness.Mesh, tmp_path: Path
-) -> None:
-    worker = mixed.start_worker()
-    mixed.program = program_of(BEFORE_TLS, tmp_path)
-    told = f"this worker runs {qmesh.AGENT}, and the machine that asks an older QMesh"
-    for _ in range(2):
-        shown = mixed.run("status")
-        assert (shown.returncode, told in shown.stderr) == (3, True)
-    assert "copy the worker's file to that machine" in shown.stderr
-    warnings = [line for line in worker.stderr.splitlines() if "WARNING" in line]
-    assert len(warnings) == 1, "once of each host"
-    assert "127.0.0.1 was turned away: it runs an older QMesh, from before connections were in TLS" in warnings[0]
-    assert warnings[0].endswith(f"; this is {qmesh.AGENT}: copy this file there"), "what to do, once"
 
 
 @pytest.mark.parametrize("newer_asks", [False, True], ids=["a newer worker", "a newer client"])

@@ -419,14 +419,15 @@ def install_line(stderr: str) -> str:
     return line
 
 
-def test_a_worker_says_which_package_is_missing_and_how_to_install_it(
+def test_a_worker_says_which_packages_are_missing_and_how_to_install_them(
     archive: Path, tmp_path: Path, far_python: str
 ) -> None:
     finished = bare(archive, "worker", tmp_path=tmp_path, python=far_python)
     assert (finished.returncode, finished.stdout) == (1, "")
     assert "Traceback" not in finished.stderr
-    command = f'{far_python} -m pip install "psutil"'
-    assert install_line(finished.stderr) == f"error: psutil is not installed here; install it with: {command}"
+    before, _, command = install_line(finished.stderr).partition("install them with: ")
+    assert before == "error: llama-cpp-python and psutil are not installed here; "
+    assert shlex.split(command) == [far_python, "-m", "pip", "install", *qmesh.ENGINE_PACKAGES.values()]
 
 
 # Runs the archive with one package missing.
