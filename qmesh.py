@@ -10362,6 +10362,7 @@ class WorkerSearch:
         self._loop = asyncio.get_running_loop()
         self.since = self._opened_at = self._loop.time()
         self._left = 0  # meshes in which it goes on
+        self._asked = False  # it has asked somebody
         self._everything = False  # is wanted
         self._is_whole = False  # the one under way asks for everything
         self._current: asyncio.TimerHandle | None = None  # from when it is planned until it has ended
@@ -10384,17 +10385,21 @@ class WorkerSearch:
         return True
 
     def _run(self) -> None:
-        self._is_whole, self._left = self._everything, self._meshes  # some may end at once, within `begin`
+        # Some may end at once, within `begin`, as where nobody is known yet.
+        self._is_whole, self._left, self._asked = self._everything, self._meshes, False
         self._begin(self._everything)
 
-    def ended_in_one(self) -> None:
+    def ended_in_one(self, end: Finished) -> None:
         """The search under way has ended in one of the meshes."""
         self._left -= 1
+        self._asked = self._asked or end.requests > 0
         if self._left > 0:
             return
         self._current = None
-        self.is_done = self._is_whole or not self._everything
-        if not self.is_done:
+        is_as_wanted = self._is_whole or not self._everything
+        # Who asked nobody has searched nothing: it would choose among those whose beacons are answered first.
+        self.is_done = is_as_wanted and self._asked
+        if not is_as_wanted:
             self.start()
             return
         if self._next is not None:
@@ -10491,7 +10496,7 @@ class Client:
             self._loop.call_soon(self._prepare)
         elif isinstance(event, Finished):
             self.known.heard_of(event.records, self._loop.time(), own_word=False)
-            self._search.ended_in_one()
+            self._search.ended_in_one(event)
         self._changed.set()
 
     def _prepare(self) -> None:

@@ -86,7 +86,7 @@ async def test_what_happens_on_the_way_to_an_answer_is_told_in_order(two_workers
         events = [event async for event in mesh.run(job())]
         discovered, selected, *pieces, answer = events
         assert isinstance(discovered, Discovered)
-        assert 1 <= discovered.workers <= 2
+        assert discovered.workers == 2
         assert isinstance(selected, Selected)
         assert isinstance(answer, Answer)
         assert selected.worker_id == answer.result.worker_id
@@ -215,6 +215,14 @@ async def test_peers_that_were_met_are_remembered_for_the_next_time(topic: str, 
 
 
 # --- Whom it chooses ---
+
+
+@in_a_loop
+async def test_a_client_that_knows_nobody_yet_hears_of_all_before_it_chooses(topic: str, tmp_path: Path) -> None:
+    slow, slower, best = (ScriptedWorker(says("hello"), score=score) for score in (50, 40, 90))
+    async with slow.on(topic), slower.on(topic), best.on(topic), client_of(topic, tmp_path) as mesh:
+        await mesh.ask(job())
+        assert (len(slow.prompts), len(slower.prompts), len(best.prompts)) == (0, 0, 1)
 
 
 @in_a_loop

@@ -162,10 +162,10 @@ def test_a_gpu_that_this_build_cannot_use_is_a_problem(monkeypatch: pytest.Monke
 
 
 def test_an_archives_engine_that_cannot_be_unpacked_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    def damaged() -> object:
+    def damaged(module: str) -> object:
         raise qmesh.DamagedArchive("the engine in lab.pyz is damaged")
 
-    monkeypatch.setattr(qmesh, "load_psutil", damaged)
+    monkeypatch.setattr(qmesh, "load_package", damaged)
     check = only(qmesh.check_engine(None))
     assert (check.verdict, check.cause) == (Verdict.PROBLEM, "engine_unusable")
     assert check.found == "the engine in lab.pyz is damaged"
