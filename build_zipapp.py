@@ -13,8 +13,10 @@ differs between versions of zlib).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -48,13 +50,29 @@ DEFLATE_LEVEL: Final = 9  # packed once, copied to every machine
 
 # zipapp's own template drops the exit code of what it calls. Any Python can read this, older ones not what it imports;
 # and Python itself does not look whether what it imports from a zip is what was packed. Ctrl-C may come at any time.
+# What it says to --help is there at once, as it was made beforehand for a file of this name and a usual terminal.
 MAIN: Final = """\
-import sys
+import os, sys
 
 if sys.version_info < (3, 11):
     sys.exit("error: QMesh needs Python 3.11 or newer, and this is %s, %s" % (sys.version.split()[0], sys.executable))
 
+def prepared():
+    try:
+        if os.path.basename(sys.argv[0]) != {name!r} or "COLUMNS" in os.environ or sys.argv[-1] not in {flags}:
+            return None
+        if sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns < {columns}:
+            return None
+        return __loader__.get_data("help/%s.txt" % " ".join(sys.argv[1:])).decode()
+    except (OSError, ValueError):
+        return None
+
 try:
+    said = prepared()
+    if said is not None:
+        sys.stdout.write(said)
+        sys.exit(0)
+
     import binascii
 
     for name, crc in {checksums}:
@@ -67,6 +85,10 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)  # as the program itself ends then
 """
+
+USUAL_NAME: Final = "qmesh.pyz"
+ASKS_FOR_HELP: Final = ("-h", "--help", "--version")
+HELP_COLUMNS: Final = 80  # of a usual terminal; in a wider one, lines of this length read well too
 
 COMPILE: Final = """\
 import py_compile, sys
@@ -383,12 +405,37 @@ class Packer:
     def finish(self, program: bytes) -> None:
         contents = qmesh.Contents(qmesh.__version__, hashlib.sha256(program).hexdigest(), self.parts)
         code = {qmesh.PROGRAM_FILE: program, "qmesh.pyc": compiled(program)}
-        checksums = tuple((name, zlib.crc32(data)) for name, data in code.items())
         members = {
-            "__main__.py": MAIN.format(checksums=checksums).encode(),
+            "__main__.py": main_program(code),
             qmesh.CONTENTS_FILE: qmesh.dump_json(contents.to_json()),
         }
-        self.file.write(qmesh.program_zip(code | members))
+        self.file.write(qmesh.program_zip(code | members | prepared_texts()))
+
+
+def main_program(code: Mapping[str, bytes]) -> bytes:
+    """The member that Python runs. code: the members that it imports."""
+    checksums = tuple((name, zlib.crc32(data)) for name, data in code.items())
+    told = {"name": USUAL_NAME, "flags": ASKS_FOR_HELP, "columns": HELP_COLUMNS, "checksums": checksums}
+    return MAIN.format(**told).encode()
+
+
+def prepared_texts() -> dict[str, bytes]:
+    """What the program says to --help and --version, as members of the archive, by the words that ask for it."""
+    asked = [[flag] for flag in ASKS_FOR_HELP] + [[name, flag] for name in qmesh.COMMANDS for flag in ("-h", "--help")]
+    argv, environ = sys.argv, dict(os.environ)
+    sys.argv, os.environ["COLUMNS"] = [USUAL_NAME], str(HELP_COLUMNS)
+    try:
+        return {f"help/{' '.join(words)}.txt": said_to(words).encode() for words in asked}
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(environ)
+
+
+def said_to(words: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        qmesh.make_parser().parse_args(words)
+    return said.getvalue()
 
 
 def compiled(program: bytes) -> bytes:

@@ -10389,10 +10389,10 @@ class WorkerSearch:
         self._is_whole, self._left, self._asked = self._everything, self._meshes, False
         self._begin(self._everything)
 
-    def ended_in_one(self, end: Finished) -> None:
-        """The search under way has ended in one of the meshes."""
+    def ended_in_one(self, requests: int) -> None:
+        """The search under way has ended in one of the meshes, after so many requests."""
         self._left -= 1
-        self._asked = self._asked or end.requests > 0
+        self._asked = self._asked or requests > 0
         if self._left > 0:
             return
         self._current = None
@@ -10496,7 +10496,7 @@ class Client:
             self._loop.call_soon(self._prepare)
         elif isinstance(event, Finished):
             self.known.heard_of(event.records, self._loop.time(), own_word=False)
-            self._search.ended_in_one(event)
+            self._search.ended_in_one(event.requests)
         self._changed.set()
 
     def _prepare(self) -> None:
@@ -18075,13 +18075,13 @@ complete -o bashdefault -o default -F _qmesh {programs}"""
 
 def run_complete(arguments: argparse.Namespace, settings: Settings) -> int:
     cases = []
-    for name, (_, _, add_arguments, _) in _COMMANDS.items():
+    for name, (_, _, add_arguments, _) in COMMANDS.items():
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         flags = re.findall(r"(?<![a-z])--[a-z][a-z-]*", parser.format_help())
         cases.append(f'    {name}) words="{" ".join(dict.fromkeys(flags))}" ;;')
     programs = " ".join(dict.fromkeys(("qmesh", "qmesh.py", "qmesh.pyz", program_name())))
-    print(COMPLETION.format(commands=" ".join(_COMMANDS), cases="\n".join(cases), programs=programs))
+    print(COMPLETION.format(commands=" ".join(COMMANDS), cases="\n".join(cases), programs=programs))
     return 0
 
 
@@ -18222,7 +18222,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qmesh {__version__} (protocol {PROTOCOL_VERSION})")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (summary, example, add_arguments, _) in _COMMANDS.items():
+    for name, (summary, example, add_arguments, _) in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=summary,
@@ -18562,7 +18562,7 @@ def version_arguments(parser: argparse.ArgumentParser) -> None:
 _Command = Callable[[argparse.Namespace, Settings], int]
 
 # Name: (summary, example, what declares its arguments, what runs it and returns the exit code).
-_COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
+COMMANDS: Final[dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None], _Command]]] = {
     "worker": ("Serve a model to the mesh.", "worker --slots 2", worker_arguments, run_worker),
     "prompt": ("Ask the mesh and print the answer.", 'prompt "Why is the sky blue?"', prompt_arguments, run_prompt),
     "chat": ("Talk with the mesh, turn by turn.", 'chat --system "Be brief."', chat_arguments, run_chat),
@@ -18612,7 +18612,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = resolve_settings(vars(arguments), os.environ)
         level = settings.log_level.upper()
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-        *_, run = _COMMANDS[arguments.command]
+        *_, run = COMMANDS[arguments.command]
         return run(arguments, settings)
     except QMeshError as error:
         return report_error(error, as_json=as_json)

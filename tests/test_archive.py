@@ -202,8 +202,7 @@ def test_an_archive_beyond_4_gib_starts_and_tells_its_contents(tmp_path: Path) -
     path = tmp_path / "large.pyz"
     part = qmesh.Part(qmesh.MODEL, "large.gguf", 23, 5 << 30, "0" * 64, 5 << 30, {})
     contents = qmesh.Contents("1", "", {qmesh.MODEL: part})
-    main = build_zipapp.MAIN.format(checksums=()).encode()
-    members = {"__main__.py": main, "qmesh.py": harness.PROGRAM.read_bytes()}
+    members = {"__main__.py": build_zipapp.main_program({}), "qmesh.py": harness.PROGRAM.read_bytes()}
     with path.open("wb") as file:
         file.write(build_zipapp.HEAD)
         file.seek(part.size, os.SEEK_CUR)  # a hole, which takes no room

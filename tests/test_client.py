@@ -870,17 +870,31 @@ async def test_a_search_for_all_workers_is_waited_for_though_one_for_the_first_f
     search.start()  # as it is under way, that is no second one
     async with asyncio.timeout(PATIENCE_S):
         assert await begun.get() is False
-        search.ended_in_one()
+        search.ended_in_one(0)
         assert not is_done()
-        search.ended_in_one()
+        search.ended_in_one(1)
         assert is_done()
         assert search.want_everything()
         assert not is_done()
         assert await begun.get() is True
     assert not search.want_everything()
-    search.ended_in_one()
-    search.ended_in_one()
+    search.ended_in_one(1)
+    search.ended_in_one(1)
     assert is_done()
+    search.close()
+
+
+@in_a_loop
+async def test_a_search_that_asked_nobody_was_none() -> None:
+    begun: asyncio.Queue[bool] = asyncio.Queue()
+    search = qmesh.WorkerSearch(begun.put_nowait, 1)
+    is_done = functools.partial(getattr, search, "is_done")
+    for requests in (0, 1):
+        search.start()
+        async with asyncio.timeout(PATIENCE_S):
+            await begun.get()
+        search.ended_in_one(requests)
+        assert is_done() is (requests > 0)
     search.close()
 
 
@@ -893,10 +907,10 @@ async def test_where_all_workers_are_wanted_while_the_first_few_are_searched_for
     async with asyncio.timeout(PATIENCE_S):
         assert await begun.get() is False
         assert search.want_everything()
-        search.ended_in_one()
+        search.ended_in_one(1)
         assert not is_done()
         assert await begun.get() is True
-    search.ended_in_one()
+    search.ended_in_one(1)
     assert is_done()
     search.close()
     search.start()

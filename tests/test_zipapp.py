@@ -107,10 +107,27 @@ def test_another_source_gives_other_bytes(archive: Path, sources: Path, tmp_path
 def test_the_archive_holds_the_module_as_it_is_and_a_way_in(archive: Path) -> None:
     with zipfile.ZipFile(archive) as members:
         assert members.testzip() is None
-        assert members.namelist() == ["__main__.py", "contents.json", "qmesh.py", "qmesh.pyc"]
+        names = [name for name in members.namelist() if not name.startswith("help/")]
+        assert names == ["__main__.py", "contents.json", "qmesh.py", "qmesh.pyc"]
         assert members.read("qmesh.py") == harness.PROGRAM.read_bytes().replace(b"\r\n", b"\n")
         assert {member.date_time for member in members.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert {member.compress_type for member in members.infolist()} == {zipfile.ZIP_STORED}
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["worker", "--help"], ["prompt", "-h"]], ids=" ".join)
+def test_help_that_was_prepared_is_what_the_program_says(
+    archive: Path, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    usual, renamed = tmp_path / "qmesh.pyz", tmp_path / "lab.pyz"
+    for copy in (usual, renamed):
+        shutil.copyfile(archive, copy)
+    prepared = run(sys.executable, "-v", usual, *words)
+    made = run(sys.executable, usual, *words, env={"COLUMNS": "80"})
+    assert (prepared.stdout, prepared.returncode) == (made.stdout, 0)
+    assert "import 'qmesh'" not in prepared.stderr
+    other = run(sys.executable, renamed, *words)
+    assert other.stdout.split() == made.stdout.replace(usual.name, renamed.name).split()
 
 
 def test_the_archive_is_built_beside_the_sources_when_no_place_is_named(archive: Path, sources: Path) -> None:
