@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import secrets
 import subprocess
 import sys
@@ -10,11 +11,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import harness
+import hypothesis
 import machines
 import pytest
 from archives import Archives, NoArchives, find_archives
 
 import qmesh
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # where an example may take any time
+hypothesis.settings.load_profile("shared machine")
+
+# The files that take 20 seconds or more go first, as one that began last would be waited for alone; the longest first,
+# but those that wait are beside those that compute.
+FIRST = [
+    *("engine", "cli", "openai_clients", "lan", "end_to_end", "simulation", "batch", "failover", "worker", "client"),
+    *("portable", "bare", "doctor", "trust_lan", "rollout", "page", "zipapp", "doctor_lan", "terminal", "service"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(FIRST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have what `harness.running` starts compiled, though PYTHONDONTWRITEBYTECODE is set."""
+    if not hasattr(config, "workerinput"):  # before xdist's processes are there
+        py_compile.compile(str(harness.PROGRAM), doraise=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import statistics
 import subprocess
@@ -35,11 +36,14 @@ MAX_MEDIAN_LINES = 14
 MAX_CLASS_LINES = 300
 
 
+parsed = functools.lru_cache(maxsize=2)(ast.parse)  # most rules are of the same module
+
+
 class Page:
     """A module's source, cut at its banners. Section 0 is what stands before the first."""
 
     def __init__(self, source: str) -> None:
-        self.tree = ast.parse(source)
+        self.tree = parsed(source)
         self.banners = [(int(found[2]), found[3]) for found in BANNER.finditer(source)]
         self.starts = [source.count("\n", 0, found.start()) + 1 for found in BANNER.finditer(source)]
         self.lines = source.splitlines()
@@ -156,7 +160,7 @@ def random_calls(statement: ast.stmt) -> Iterator[str]:
 def function_lengths(source: str) -> dict[str, int]:
     return {
         f"line {node.lineno}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(parsed(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
 
@@ -165,7 +169,7 @@ def size_findings(source: str) -> list[str]:
     """No function over 60 lines, no class over 300, and half of the functions under 14."""
     lengths = function_lengths(source)
     findings = [f"{name} has {lines} lines" for name, lines in lengths.items() if lines > MAX_FUNCTION_LINES]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.ClassDef) and (node.end_lineno or 0) - node.lineno + 1 > MAX_CLASS_LINES:
             findings.append(f"class {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines")
     median = statistics.median(lengths.values()) if lengths else 0
@@ -175,7 +179,7 @@ def size_findings(source: str) -> list[str]:
 def import_findings(source: str) -> list[str]:
     """What is imported when the module loads is in the standard library, on every platform."""
     functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-    pending: list[ast.AST] = [ast.parse(source)]
+    pending: list[ast.AST] = [parsed(source)]
     findings = []
     while pending:
         node = pending.pop()
@@ -229,7 +233,7 @@ def private_members(class_node: ast.ClassDef) -> Iterator[str]:
 
 def export_findings(source: str) -> list[str]:
     """Every name in `__all__` is defined in the module, as a class or function with a docstring."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     documented = {node.name for node in tree.body if isinstance(node, kinds) and ast.get_docstring(node)}
     exported: list[str] = []

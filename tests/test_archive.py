@@ -65,8 +65,8 @@ def built(tree: build_zipapp.EngineTree, model_bytes: bytes, tmp_path_factory: p
 
 
 @pytest.fixture
-def archive(built: Path, model: Path, tmp_path: Path) -> Path:
-    """A copy of it for one test, beside its model."""
+def archive(built: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
     return Path(shutil.copy2(built, tmp_path))
 
 
@@ -505,9 +505,9 @@ def running(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def test_the_carried_model_is_taken_by_its_name_and_where_none_is_named_but_not_where_another_is(
-    running: Path, model_bytes: bytes, tmp_path: Path
+    running: Path, model: Path, model_bytes: bytes, tmp_path: Path
 ) -> None:
-    other = (tmp_path / "tiny.gguf").rename(tmp_path / "other.gguf")
+    other = model.rename(tmp_path / "other.gguf")
     assert [qmesh.choose_model(wanted) for wanted in ("other", str(other))] == [other, other]
     assert not (tmp_path / "cache").exists()
     (found,) = {qmesh.choose_model(wanted) for wanted in (None, "tiny", "TINY.gguf")}
@@ -515,8 +515,10 @@ def test_the_carried_model_is_taken_by_its_name_and_where_none_is_named_but_not_
     assert found.read_bytes() == model_bytes
 
 
-def test_one_who_names_a_model_that_is_not_there_is_told_of_the_carried_one_too(running: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny.gguf").rename(tmp_path / "other.gguf")
+def test_one_who_names_a_model_that_is_not_there_is_told_of_the_carried_one_too(
+    running: Path, model: Path, tmp_path: Path
+) -> None:
+    model.rename(tmp_path / "other.gguf")
     told = "there is no model file nosuch; models here: tiny (in this archive), other"
     with pytest.raises(qmesh.ModelNotFound, match=re.escape(told)):
         qmesh.choose_model("nosuch")
@@ -526,7 +528,6 @@ def test_one_who_names_a_model_that_is_not_there_is_told_of_the_carried_one_too(
 def test_models_tells_of_a_carried_model_without_unpacking_it(
     archive: Path, model_bytes: bytes, tmp_path: Path
 ) -> None:
-    (tmp_path / "tiny.gguf").unlink()  # which lies where the program looks for models
     listed = json.loads(program(archive, "models", "--json", cache=tmp_path / "cache").stdout)
     assert [(each["size"], each["path"]) for each in listed["models"]] == [(len(model_bytes), str(archive))]
     assert not (tmp_path / "cache").exists()

@@ -16,6 +16,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
@@ -208,10 +209,13 @@ class Run:
             return qmesh.batch_summary(ledger, batch.tally, 0.0)
 
 
+GLANCE_S = 0.01  # between two looks at what another process does
+
+
 async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not holds():  # noqa: ASYNC110 - a file, or another process, makes it so
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(GLANCE_S)
 
 
 async def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -395,6 +399,7 @@ def test_a_batch_that_real_workers_answer_survives_a_kill(mesh: harness.Mesh, so
     with mesh.popen("batch", str(source), "-o", str(target), "--quiet") as process:
         while not target.exists() or content(target).count(b"\n") < 3:
             assert process.poll() is None
+            time.sleep(GLANCE_S)
         process.kill()
     first = content(target)
     first = first[: first.rindex(b"\n") + 1]
@@ -700,18 +705,19 @@ async def test_a_full_disk_ends_it_with_whole_lines_and_the_next_run_goes_on(
     place: harness.Mesh, source: Path, target: Path
 ) -> None:
     write(source, map(asks, range(40)))
-    command = [sys.executable, str(place.program), "batch", str(source), "-o", str(target)]
+    arguments = ("batch", str(source), "-o", str(target))
 
     def with_little_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
 
     async with Echo().on(place.topic):
         full = subprocess.Popen(  # noqa: ASYNC220 - it is awaited in a thread
-            command,
+            [*harness.running(place.program), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=place.env,
+            cwd=harness.ROOT,
             preexec_fn=with_little_room,
         )
         code, _, stderr = await ended(full)
@@ -719,7 +725,7 @@ async def test_a_full_disk_ends_it_with_whole_lines_and_the_next_run_goes_on(
         assert "cannot be written (File too large): make room, and run the same command again" in stderr
         assert 3000 < len(content(target)) <= 5000
         read(target)
-        assert (await ended(place.popen(*command[2:])))[0] == 0
+        assert (await ended(place.popen(*arguments)))[0] == 0
     check_each_once(target, 40)
 
 
@@ -1034,9 +1040,9 @@ async def test_on_a_terminal_a_bar_is_redrawn_in_place(place: harness.Mesh, sour
     write(source, [*map(asks, range(6)), "{broken"])
     async with Echo().on(place.topic):
         ours, theirs = pty.openpty()
-        command = [sys.executable, str(place.program), "batch", str(source), "-o", str(target)]
+        command = [*harness.running(place.program), "batch", str(source), "-o", str(target)]
         with subprocess.Popen(  # noqa: ASYNC220 - it is awaited in a thread
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=place.env
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=place.env, cwd=harness.ROOT
         ) as process:
             os.close(theirs)
             shown = (await asyncio.to_thread(read_terminal, ours)).decode()

@@ -16,13 +16,13 @@ from lan import Lan, Machine, require, start_workers
 
 import qmesh
 
-NOISE_S = 18  # until each doctor has listened, though a crowd of them starts at once
 # A machine with a later version of QMesh, as far as it can be heard.
 LATER_VERSION = f"""
 import socket, time
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-for _ in range({NOISE_S}):
+print("heard from now on", flush=True)
+while True:
     sock.sendto(b"QM\\x63" + bytes(64), ("{{broadcast}}", {qmesh.BEACON_PORT}))
     time.sleep(1)
 """
@@ -64,12 +64,9 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Visit
         wards = [healthy(lans[0]), faulty(lans[1]), another_topic(lans[2]), cloned(lans[3]), another_version(lans[4])]
         wards += [held(lans[5]), crowded(lans[6])]
         calls = {name: call for ward in wards for name, call in ward.items()}
-        with ThreadPoolExecutor(len(calls) + 1) as pool:
-            script = LATER_VERSION.format(broadcast=lans[4].broadcast)
-            noise = pool.submit(lans[4].machines[1].python, script)
+        with ThreadPoolExecutor(len(calls)) as pool:
             started = {name: pool.submit(Visit, *call) for name, call in calls.items()}
             yield {name: visit.result() for name, visit in started.items()}
-            noise.result()
         assert [lan.strayed for lan in lans] == [0] * len(lans)
 
 
@@ -149,7 +146,7 @@ def cloned(lan: Lan) -> Calls:
 
 def another_version(lan: Lan) -> Calls:
     calls: Calls = {"a later version": (lan.machine("desk"),)}
-    lan.machine("later")
+    lan.machine("later").popen_python(LATER_VERSION.format(broadcast=lan.broadcast))
     return calls
 
 

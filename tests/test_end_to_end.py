@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,17 @@ def test_when_the_only_worker_is_killed_the_error_says_how_far_the_answer_came(m
 EXAMPLES = re.findall(r"```python\n(.*?)```", (harness.ROOT / "README.md").read_text("utf-8"), re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def terse(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[harness.Mesh]:
+    """A mesh whose worker has room for 200 tokens of an answer, however many are asked for."""
+    with harness.Mesh(tmp_path_factory.mktemp("terse"), model_path) as mesh:
+        mesh.start_worker("--ctx", "256")
+        yield mesh
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=["asyncio", "blocking"])
-def test_the_readmes_programs_print_an_answer(two_workers: harness.Mesh, example: str) -> None:
-    env = two_workers.env | {"PYTHONPATH": str(harness.ROOT)}
+def test_the_readmes_programs_print_an_answer(terse: harness.Mesh, example: str) -> None:
+    env = terse.env | {"PYTHONPATH": str(harness.ROOT)}
     finished = subprocess.run(
         [sys.executable, "-c", example],
         env=env,

@@ -760,11 +760,13 @@ async def gateway_process(
     """The command `gateway`, and its port."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("QMESH_")}
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(program), "gateway", "--json", "--http", "127.0.0.1:0", "--host", LOOPBACK),
+        *harness.running(program),
+        *("gateway", "--json", "--http", "127.0.0.1:0", "--host", LOOPBACK),
         *("--topic", topic, "--state-dir", str(state_dir), *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=inherited,
+        cwd=harness.ROOT,
     )
     assert process.stdout is not None
     try:

@@ -443,10 +443,10 @@ class Seat:
     def __init__(self, mesh: harness.Mesh, *arguments: str) -> None:
         self._ours, theirs = pty.openpty()
         self.resize(80, 24)
-        command = [sys.executable, "-c", BECOME_ITS_TERMINAL, sys.executable, str(mesh.program), *arguments]
+        command = [sys.executable, "-c", BECOME_ITS_TERMINAL, *harness.running(mesh.program), *arguments]
         env = mesh.env | {"TERM": "xterm"}
         self._process = subprocess.Popen(
-            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, cwd=harness.ROOT, start_new_session=True
         )
         os.close(theirs)
         self.shown = ""
@@ -609,11 +609,11 @@ def test_a_watched_mesh_is_drawn_in_place_follows_the_size_and_leaves_the_screen
 def test_who_comes_later_is_seen_by_one_who_watches_from_the_start(topic: str, tmp_path: Path) -> None:
     """As JSON, a line for each look."""
     env = harness.Mesh(tmp_path, Path("none")).env | {"QMESH_TOPIC": topic}
-    command = [sys.executable, str(harness.PROGRAM), "status", "--watch", "0.5", "--json"]
+    command = [*harness.running(harness.PROGRAM), "status", "--watch", "0.5", "--json"]
 
     @in_a_loop
     async def watch() -> None:
-        watching = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, env=env)
+        watching = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, env=env, cwd=harness.ROOT)
         assert watching.stdout is not None
         try:
             first = json.loads(await watching.stdout.readline())

@@ -259,8 +259,10 @@ def network(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Itera
 
 def init(path: Path, *flags: str) -> str:
     """Make a key file as a user does; returns what is said."""
-    command = [sys.executable, str(harness.PROGRAM), "init", str(path), *flags]
-    finished = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=plain_env(), check=True)
+    command = [*harness.running(harness.PROGRAM), "init", str(path), *flags]
+    finished = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", env=plain_env(), cwd=harness.ROOT, check=True
+    )
     assert finished.stdout == f"{path}\n"
     return finished.stderr
 
