@@ -8415,7 +8415,9 @@ class Membership:
         self.keys = keys
         self.authority = Authority(keys.ca_seed)
         self.server_name = f"{str(keys.topic)[:32]}.qmesh"  # no secret: beacons carry the topic's id too
-        self._pem = pem("CERTIFICATE", self.authority.certify(key.public)) + key.pem
+        # OpenSSL is told the whole chain: left to build it, it would verify its own certificate for every connection.
+        chain = self.authority.certify(key.public), self.authority.certificate
+        self._pem = "".join(pem("CERTIFICATE", certificate) for certificate in chain) + key.pem
 
     @functools.cached_property
     def dialling(self) -> ssl.SSLContext:
@@ -8742,12 +8744,12 @@ class Connection(asyncio.BufferedProtocol):
     def peer_name(self) -> str:
         return format_address(self.address)
 
-    def write(self, body: Mapping[str, Any]) -> None:
-        """Put a frame into the outgoing buffer; call `drain` after one or more. Raises WorkerLost, InvalidRequest."""
-        frame = encode_frame(body)
+    def write(self, *bodies: Mapping[str, Any]) -> None:
+        """Put frames into the outgoing buffer, all at once; call `drain` then. Raises WorkerLost, InvalidRequest."""
+        frames = b"".join(map(encode_frame, bodies))
         if self._failure is not None:
             raise self._failure
-        self._attempt(lambda: self._stream.write(frame))
+        self._attempt(lambda: self._stream.write(frames))
 
     def _flush(self) -> None:
         data = self._stream.to_send()
@@ -9895,8 +9897,7 @@ class Session:
     def _flush(self) -> None:
         self._client_lags.clear()
         outbox, self._outbox = self._outbox, []
-        for request_id, said in join_tokens(outbox):
-            self._connection.write(self._frame(request_id, said))
+        self._connection.write(*(self._frame(request_id, said) for request_id, said in join_tokens(outbox)))
 
     def _frame(self, request_id: str, said: Said) -> Json:
         if isinstance(said, (Token, Outcome)):

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import re
 import socket
 import struct
@@ -468,6 +469,15 @@ async def test_a_client_that_vanishes_in_the_middle_of_a_frame_ends_only_its_own
                 await ended.wait()
         async with connected(address) as good:
             await works(good, 1)
+
+
+@in_a_loop
+async def test_frames_that_are_written_together_come_in_order_and_none_of_them_where_one_cannot_be_said() -> None:
+    async with serving() as (_, address), dialled(address) as ours:
+        with pytest.raises(InvalidRequest, match="JSON cannot carry"):
+            ours.write({"type": "status", "n": 0}, {"type": "status", "n": math.nan})
+        ours.write({"type": "status", "n": 1}, {"type": "status", "n": 2})
+        assert [await ours.receive() for _ in range(2)] == [{"type": "status_response", "n": n} for n in (1, 2)]
 
 
 @in_a_loop
