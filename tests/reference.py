@@ -1,7 +1,10 @@
-"""The README's reference of commands, settings, exit codes, metrics and messages, made of what the program itself says.
+"""What the README says that the program, or a file of figures, knows better.
 
 python tests/reference.py            prints it
-python tests/reference.py --write    puts it into the README, between its two marks
+python tests/reference.py --write    puts it into the README, each block between its two marks
+
+The reference is of commands, settings, exit codes, metrics and messages, as the program has them; the table of figures
+is of what `python -m tests.bench` measured last.
 """
 
 from __future__ import annotations
@@ -17,14 +20,15 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
 
-from desk import SilentEngine  # noqa: E402 - as the module is, it is found by the line above
+import report  # noqa: E402 - as the module is, it is found by the line above
+from desk import SilentEngine  # noqa: E402
 
 import qmesh  # noqa: E402
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- reference: begin -->", "<!-- reference: end -->"
+FIGURES = ROOT / "tests" / "bench" / "results"
 NOTE = "<!-- made by `python tests/reference.py --write` of what the program says: change it there -->"
 COMMON = 3  # an option that so many commands take, in the same words, is told once
 
@@ -45,13 +49,24 @@ def reference() -> str:
     return "\n\n".join(parts)
 
 
-def in_readme(text: str, made: str) -> str:
-    """The README with what was made between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"README.md lacks {BEGIN} or {END}")
-    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+def figures() -> str:
+    """The table of goals, and what to know about how they were measured."""
+    return report.summary(report.read(FIGURES))
+
+
+BLOCKS = {"reference": reference, "figures": figures}
+
+
+def in_readme(text: str) -> str:
+    """The README with each block as it is made now."""
+    for name, make in BLOCKS.items():
+        begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"README.md lacks {begin} or {end}")
+        text = f"{before}{begin}\n{make()}\n{end}{after}"
+    return text
 
 
 # --- Markdown ---
@@ -228,8 +243,7 @@ def message_parts() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    made = reference()
     if sys.argv[1:] == ["--write"]:
-        README.write_text(in_readme(README.read_text("utf-8"), made), "utf-8")
+        README.write_text(in_readme(README.read_text("utf-8")), "utf-8")
     else:
-        print(made)
+        print(*(make() for make in BLOCKS.values()), sep="\n\n")

@@ -318,6 +318,14 @@ def markdown(records: Records) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summary(records: Records) -> str:
+    """What a README shows of them: the machine, what to be careful about, and the goals."""
+    machines = sorted({str(record.machine) for record in records.values()})
+    days = sorted({record.measured_at.split()[0] for record in records.values()})
+    about = f"{'; '.join(machines)}; {', '.join(days)}."
+    return "\n\n".join([about, *_warnings(records), goals_table(records)])
+
+
 def _warnings(records: Records) -> list[str]:
     fewer = [part for part, it in records.items() if it.command != goals.command(part)]
     loud = [f"{part} ({it.others:.0%})" for part, it in records.items() if it.others > QUIET_SHARE]
