@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ import members
 import pytest
 import tiny_models
 from lan import Lan, Machine, require, start_workers
+from transcript import looks_like, sessions_in, written
 
 import qmesh
 
@@ -206,3 +208,18 @@ def test_every_problem_says_what_was_found_and_what_to_do(visits: dict[str, Visi
         for check in visit.told["checks"]:
             assert check["found"]
             assert check["verdict"] != "problem" or check["remedy"]
+
+
+def test_what_the_readme_shows_of_a_firewall_is_shown(
+    visits: dict[str, Visit], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the interfaces and the mesh are called."""
+    for name in ("a worker's port is shut", "well, at a desk"):
+        for told in visits[name].told["checks"]:
+            qmesh.print_check(qmesh.Check(**told | {"verdict": qmesh.Verdict(told["verdict"])}))
+    shown = re.sub("interface \\S+", "interface lan1", capsys.readouterr().out)
+    lines = re.sub("mesh '.*'", f"mesh '{qmesh.DEFAULT_TOPIC}'", shown).splitlines()
+    (session,) = (typed for typed in sessions_in(written()) if typed[0].command == "python qmesh.pyz doctor")
+    transcript = [line for line in session[0].shown.splitlines()[:-1] if line != "..."]
+    assert len(transcript) > 5
+    assert [line for line in transcript if not any(looks_like(each, line) for each in lines)] == []

@@ -16,6 +16,7 @@ from typing import Any
 
 import harness
 import pytest
+from transcript import parts_of, written
 
 import qmesh
 
@@ -128,7 +129,7 @@ def test_when_the_only_worker_is_killed_the_error_says_how_far_the_answer_came(m
     assert "Traceback" not in stderr
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", (harness.ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+EXAMPLES = [block for block in parts_of(written()).blocks["python"] if "qmesh." in block]
 
 
 @pytest.fixture(scope="module")

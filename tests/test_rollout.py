@@ -26,8 +26,8 @@ import pytest
 from archives import Archives
 from lan import POLL_S, Lan
 from machines import Computer, no_computers, require
+from transcript import LAB, Typed, chapter_of, looks_like, masked, sessions_in, written
 
-CHAPTER = "A lab in one page"
 PATIENCE_S = 60.0
 QUIET_S = 0.5  # after which a command that runs on has said what it says at its start
 CARRIED = "qmesh.pyz"  # as the chapter calls the archive that carries everything
@@ -35,48 +35,8 @@ UNITS = Path("/etc/systemd/system")
 PLACES = {"StateDirectory": ("%S", Path("/var/lib")), "CacheDirectory": ("%C", Path("/var/cache"))}
 
 
-@dataclass
-class Typed:
-    """A command, where it is typed, and what is shown then."""
-
-    machine: str
-    command: str
-    shown: str = ""
-
-
-def typed_in(readme: str, chapter: str) -> list[Typed]:
-    """What a chapter of the README types: lines in its blocks that begin with a machine's name and a $."""
-    text = re.split(rf"^## {re.escape(chapter)}$", readme, flags=re.MULTILINE)[1]
-    text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
-    typed: list[Typed] = []
-    for block in re.findall(r"^```\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        here: list[Typed] = []
-        for line in block.splitlines():
-            if found := re.fullmatch(r"(\w+)\$ (.+)", line):
-                here.append(Typed(found[1], found[2]))
-            elif here:
-                here[-1].shown += f"{line}\n"
-        typed += here
-    return typed
-
-
-def masked(text: str) -> str:
-    """Without what differs each time: ids, fingerprints, numbers, and how wide a table is."""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.replace("\r", ""))
-    text = re.sub(r"\b[0-9a-f]{6}\b", "ID", text)
-    text = re.sub(r"(?<=\()[a-z2-7]{8}(?=\))|(?<=closed mesh )[a-z2-7]{8}\b", "MESH", text)
-    text = re.sub(r"\d+([.,:]\d+)*", "0", text)
-    text = re.sub(r"(?<=\d)%?s?\b|(?<=\d) (ms|s|kB|MB|GB)\b", "", text)
-    text = re.sub(r"\b(healthy|busy|overloaded)\b", "STATE", text)
-    text = re.sub(r"\b0 workers?\b", "0 workers", text)
-    text = re.sub(r"(?<=Response: ).*", "ANSWER", text)
-    return "\n".join(re.sub(r"\s+", " ", line).strip() for line in text.strip().splitlines())
-
-
-def looks_like(shown: str, transcript: str) -> bool:
-    """Whether what was shown is what the transcript says, where `...` stands for whatever there is."""
-    pattern = re.escape(masked(transcript)).replace(re.escape("..."), ".*")
-    return re.fullmatch(pattern, masked(shown), re.DOTALL) is not None
+def typed_in_the_lab() -> list[Typed]:
+    return [typed for session in sessions_in(chapter_of(written(), LAB)) for typed in session]
 
 
 @dataclass
@@ -183,7 +143,7 @@ def _start_unit(machine: Computer, name: str) -> harness.Process:
 @pytest.fixture
 def lab(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterator[Lab]:
     require(no_computers())
-    names = dict.fromkeys(typed.machine for typed in typed_in((harness.ROOT / "README.md").read_text("utf-8"), CHAPTER))
+    names = dict.fromkeys(typed.machine for typed in typed_in_the_lab())
     with Lan(tmp_path_factory.mktemp("rollout"), Path("none")) as lan:
         machines = {name: lan.machine_of(Computer, name) for name in names}
         hosts = "".join(f"{machine.address_in(lan)} {name}\n" for name, machine in machines.items())
@@ -200,31 +160,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory, archives: Archives) -> Iterato
 
 
 def test_what_the_readme_types_on_the_machines_of_a_lab_shows_what_it_shows(lab: Lab) -> None:
-    for typed in typed_in((harness.ROOT / "README.md").read_text("utf-8"), CHAPTER):
+    for typed in typed_in_the_lab():
         shown = lab.types(typed)
         assert looks_like(shown, typed.shown), f"{typed.machine}$ {typed.command}\n{masked(shown)}"
-
-
-@pytest.mark.parametrize(
-    ("shown", "transcript", "alike"),
-    [
-        ("Worker 0a1b2c, 12 slots, 1.5s", "Worker ffffff, 3 slots, 12s", True),
-        ("closed mesh abcdefg2, 98 MB", "closed mesh 22222222, 1 GB", True),
-        ("A   B\n1     22%", "A B\n10 2%", True),
-        ("a\nb\nc", "a\n...\nc", True),
-        ("All is well", "1 problem found", False),
-        ("Worker 0a1b2c, 12 slots", "Worker ffffff, 3 slots, 12s", False),
-        ("a\nb", "a", False),
-    ],
-)
-def test_what_is_compared_is_all_but_what_differs_each_time(shown: str, transcript: str, alike: bool) -> None:
-    assert looks_like(shown, transcript) == alike
-
-
-def test_commands_are_lines_that_begin_with_a_machine_and_what_follows_is_shown() -> None:
-    other, own = (
-        "## {}\n```\nx$ other\n```\n",
-        "## B\n```\na$ first\nsaid\nmore\nb$ second\n```\ntext\n```\nno command\n```\n",
-    )
-    readme = other.format("A") + own + other.format("C")
-    assert typed_in(readme, "B") == [Typed("a", "first", "said\nmore\n"), Typed("b", "second")]
