@@ -18472,7 +18472,7 @@ def status_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=WATCH_S,
         metavar="S",
-        help=f"go on, and look again every S seconds ({WATCH_S:g}), until Ctrl-C",
+        help=f"go on, and look again every S seconds until Ctrl-C ({WATCH_S:g})",
     )
     add_json(parser)
     add_timeout(parser)
@@ -18528,7 +18528,7 @@ def pull_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         nargs="?",
         metavar="NAME|URL|hf:OWNER/REPO/FILE.gguf",
-        help=f"what to fetch ({DEFAULT_MODEL.name}); an address may end in #sha256=HEX",
+        help=f"what to fetch; an address may end in #sha256=HEX ({DEFAULT_MODEL.name})",
     )
     parser.add_argument("--list", action="store_true", help="list the models that have a NAME")
     parser.add_argument("--to", metavar="DIR", help="where to (models/ beside this program)")

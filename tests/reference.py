@@ -215,11 +215,15 @@ async def metrics() -> tuple[list[qmesh.Metric], list[qmesh.Metric]]:
 def metric_parts() -> Iterator[str]:
     """Metrics; those of a gateway and of a worker that tell the same share a row."""
     rows: dict[tuple[str, tuple[str, ...], str], list[str]] = defaultdict(list)
-    for metric in (metric for told in asyncio.run(metrics()) for metric in told):
-        rows[metric.kind, metric.labels, metric.about].append(metric.name)
+    labels: dict[str, tuple[str, ...]] = {}
+    told = [metric for each in asyncio.run(metrics()) for metric in each]
+    for metric in told:  # what all nodes tell has more labels where there is more to tell
+        labels[metric.name] = max(labels.get(metric.name, ()), metric.labels, key=len)
+    for metric in told:
+        rows[metric.kind, labels[metric.name], metric.about].append(metric.name)
     shown = [
-        (codes(sorted(set(names))), kind, codes(labels), about)
-        for (kind, labels, about), names in sorted(rows.items(), key=lambda row: min(row[1]))
+        (codes(sorted(set(names))), kind, codes(of), about)
+        for (kind, of, about), names in sorted(rows.items(), key=lambda row: min(row[1]))
     ]
     yield folded("Metrics", table(("metric", "kind", "labels", "what it tells"), shown))
 
