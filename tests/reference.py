@@ -15,7 +15,7 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -57,9 +57,9 @@ def figures() -> str:
 BLOCKS = {"reference": reference, "figures": figures}
 
 
-def in_readme(text: str) -> str:
+def in_readme(text: str, blocks: Mapping[str, Callable[[], str]] = BLOCKS) -> str:
     """The README with each block as it is made now."""
-    for name, make in BLOCKS.items():
+    for name, make in blocks.items():
         begin, end = (f"<!-- {name}: {which} -->" for which in ("begin", "end"))
         before, _, rest = text.partition(begin)
         _, found, after = rest.partition(end)

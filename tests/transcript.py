@@ -25,14 +25,14 @@ class Typed:
 
 @dataclass
 class Text:
-    """What people wrote of the README: the reference, which the program tells, is left out."""
+    """What people wrote of the README: what is made for it is left out."""
 
     blocks: dict[str, list[str]] = field(default_factory=dict)  # by their language
     prose: str = ""
 
 
 def written() -> str:
-    return reference.in_readme(README.read_text("utf-8"), "")
+    return reference.in_readme(README.read_text("utf-8"), dict.fromkeys(reference.BLOCKS, str))
 
 
 def parts_of(text: str) -> Text:
