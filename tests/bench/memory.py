@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import os
 import random
 import statistics
 import subprocess
@@ -85,7 +86,12 @@ def worker_and_client_mb(directory: Path, model: Path, program: Path) -> tuple[f
 
 def bare_mb(model: Path) -> float:
     command = [sys.executable, "-c", BARE_ENGINE, str(report.ROOT), str(model), str(SLOTS), str(CONTEXT), ASK[1]]
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=harness.COMMAND_TIMEOUT_S)
+    with tempfile.TemporaryDirectory() as cache:
+        env = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
+        subprocess.run([sys.executable, "-c", "import qmesh"], check=True, cwd=report.ROOT, env=env)
+        told = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=env, timeout=harness.COMMAND_TIMEOUT_S
+        )
     return float(told.stdout) / MB
 
 
