@@ -64,13 +64,17 @@ def prepared():
         if sys.stdout.isatty() and os.get_terminal_size(sys.stdout.fileno()).columns < {columns}:
             return None
         return __loader__.get_data("help/%s.txt" % " ".join(sys.argv[1:])).decode()
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):
         return None
 
 try:
     said = prepared()
     if said is not None:
-        sys.stdout.write(said)
+        try:
+            sys.stdout.write(said)
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
 
     import binascii

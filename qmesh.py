@@ -125,24 +125,41 @@ __all__ = [
     "Answer",
     "BlockingClient",
     "Client",
+    "DeadlineExceeded",
+    "Discovered",
     "EmbedJob",
     "Embeddings",
     "HealthReport",
+    "HealthState",
+    "InvalidRequest",
     "Job",
     "Lost",
     "MeshKeys",
     "Message",
+    "MissingPackage",
+    "MissingTls",
+    "ModelError",
+    "ModelNotFound",
+    "NoWorkerFound",
     "NodeId",
     "QMeshError",
+    "Queued",
+    "Refused",
     "Result",
     "Resume",
     "Sampling",
+    "Selected",
     "Settings",
     "Token",
+    "UsageError",
     "Waiting",
+    "WireError",
     "Worker",
+    "WorkerLost",
+    "WorkerOptions",
     "WorkerRecord",
     "main",
+    "new_job",
 ]
 
 __version__ = "0.2.0"
@@ -1026,12 +1043,15 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        """Whether a token's likelihood depends on those before it, besides the model's word."""
+        """Whether what was said makes a token less likely, so that the likeliest is not simply the model's."""
         return self.repeat_penalty != 1
 
     def to_json(self) -> Json:
-        body = {name: getattr(self, name) for name in PARAMETERS} | {"stop": list(self.stop)}
-        return {name: value for name, value in body.items() if value is not None}
+        """What differs from its default, which so is part of the wire: older workers refuse what they do not know."""
+        told = {
+            each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) != each.default
+        }
+        return told | ({"stop": list(self.stop)} if self.stop else {})
 
     @classmethod
     def from_json(cls, body: Any) -> Sampling:
@@ -7707,7 +7727,7 @@ class OwnedTasks:
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Own a new task until it ends."""
-        task = asyncio.create_task(work)
+        task = asyncio.create_task(work, name=work.__qualname__)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
@@ -7721,7 +7741,7 @@ class OwnedTasks:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.error("a task failed", exc_info=task.exception())
+            log.error("%s failed", task.get_name(), exc_info=task.exception())
 
 
 class UdpSocket(asyncio.DatagramProtocol):
@@ -8592,7 +8612,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self.peer_id = ""
-        self.peer_agent = ""
         self.is_other_version = False  # as its greeting says
         self._stream = TlsStream()
         self._membership: Membership | None = None
@@ -8700,7 +8719,7 @@ class Connection(asyncio.BufferedProtocol):
             )
         if body.get("node_id") != self._certified:
             raise WireError(f"{self.peer_name} greets under another id than its certificate's")
-        self.peer_id, self.peer_agent = self._certified, printable(body.get("agent", ""))
+        self.peer_id = self._certified
         self._frames.limit = MAX_FRAME_BYTES
 
     def _attempt(self, step: Callable[[], T]) -> T:
@@ -8745,7 +8764,7 @@ class Connection(asyncio.BufferedProtocol):
         return format_address(self.address)
 
     def write(self, *bodies: Mapping[str, Any]) -> None:
-        """Put frames into the outgoing buffer, all at once; call `drain` then. Raises WorkerLost, InvalidRequest."""
+        """Put frames into the outgoing buffer, all or none; call `drain` then. Raises WorkerLost, InvalidRequest."""
         frames = b"".join(map(encode_frame, bodies))
         if self._failure is not None:
             raise self._failure
@@ -9897,7 +9916,8 @@ class Session:
     def _flush(self) -> None:
         self._client_lags.clear()
         outbox, self._outbox = self._outbox, []
-        self._connection.write(*(self._frame(request_id, said) for request_id, said in join_tokens(outbox)))
+        if outbox:
+            self._connection.write(*(self._frame(request_id, said) for request_id, said in join_tokens(outbox)))
 
     def _frame(self, request_id: str, said: Said) -> Json:
         if isinstance(said, (Token, Outcome)):
@@ -10394,7 +10414,7 @@ class WorkerSearch:
         """The search under way has ended in one of the meshes, after so many requests."""
         self._left -= 1
         self._asked = self._asked or requests > 0
-        if self._left > 0:
+        if self._left > 0 or self._closed:
             return
         self._current = None
         is_as_wanted = self._is_whole or not self._everything
@@ -10565,13 +10585,16 @@ class Client:
             silent = WorkerLost(f"{format_address(record.address)} gave no status in {STATUS_TIMEOUT_S:g} s")
             return error if isinstance(error, QMeshError) else silent
 
-    async def statuses(self) -> tuple[list[Json], list[Json]]:
-        """The fresh status of every worker as `status_response` tells it, and who was heard of but does not answer.
+    async def statuses(self, records: Iterable[WorkerRecord] | None = None) -> tuple[list[Json], list[Json]]:
+        """The fresh status of these workers as `status_response` tells it, and of them those that do not answer.
 
-        Each tells its "worker_id" and "address"; of those that do not answer, "error" says why. Workers that come
-        later are there when this is asked again.
+        Each tells its "worker_id" and "address"; of those that do not answer, "error" says why: nothing is raised. None
+        are all that were heard of, and a search is begun for those that have come since, for the next time.
         """
-        records = sorted(self.records(), key=lambda record: record.worker_id)
+        if records is None:
+            records = self.records()
+            self.look_again()
+        records = sorted(records, key=lambda record: record.worker_id)
         workers, silent = [], []
         for record, answer in zip(records, await asyncio.gather(*map(self._status_of, records)), strict=True):
             who = {"worker_id": str(record.worker_id), "address": list(record.address)}
@@ -10583,7 +10606,6 @@ class Client:
                 workers.append(told | who)
             except QMeshError as error:
                 silent.append(who | {"error": str(error)})
-        self.look_again()
         return workers, silent
 
     async def overview(self) -> Json:
@@ -10706,6 +10728,10 @@ def as_usage() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
+def new_request_id() -> str:
+    return secrets.token_hex(16)
+
+
 def new_job(
     prompt: str | Sequence[Message | Json],
     *,
@@ -10725,7 +10751,7 @@ def new_job(
     if system is not None:
         messages = (Message("system", _text("system", system)), *messages)
     return Job(
-        request_id=secrets.token_hex(16),
+        request_id=new_request_id(),
         messages=messages,
         model=model,
         params=Sampling.from_json(sampling),
@@ -10749,7 +10775,7 @@ def embed_jobs(texts: str | Sequence[str], *, model: str | None, timeout_s: floa
             chars = 0
         groups[-1].append(text)
         chars += len(text)
-    return [EmbedJob(secrets.token_hex(16), tuple(group), model=model, timeout_s=timeout_s) for group in groups]
+    return [EmbedJob(new_request_id(), tuple(group), model=model, timeout_s=timeout_s) for group in groups]
 
 
 def line_in(status: Json) -> float:
@@ -13113,7 +13139,7 @@ class CompletionRequest:
             worker = RunOptions(worker=given.get("worker")).worker
         with _parameter(shape.question):
             jobs = tuple(
-                Job(secrets.token_hex(16), **question, model=model, params=_seeded(params, at), timeout_s=timeout_s)
+                Job(new_request_id(), **question, model=model, params=_seeded(params, at), timeout_s=timeout_s)
                 for question in questions
                 for at in range(n)
             )
@@ -13996,7 +14022,7 @@ class Batch:
 
     async def _answer(self, asking: Asking, job: Job) -> Answer:
         request = asking.question.request
-        job = replace(job, request_id=secrets.token_hex(16))  # a worker that had it before begins anew
+        job = replace(job, request_id=new_request_id())  # a worker that had it before begins anew
         async with contextlib.aclosing(self._mesh.run(job, worker=request.worker if request else None)) as events:
             async for event in events:
                 if isinstance(event, Answer):
@@ -16683,7 +16709,7 @@ class Measured:
         held = queue["active"] + queue["waiting"]
         self.streams = max(0, min(status["slots"], MAX_SLOTS) - held)
         if not self.streams:
-            raise Refused("others use all of its slots", "queue_full")
+            raise Refused("others use all of its slots", "overloaded", cause="queue_full")
 
     def row(self) -> tuple[str, ...]:
         health, slots = self.status.get("health"), self.status.get("slots")
@@ -16701,10 +16727,8 @@ class Measured:
             yield f"{self.short}: {printable(error, MAX_ERROR_CHARS)}"
 
     def to_json(self) -> Json:
-        error, told = (
-            self.failure or self.unread,
-            {name: self.status.get(name) for name in ("agent", "health", "slots")},
-        )
+        error = self.failure or self.unread
+        told = {name: self.status.get(name) for name in ("agent", "health", "slots")}
         return {
             "worker_id": str(self.record.worker_id),
             "address": list(self.record.address),
@@ -16747,7 +16771,7 @@ class Bench:
             await self._mesh.discover(everything=True)
             known = self._mesh.known
             self.first_ms, self.all_ms = (1000 * (at - began) for at in (known.first_at, known.newest_at))
-            await self._mesh.statuses()  # which tell what their models are made for
+            await self._mesh.statuses(self._mesh.records())  # which tell what their models are made for
             self.workers = [Measured(record) for record in self._chosen()]
             count, most_s = len(self.workers), (len(self.workers) + 1) * self._settings.timeout_s
             self._terminal.say(f"🌐 Discovered {plural(count, 'worker')} to measure")
@@ -16795,12 +16819,10 @@ class Bench:
 
     async def _status_of(self, worker: Measured) -> Json:
         """Raises WorkerLost where it gives none."""
-        worker_id, (answering, silent) = str(worker.record.worker_id), await self._mesh.statuses()
-        for status in answering:
-            if status["worker_id"] == worker_id:
-                return status
-        why = [status["error"] for status in silent if status["worker_id"] == worker_id]
-        raise WorkerLost(f"it does not answer: {why[0]}" if why else "nothing is heard of it any more")
+        answering, silent = await self._mesh.statuses([worker.record])
+        if silent:
+            raise WorkerLost(f"it does not answer: {silent[0]['error']}")
+        return answering[0]
 
     async def _alone(self, worker: Measured) -> None:
         streams = await self._streams({worker: 1})
@@ -16891,7 +16913,7 @@ class Bench:
         start = self._mesh.rng.randrange(10**7, 10**8)
         prompt = " ".join(str(start + count) for count in range(BENCH_NUMBERS)) + " and" * more_words
         params = Sampling(max_tokens=1 if more_words else self._max_tokens, temperature=0)
-        return Job(secrets.token_hex(16), prompt=prompt, params=params, timeout_s=self._settings.timeout_s)
+        return Job(new_request_id(), prompt=prompt, params=params, timeout_s=self._settings.timeout_s)
 
     # --- What it found ---
 
@@ -16952,7 +16974,7 @@ DEMO_STOP_TIMEOUT_S: Final = 10.0
 WATCH_S: Final = 2.0  # between two looks at the mesh: each asks every worker
 MIN_WATCH_S: Final = 0.5
 
-HELP_COLUMNS: Final = 116  # of what is not wrapped to the terminal, as the examples are not
+EPILOG_COLUMNS: Final = 116  # of what is not wrapped to the terminal, as the examples are not
 EPILOG: Final = """\
 examples:
   qmesh.pyz pull                                fetch a small model
@@ -16984,7 +17006,7 @@ OTHER_VARIABLES: Final = {
 
 
 def epilog() -> str:
-    settings = textwrap.fill(", ".join(told.variable for told in SETTINGS.values()), HELP_COLUMNS)
+    settings = textwrap.fill(", ".join(told.variable for told in SETTINGS.values()), EPILOG_COLUMNS)
     others = "\n".join(f"{name} names {what}" for name, what in OTHER_VARIABLES.items())
     codes = ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
     shown = EPILOG.format(settings=settings, others=others, codes=codes)
@@ -17650,8 +17672,7 @@ def chosen_sampling(arguments: argparse.Namespace) -> Json:
         try:
             Sampling.from_json({name: value})
         except InvalidRequest as error:  # which names the field, as requests do
-            flag = "--sample-seed" if name == "seed" else f"--{name.replace('_', '-')}"
-            raise UsageError(f"{flag}: {str(error).removeprefix(f'{name} ')}") from None
+            raise UsageError(f"{PARAMETERS[name].flag}: {str(error).removeprefix(f'{name} ')}") from None
     return chosen
 
 
@@ -17848,6 +17869,7 @@ def draw_look(screen: Screen | None, look: Look, history: MeshHistory) -> None:
 def run_bench(arguments: argparse.Namespace, settings: Settings) -> int:
     started, terminal = time.monotonic(), Terminal(shown=not arguments.json)
     wanted, counts = arguments.worker or (), {"rounds": arguments.rounds, "max_tokens": arguments.max_tokens}
+    settings = replace(settings, timeout_s=arguments.worker_timeout_s)
     bench = Bench(settings, terminal, wanted=wanted, **counts)
     was_stopped = asyncio.run(until_stopped(bench.run()))
     if was_stopped:
@@ -18486,10 +18508,10 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--worker",
-        type=worker_digits,
+        type=worker_id,
         action="append",
         metavar="ID",
-        help="only this one, by 6 or more digits of its id; repeatable",
+        help=f"only this one, by {SHORT_ID_DIGITS} or more digits of its id; repeatable (all)",
     )
     add_settings(parser, "model")
     parser.add_argument(
@@ -18509,7 +18531,8 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument(
         "--timeout",
-        dest="timeout_s",
+        dest="worker_timeout_s",
+        type=seconds(0, MAX_TIMEOUT_S),
         default=BENCH_TIMEOUT_S,
         metavar="S",
         help=f"seconds allowed for each worker, and for all at once ({BENCH_TIMEOUT_S:g})",

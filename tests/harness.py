@@ -21,13 +21,14 @@ LOOPBACK = "127.0.0.1"
 WORKER_FLAGS = ("--port", "0", "--threads", "1", "--ctx", "1024")
 
 
-def running(program: Path) -> list[str]:
+def running(program: Path, *, as_typed: bool = False) -> list[str]:
     """What a command of a program begins with, run in ROOT.
 
     This checkout's is started by its name: of a module Python keeps the compiled form, and a file it compiles at each
-    start, which is half of what a short command takes.
+    start, which is half of what a short command takes. as_typed: as people start it, for who measures that.
     """
-    return [sys.executable, *(["-m", PROGRAM.stem] if program == PROGRAM else [str(program)])]
+    by_name = program == PROGRAM and not as_typed
+    return [sys.executable, *(["-m", PROGRAM.stem] if by_name else [str(program)])]
 
 
 class Process:
@@ -79,6 +80,7 @@ class Place:
     """Where processes of the program run: members of one mesh, with a state directory of their own."""
 
     prefix: tuple[str, ...] = ()  # of every command
+    as_typed = False  # see `running`
     worker_flags: tuple[str, ...] = WORKER_FLAGS
 
     def __init__(self, directory: Path, model: Path, topic: str, program: Path) -> None:
@@ -103,7 +105,7 @@ class Place:
         return self.env
 
     def _command(self, *arguments: str) -> list[str]:
-        return [*self.prefix, *running(self.program), *arguments]
+        return [*self.prefix, *running(self.program, as_typed=self.as_typed), *arguments]
 
     def start_worker(self, *flags: str, ready: bool = True, env: dict[str, str] | None = None) -> Process:
         command = self._command("worker", "--json", "--model", str(self.model), *self.worker_flags, *flags)

@@ -65,7 +65,8 @@ OWN_TESTS: dict[int, tuple[str, ...]] = {
     26: ("test_http.py",),
     27: ("test_page.py",),
     28: ("test_gateway.py",),
-    29: ("test_cli.py",),
+    29: ("test_bench.py",),
+    30: ("test_cli.py",),
 }
 
 # So many lines of code of a function, in a row, that stand elsewhere too, whatever their names, numbers and texts.

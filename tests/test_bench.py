@@ -140,8 +140,8 @@ async def test_slots_that_others_use_are_left_to_them(place: harness.Mesh) -> No
     ("taken", "said"),
     [
         ({"score": 12, "told_score": 80}, "overloaded: it is overloaded (health: 12), and left alone"),
-        ({"status": held(4)}, "queue_full: others use all of its slots"),
-        ({"status": held(2, 2)}, "queue_full: others use all of its slots"),
+        ({"status": held(4)}, "overloaded: others use all of its slots"),
+        ({"status": held(2, 2)}, "overloaded: others use all of its slots"),
     ],
 )
 @in_a_loop
@@ -329,10 +329,10 @@ async def test_where_no_worker_could_be_measured_the_exit_code_says_why(place: h
         code, stdout, stderr = await ended(place.popen("bench"))
         as_json = await ended(place.popen("bench", "--json"))
     assert code == qmesh.Refused.exit_code
-    assert re.search(rf"^{worker.worker_id.short}  queue full  4 +- +- +- +- +tiny$", stdout, re.MULTILINE)
+    assert re.search(rf"^{worker.worker_id.short}  overloaded  4 +- +- +- +- +tiny$", stdout, re.MULTILINE)
     assert "error: others use all of its slots\n" in stderr
     assert (as_json[0], as_json[2]) == (code, "")
-    assert json.loads(as_json[1])["workers"][0]["error"]["code"] == "queue_full"
+    assert json.loads(as_json[1])["workers"][0]["error"]["code"] == "overloaded"
 
 
 def test_a_real_worker_has_real_figures(two_workers: harness.Mesh) -> None:

@@ -81,7 +81,10 @@ class Stopwatch:
 
 
 @in_a_loop
-async def test_what_happens_on_the_way_to_an_answer_is_told_in_order(two_workers: harness.Mesh) -> None:
+async def test_what_happens_on_the_way_to_an_answer_is_told_in_order(
+    two_workers: harness.Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "DISCOVERY_GATHER_S", PATIENCE_S)  # what ends it is the search
     async with client_of(two_workers.topic, two_workers.state_dir) as mesh:
         events = [event async for event in mesh.run(job())]
         discovered, selected, *pieces, answer = events
@@ -218,7 +221,10 @@ async def test_peers_that_were_met_are_remembered_for_the_next_time(topic: str, 
 
 
 @in_a_loop
-async def test_a_client_that_knows_nobody_yet_hears_of_all_before_it_chooses(topic: str, tmp_path: Path) -> None:
+async def test_a_client_that_knows_nobody_yet_hears_of_all_before_it_chooses(
+    topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qmesh, "DISCOVERY_GATHER_S", PATIENCE_S)  # what ends it is the search
     slow, slower, best = (ScriptedWorker(says("hello"), score=score) for score in (50, 40, 90))
     async with slow.on(topic), slower.on(topic), best.on(topic), client_of(topic, tmp_path) as mesh:
         await mesh.ask(job())

@@ -258,6 +258,7 @@ class Desk:
         self.env |= {"PATH": f"{programs}:{os.environ['PATH']}", "TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "120"}
         self.source = self._lay_out("source", "build_zipapp.py", "qmesh.py", "README.md")
         (self.source / "tests").mkdir()
+        shutil.copytree(harness.ROOT / "tests" / "bench", self.source / "tests" / "bench")
         for name in ("reference.py", "desk.py"):
             shutil.copy(harness.ROOT / "tests" / name, self.source / "tests")
 

@@ -394,7 +394,17 @@ def test_fields_of_a_later_version_are_let_be() -> None:
 )
 def test_a_parameter_at_its_limit_is_taken(params: dict[str, Any]) -> None:
     body = Sampling.from_json(params).to_json()
-    assert {name: body[name] for name in params} == params
+    assert Sampling.from_json(body) == Sampling.from_json(params)
+    assert body == {name: value for name, value in params.items() if value != []}
+
+
+def test_a_parameter_that_has_its_default_is_not_sent_and_every_other_is() -> None:
+    assert Sampling().to_json() == {}
+    assert SAMPLING.to_json().keys() == qmesh.PARAMETERS.keys()
+
+
+def test_what_is_wrong_is_tried_of_every_parameter() -> None:
+    assert BAD_PARAMS.keys() - {"best_of"} == qmesh.PARAMETERS.keys()
 
 
 BAD_WHOLE: list[Any] = [1.5, "1", True, [], {}, 10**30]

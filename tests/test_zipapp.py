@@ -130,6 +130,14 @@ def test_help_that_was_prepared_is_what_the_program_says(
     assert other.stdout.split() == made.stdout.replace(usual.name, renamed.name).split()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="by a POSIX shell")
+@pytest.mark.parametrize("output", ["| true", ">/dev/full", ">&-"])
+def test_help_that_nobody_can_read_is_no_error(archive: Path, tmp_path: Path, output: str) -> None:
+    shutil.copyfile(archive, tmp_path / "qmesh.pyz")
+    command = f"{shlex.quote(sys.executable)} qmesh.pyz worker --help {output}"
+    assert "Traceback" not in run("sh", "-c", command, cwd=tmp_path).stderr
+
+
 def test_the_archive_is_built_beside_the_sources_when_no_place_is_named(archive: Path, sources: Path) -> None:
     finished = run(sys.executable, sources)
     built = sources.parent / "dist" / "qmesh.pyz"

@@ -79,6 +79,7 @@ def client_mb(mesh: harness.Mesh) -> float:
 def worker_and_client_mb(directory: Path, model: Path, program: Path) -> tuple[float, float]:
     """A worker that has answered, and the client that had the answer."""
     with harness.Mesh(directory, model, program) as mesh:
+        mesh.as_typed = True
         worker = mesh.start_worker("--slots", str(SLOTS), "--ctx", str(CONTEXT), "--nice", "0")
         client = client_mb(mesh)
         return taken_mb(worker.popen.pid), client

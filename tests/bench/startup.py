@@ -76,6 +76,7 @@ async def until_asked(programs: dict[str, Path], count: int, rounds: int) -> lis
 
     runs: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as directory, harness.Mesh(Path(directory), Path()) as mesh:
+        mesh.as_typed = True
         async with workers_on(mesh.topic, count, script):
             for turn, (name, program) in itertools.product(range(-1, rounds), programs.items()):
                 mesh.program, mesh.state_dir = program, Path(directory) / f"state-{name}-{turn}"
