@@ -551,8 +551,10 @@ class Settings:
     """What a process was told: flags first, then environment, then defaults (see `Settings.resolve`).
 
     Each is declared here alone: its commands' flag and help, its variable and the README's reference come from here.
-    port, and that of http: 0 takes a free one; None the usual one, or a free one where that is taken. key, api_key: the
-    path of a file, or the key as text.
+    host: an IP address to bind to and to beacon on; "" means every interface. peers: "HOST", "HOST:PORT" or
+    "[IPV6]:PORT". port, and that of http: 0 takes a free one; None the usual one, or a free one where that is taken.
+    key, api_key: the path of a file, or the key as text. state_dir: None means the platform's own place. timeout_s and
+    stall_s are seconds. model: a name or a path; gpu_layers: -1 is all; None leaves either to the program.
     """
 
     host: str = _network(
@@ -9537,7 +9539,11 @@ class RequestTable:
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What only a worker needs to be told; None leaves the choice to it."""
+    """What only a worker needs to be told; None leaves the choice to it.
+
+    slots: requests that run at once. context: tokens of each. queue: requests that run or wait. nice: as the system has
+    it, 19 the lowest priority. grace_s: seconds in which to finish, when told to stop.
+    """
 
     slots: int | None = None
     context: int | None = None

@@ -51,7 +51,10 @@ def reference() -> str:
 
 def figures() -> str:
     """The table of goals, and what to know about how they were measured."""
-    return report.summary(report.read(FIGURES))
+    records = report.read(FIGURES)
+    if not records:
+        raise ValueError(f"there are no figures in {FIGURES}: run `python -m tests.bench --out {FIGURES}`")
+    return report.summary(records)
 
 
 BLOCKS = {"reference": reference, "figures": figures}

@@ -184,9 +184,9 @@ class Scene:
             kill(worker)
         started, times = time.monotonic(), []
         while dead:
+            found = asyncio.run(self._found())
             passed = time.monotonic() - started
             assert passed < FORGOTTEN_TIMEOUT_S, "a dead worker is still found"
-            found = asyncio.run(self._found())
             times += [passed] * len(dead - found)
             dead &= found
         return times
