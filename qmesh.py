@@ -16891,7 +16891,7 @@ class Bench:
                 raise failed.exceptions[0] from None
         if not any(stream.tokens for stream in streams):
             prompt = f"a prompt of {more_words} words" if more_words else "a short prompt"
-            raise DeadlineExceeded(f"{prompt} brought no token within {limit_s:g} s, its share of --timeout")
+            raise DeadlineExceeded(f"{prompt} brought no token within {limit_s:.3g} s, its share of --timeout")
         return streams
 
     async def _hear(self, worker: Measured, stream: Stream, more_words: int) -> None:
@@ -16944,7 +16944,8 @@ class Bench:
         return {**system, "processors": os.cpu_count() or 1}
 
     def to_json(self) -> Json:
-        discovery = {"first_ms": round(self.first_ms, 1), "all_ms": round(self.all_ms, 1)}
+        found = (round(self.first_ms, 1), round(self.all_ms, 1)) if self.workers else (None, None)
+        discovery = dict(zip(("first_ms", "all_ms"), found, strict=True))
         return {
             "version": __version__,
             "complete": self.is_whole,
@@ -18509,8 +18510,9 @@ def status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Measure the workers of the mesh, one after the other and then all at once. This makes them busy meanwhile; "
-        "slots that others use are left to them, and overloaded workers are passed over."
+        "Measure the workers of the mesh, one after the other and then all at once.\n"
+        "This makes them busy meanwhile; slots that others use are left to them, and\n"
+        "overloaded workers are passed over. Ends with 0 where one could be measured."
     )
     parser.add_argument(
         "--worker",
@@ -18532,13 +18534,13 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(2, MAX_TOKENS_LIMIT),
         default=BENCH_TOKENS,
         metavar="N",
-        help=f"of each answer ({BENCH_TOKENS})",
+        help=f"of each answer; with few, ALL SLOTS is of the reading of prompts as well ({BENCH_TOKENS})",
     )
     add_json(parser)
     parser.add_argument(
         "--timeout",
         dest="worker_timeout_s",
-        type=seconds(0, MAX_TIMEOUT_S),
+        type=seconds(1, MAX_TIMEOUT_S),
         default=BENCH_TIMEOUT_S,
         metavar="S",
         help=f"seconds allowed for each worker, and for all at once ({BENCH_TIMEOUT_S:g})",

@@ -217,9 +217,15 @@ def measure_whole(page: Page, *, workers: int, missing: bool) -> bool:
     return passed
 
 
+def section_number(text: str) -> int:
+    if not text.isdigit() or int(text) not in OWN_TESTS:
+        raise argparse.ArgumentTypeError(f"a section's number from 1 to {max(OWN_TESTS)} is needed, not {text!r}")
+    return int(text)
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("sections", metavar="SECTION", type=int, nargs="*", choices=[*OWN_TESTS], help="its number")
+    parser.add_argument("sections", metavar="SECTION", type=section_number, nargs="*", help="its number")
     parser.add_argument("--whole", action="store_true", help="the whole module by the whole suite")
     parser.add_argument("--missing", action="store_true", help="list the branches that no test takes")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that run tests at once")

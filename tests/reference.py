@@ -252,5 +252,7 @@ def message_parts() -> Iterator[str]:
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
         README.write_text(in_readme(README.read_text("utf-8")), "utf-8")
+    elif sys.argv[1:]:
+        sys.exit(__doc__)
     else:
         print(*(make() for make in BLOCKS.values()), sep="\n\n")
