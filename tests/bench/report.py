@@ -320,9 +320,10 @@ def markdown(records: Records) -> str:
 
 def summary(records: Records) -> str:
     """What a README shows of them: the machine, what to be careful about, and the goals."""
-    machines = sorted({str(record.machine) for record in records.values()})
+    machines = sorted({str(record.machine).rpartition("; ")[0] for record in records.values()})
+    commits = sorted({record.machine.commit.removeprefix("commit ") for record in records.values()})
     days = sorted({record.measured_at.split()[0] for record in records.values()})
-    about = f"{'; '.join(machines)}; {', '.join(days)}."
+    about = f"{'; '.join(machines)}; {', '.join(days)}; {', '.join(commits)}."
     return "\n\n".join([about, *_warnings(records), goals_table(records)])
 
 
