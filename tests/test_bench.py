@@ -343,4 +343,3 @@ def test_a_real_worker_has_real_figures(two_workers: harness.Mesh) -> None:
     assert (found["worker_id"], found["slots"], found["streams"], found["error"]) == (wanted, 4, 4, None)
     assert found["prompt_tokens"] > qmesh.BENCH_PROMPT_WORDS
     assert all(found[name]["median"] > 0 for name in STEPS)
-    assert found["prefill_tokens_per_s"]["median"] > found["one_stream_tokens_per_s"]["median"]

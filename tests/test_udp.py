@@ -818,7 +818,8 @@ async def test_the_report_counts_what_passed_and_what_was_dropped(topic: str) ->
         report = one.node.report()
         assert report["peers"] == 1
         assert report["interfaces"] == [LOOPBACK]
-        assert report["dropped"]["version"] == report["dropped"]["protocol"] == 1
+        assert report["dropped"]["protocol"] == 1
+        assert report["dropped"]["version"] >= 1  # other tests' nodes of other versions may be heard on the loopback
         assert [(each["host"], each["reason"]) for each in report["strangers"]] == [(LOOPBACK, "version")]
         assert report["received"]["bytes"] > report["received"]["datagrams"] > 0
         assert report["sent"]["bytes"] > report["sent"]["datagrams"] > 0
