@@ -348,6 +348,7 @@ def converse(chat: Terminal, typed: Typed) -> None:
     chat.sees(r"Ctrl-D leaves\s+.*> ")
     chat.types(f"{typed.command}\r")
     assert looks_like(chat.sees(r"tokens/s").splitlines()[-1], told)
+    chat.sees(r"> $")  # it listens again: before, Ctrl-D would be lost
     chat.types(CTRL_D)
     assert chat.ends() == 0
 
