@@ -18304,16 +18304,6 @@ def add_stall(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, "stall")
 
 
-def add_grace(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--grace",
-        type=seconds(0, MAX_GRACE_S),
-        default=DEFAULT_GRACE_S,
-        metavar="S",
-        help=f"seconds to finish in when told to stop; the rest goes on elsewhere, if it can ({DEFAULT_GRACE_S:g})",
-    )
-
-
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -18339,6 +18329,20 @@ def seconds(low: float, high: float) -> Callable[[str], float]:
         raise argparse.ArgumentTypeError(f"a number of seconds from {low:g} to {high:g} is needed, not {text!r}")
 
     return parse
+
+
+def add_number(
+    parser: Any, flag: str, parse: Callable[[str], float], default: float, about: str, dest: str | None = None
+) -> None:
+    """Have a parser, or a group of one, take a number; `flag` is shown with what stands behind it."""
+    flag, _, shown = flag.partition(" ")
+    names = {} if dest is None else {"dest": dest}
+    parser.add_argument(flag, type=parse, default=default, metavar=shown, help=f"{about} ({default:g})", **names)
+
+
+def add_grace(parser: argparse.ArgumentParser) -> None:
+    about = "seconds to finish in when told to stop; the rest goes on elsewhere, if it can"
+    add_number(parser, "--grace S", seconds(0, MAX_GRACE_S), DEFAULT_GRACE_S, about)
 
 
 def worker_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18380,13 +18384,8 @@ def worker_arguments(parser: argparse.ArgumentParser) -> None:
 
 def gateway_group(parser: argparse.ArgumentParser) -> None:
     group = add_settings(parser, "gateway")
-    group.add_argument(
-        "--wait",
-        type=seconds(0, MAX_TIMEOUT_S),
-        default=DEFAULT_GATEWAY_WAIT_S,
-        metavar="S",
-        help=f"seconds that a request may wait for a worker to take it ({DEFAULT_GATEWAY_WAIT_S:g})",
-    )
+    about = "seconds that a request may wait for a worker to take it"
+    add_number(group, "--wait S", seconds(0, MAX_TIMEOUT_S), DEFAULT_GATEWAY_WAIT_S, about)
     add_timeout(parser)
     add_stall(parser)
 
@@ -18522,29 +18521,12 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"only this one, by {SHORT_ID_DIGITS} or more digits of its id; repeatable (all)",
     )
     add_settings(parser, "model")
-    parser.add_argument(
-        "--rounds",
-        type=whole(1, MAX_BENCH_ROUNDS),
-        default=BENCH_ROUNDS,
-        metavar="N",
-        help=f"so many times each ({BENCH_ROUNDS})",
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=whole(2, MAX_TOKENS_LIMIT),
-        default=BENCH_TOKENS,
-        metavar="N",
-        help=f"of each answer; with few, ALL SLOTS is of the reading of prompts as well ({BENCH_TOKENS})",
-    )
+    add_number(parser, "--rounds N", whole(1, MAX_BENCH_ROUNDS), BENCH_ROUNDS, "so many times each")
+    about = "of each answer; with few, ALL SLOTS is of the reading of prompts as well"
+    add_number(parser, "--max-tokens N", whole(2, MAX_TOKENS_LIMIT), BENCH_TOKENS, about)
     add_json(parser)
-    parser.add_argument(
-        "--timeout",
-        dest="worker_timeout_s",
-        type=seconds(1, MAX_TIMEOUT_S),
-        default=BENCH_TIMEOUT_S,
-        metavar="S",
-        help=f"seconds allowed for each worker, and for all at once ({BENCH_TIMEOUT_S:g})",
-    )
+    about = "seconds allowed for each worker, and for all at once"
+    add_number(parser, "--timeout S", seconds(1, MAX_TIMEOUT_S), BENCH_TIMEOUT_S, about, dest="worker_timeout_s")
     add_stall(parser)
     add_network(parser)
 

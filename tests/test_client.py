@@ -10,6 +10,7 @@ import random
 import re
 import secrets
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -871,11 +872,16 @@ async def test_requests_are_counted_by_how_they_ended(topic: str, tmp_path: Path
     assert names[-3:] == [f"qmesh_gateway_{what}_total" for what in ("workers_lost", "failovers", "waits")]
 
 
+def a_search(meshes: int) -> tuple[qmesh.WorkerSearch, asyncio.Queue[bool], Callable[[], bool]]:
+    """One that tells when it begins, and for everything or not; and whether it is done, asked anew each time."""
+    begun: asyncio.Queue[bool] = asyncio.Queue()
+    search = qmesh.WorkerSearch(begun.put_nowait, meshes)
+    return search, begun, functools.partial(getattr, search, "is_done")
+
+
 @in_a_loop
 async def test_a_search_for_all_workers_is_waited_for_though_one_for_the_first_few_has_ended() -> None:
-    begun: asyncio.Queue[bool] = asyncio.Queue()
-    search = qmesh.WorkerSearch(begun.put_nowait, 2)
-    is_done = functools.partial(getattr, search, "is_done")
+    search, begun, is_done = a_search(2)
     search.start()
     search.start()  # as it is under way, that is no second one
     async with asyncio.timeout(PATIENCE_S):
@@ -896,9 +902,7 @@ async def test_a_search_for_all_workers_is_waited_for_though_one_for_the_first_f
 
 @in_a_loop
 async def test_a_search_that_asked_nobody_was_none() -> None:
-    begun: asyncio.Queue[bool] = asyncio.Queue()
-    search = qmesh.WorkerSearch(begun.put_nowait, 1)
-    is_done = functools.partial(getattr, search, "is_done")
+    search, begun, is_done = a_search(1)
     for requests in (0, 1):
         search.start()
         async with asyncio.timeout(PATIENCE_S):
@@ -910,9 +914,7 @@ async def test_a_search_that_asked_nobody_was_none() -> None:
 
 @in_a_loop
 async def test_where_all_workers_are_wanted_while_the_first_few_are_searched_for_another_search_follows() -> None:
-    begun: asyncio.Queue[bool] = asyncio.Queue()
-    search = qmesh.WorkerSearch(begun.put_nowait, 1)
-    is_done = functools.partial(getattr, search, "is_done")
+    search, begun, is_done = a_search(1)
     search.start()
     async with asyncio.timeout(PATIENCE_S):
         assert await begun.get() is False
